@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything from a clean clone with Python 3.11 and pip alone: make demo, make test.
+# Overridable: PYTHON (makes the environment), VENV (its folder), ARGS (passed on to pytest, demo or bench).
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'import venv' 2>/dev/null && echo $(p))) python3.11)
+VENV   ?= .venv
+ARGS   ?=
+
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.vllm-specdecpp-installed
+MODELS := qwen2.5-coder-1.5b qwen2.5-coder-0.5b
+
+.PHONY: help venv models demo bench test test-slow lint check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       fetch two small models, compare speculation off / draft_model / specdecpp on them"
+	@echo "make test       unit and engine tests (no downloads but the environment)"
+	@echo "make test-slow  tests with the real models"
+	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.run"
+	@echo "make check      ruff and mypy"
+	@echo "make venv       the environment alone, in $(VENV)"
+	@echo "make clean      remove .venv and the caches of the tools; fetched models stay"
+
+venv: $(STAMP)
+
+# vLLM first: the package's own requirements then find the right torch and leave it alone.
+# A Python without ensurepip (Debian's) gets its pip from its own pip.
+$(STAMP): setup.py pyproject.toml vllm_specdecpp/cpu_install.py
+	test -x $(PY) && $(PY) -m pip --version >/dev/null || $(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
+	$(PY) -m vllm_specdecpp.cpu_install
+	$(PY) -m pip install -e '.[cpu,bench,dev]'
+	@touch $@
+
+models: $(STAMP)
+	@$(PY) -m vllm_specdecpp.models $(MODELS)
+
+demo: models
+	@$(PY) -m benchmarks.demo $(ARGS)
+
+bench: models
+	@$(PY) -m benchmarks.run $(ARGS)
+
+test: $(STAMP)
+	@$(PY) -m pytest -m "not slow and not network" $(ARGS)
+
+test-slow: models
+	@$(PY) -m pytest -m "slow" $(ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+
+check: lint
+	@$(PY) -m mypy
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
