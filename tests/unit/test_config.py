@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The option schema: defaults, splitting the user's dict, and one line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from vllm_specdecpp.config import DEFAULT_THRESHOLD, SpecDecPPConfig
+
+PASSTHROUGH = ["method", "model", "num_speculative_tokens", "revision", "draft_tensor_parallel_size", "quantization"]
+
+
+def split(**options: Any) -> tuple[SpecDecPPConfig, dict[str, Any]]:
+    return SpecDecPPConfig.from_speculative_config({"method": "specdecpp", **options}, PASSTHROUGH)
+
+
+def test_defaults_without_a_head_are_training_free() -> None:
+    config, passed_on = split(model="draft")
+    assert (config.resolved_rule, config.resolved_threshold) == ("confidence", DEFAULT_THRESHOLD["confidence"])
+    assert (config.num_speculative_tokens, config.min_speculative_tokens, config.trace_rounds) == (20, 1, 0)
+    assert passed_on == {"model": "draft", "num_speculative_tokens": 20}
+
+
+def test_a_head_selects_the_papers_rule_and_threshold() -> None:
+    config, _ = split(model="draft", head="head")
+    assert (config.resolved_rule, config.resolved_threshold) == ("threshold", 0.7)
+
+
+def test_fixed_has_no_threshold() -> None:
+    config, _ = split(model="draft", rule="fixed")
+    assert (config.resolved_rule, config.resolved_threshold) == ("fixed", None)
+
+
+def test_split_keeps_ours_and_passes_on_vllms() -> None:
+    config, passed_on = split(
+        **{"model": "draft", "num-speculative-tokens": 7, "threshold": 0.5, "rule": "entropy", "quantization": None},
+        draft_tensor_parallel_size=2,
+    )
+    assert (config.num_speculative_tokens, config.threshold, config.rule) == (7, 0.5, "entropy")
+    assert passed_on == {
+        "model": "draft", "num_speculative_tokens": 7, "draft_tensor_parallel_size": 2, "quantization": None
+    }
+
+
+def test_both_bounds_are_inclusive() -> None:
+    for length in (1, 128):
+        config, _ = split(model="draft", num_speculative_tokens=length, min_speculative_tokens=length)
+        assert config.min_speculative_tokens == config.num_speculative_tokens == length
+
+
+def test_none_means_the_default() -> None:
+    assert split(model="draft", num_speculative_tokens=None, rule=None, trace_rounds=None) == split(model="draft")
+
+
+def test_the_users_dict_is_left_alone() -> None:
+    user = {"method": "specdecpp", "model": "draft", "min-speculative-tokens": 2}
+    before = dict(user)
+    SpecDecPPConfig.from_speculative_config(user, PASSTHROUGH)
+    assert user == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "model is missing; it must name the draft model"),
+        ({"model": ""}, "model='' must name the draft model"),
+        ({"model": 3}, "model=3 must name the draft model"),
+        ({"model": "d", "threshold": 1.5}, "threshold=1.5 must lie strictly between 0 and 1 (e.g. 0.7)"),
+        ({"model": "d", "threshold": 0}, "threshold=0 must lie strictly between 0 and 1"),
+        ({"model": "d", "threshold": 1.0}, "threshold=1.0 must lie strictly between 0 and 1"),
+        ({"model": "d", "threshold": -0.1}, "threshold=-0.1 must lie strictly between 0 and 1"),
+        ({"model": "d", "threshold": float("nan")}, "threshold=nan must lie strictly between 0 and 1"),
+        ({"model": "d", "threshold": float("inf")}, "threshold=inf must lie strictly between 0 and 1"),
+        ({"model": "d", "threshold": "0.5"}, "threshold='0.5' is text; write the number without quotes"),
+        ({"model": "d", "threshold": True}, "threshold=True must lie strictly between 0 and 1"),
+        ({"model": "d", "num_speculative_tokens": 0}, "num_speculative_tokens=0 must be a whole number from 1 to 128"),
+        ({"model": "d", "num_speculative_tokens": -1}, "num_speculative_tokens=-1 must be a whole number from 1"),
+        ({"model": "d", "num_speculative_tokens": 129}, "num_speculative_tokens=129 must be a whole number from 1"),
+        ({"model": "d", "num_speculative_tokens": 5.5}, "num_speculative_tokens=5.5 must be a whole number from 1"),
+        ({"model": "d", "num_speculative_tokens": True}, "num_speculative_tokens=True must be a whole number from 1"),
+        ({"model": "d", "num_speculative_tokens": "5"}, "num_speculative_tokens='5' is text; write the number"),
+        ({"model": "d", "min_speculative_tokens": 0}, "min_speculative_tokens=0 must be a whole number from 1 to"),
+        ({"model": "d", "min_speculative_tokens": 5, "num_speculative_tokens": 4},
+         "min_speculative_tokens=5 exceeds num_speculative_tokens=4; lower the first or raise the second"),
+        ({"model": "d", "trace_rounds": -1}, "trace_rounds=-1 must be a whole number, 0 or more"),
+        ({"model": "d", "rule": "magic"}, "rule='magic' must be one of 'fixed', 'threshold', 'confidence', 'entropy'"),
+        ({"model": "d", "rule": "threshold"}, "rule='threshold' needs an acceptance head; add head="),
+        ({"model": "d", "rule": "confidence", "head": "h"}, "rule='confidence' does not use head='h'; leave one of"),
+        ({"model": "d", "rule": "entropy", "head": "h"}, "rule='entropy' does not use head='h'"),
+        ({"model": "d", "rule": "fixed", "head": "h"}, "rule='fixed' does not use head='h'"),
+        ({"model": "d", "rule": "fixed", "threshold": 0.5}, "threshold=0.5 has no meaning with rule='fixed'"),
+        ({"model": "d", "head": ""}, "head='' must name the acceptance head"),
+        ({"model": "d", "head": ["h"]}, "head=['h'] must name the acceptance head"),
+        ({"model": "d", "head_revision": "main"}, "head_revision='main' has no head to go with; add head="),
+        ({"model": "d", "treshold": 0.5}, "unknown option treshold=0.5; did you mean 'threshold'?"),
+        ({"model": "d", "Num-Speculative-Token": 5}, "unknown option Num-Speculative-Token=5; did you mean 'num_spec"),
+        ({"model": "d", "draft_tensor_parallel": 2}, "did you mean 'draft_tensor_parallel_size'?"),
+        ({"model": "d", "zzz": 1}, "unknown option zzz=1; our options are model, head"),
+        ({"model": "d", "trace-rounds": 1, "trace_rounds": 2}, "trace_rounds is given twice"),
+    ],
+)
+def test_bad_options_give_one_line_with_option_value_and_mend(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        split(**options)
+    text = str(caught.value)
+    assert text.startswith("specdecpp: ") and "\n" not in text
+    assert message in text
+
+
+def test_two_errors_are_named_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"threshold=2\.0 must lie.*; trace_rounds=-1 must be") as caught:
+        split(model="d", threshold=2.0, trace_rounds=-1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["specdecpp", ["a"], 3, None])
+def test_a_speculative_config_that_is_no_object_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="specdecpp: the speculative config must be a JSON object"):
+        SpecDecPPConfig.from_speculative_config(value, PASSTHROUGH)
+
+
+def test_the_config_is_frozen() -> None:
+    config, _ = split(model="d")
+    with pytest.raises(ValueError, match="frozen"):
+        config.threshold = 0.2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "d"},
+        {"model": "d", "head": "h", "head_revision": "main", "threshold": 0.1},
+        {"model": "d", "rule": "fixed", "num_speculative_tokens": 3, "trace_rounds": 100},
+    ],
+)
+def test_additional_config_survives_json(options: dict[str, Any]) -> None:
+    config, _ = split(**options)
+    assert SpecDecPPConfig.from_additional_config(json.loads(json.dumps(config.to_additional_config()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("x", "must be a JSON object"),
+        ({"model": "d", "treshold": 0.2}, "did you mean 'threshold'"),
+        ({"model": "d", "threshold": 2}, "threshold=2 must lie strictly"),
+    ],
+)
+def test_bad_additional_config(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpecDecPPConfig.from_additional_config(options)
+
+
+class TestWithChanges:
+    def test_a_change_is_checked_and_leaves_the_original(self) -> None:
+        config, _ = split(model="d", threshold=0.3, num_speculative_tokens=8)
+        changed = config.with_changes({"threshold": 0.9, "num_speculative_tokens": 4})
+        assert (changed.threshold, changed.num_speculative_tokens) == (0.9, 4)
+        assert (config.threshold, config.num_speculative_tokens) == (0.3, 8)
+
+    def test_another_rule_starts_at_its_own_threshold(self) -> None:
+        config, _ = split(model="d", rule="confidence", threshold=0.3)
+        assert config.with_changes({"rule": "entropy"}).resolved_threshold == DEFAULT_THRESHOLD["entropy"]
+        assert config.with_changes({"rule": "fixed"}).resolved_threshold is None
+        assert config.with_changes({"rule": "confidence"}).resolved_threshold == 0.3
+        assert config.with_changes({"rule": "entropy", "threshold": 0.2}).resolved_threshold == 0.2
+
+    def test_none_resets_to_the_default(self) -> None:
+        config, _ = split(model="d", threshold=0.3)
+        assert config.with_changes({"threshold": None}).threshold is None
+
+    def test_a_loaded_head_may_idle_and_come_back(self) -> None:
+        config, _ = split(model="d", head="h", threshold=0.4)
+        for rule in ("fixed", "confidence", "entropy"):
+            idle = config.with_changes({"rule": rule})
+            assert (idle.resolved_rule, idle.head) == (rule, "h")
+            assert idle.with_changes({"rule": "threshold"}).resolved_rule == "threshold"
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model": "e"}, "model='e' cannot change at run time"),
+            ({"head": "g"}, "head='g' cannot change at run time"),
+            ({"rule": "threshold"}, "needs an acceptance head"),
+            ({"threshold": 1}, "threshold=1 must lie strictly"),
+            ({"min_speculative_tokens": 30}, "min_speculative_tokens=30 exceeds num_speculative_tokens=20"),
+            ({"tau": 1}, "unknown option tau=1"),
+        ],
+    )
+    def test_bad_changes(self, changes: dict[str, Any], message: str) -> None:
+        config, _ = split(model="d")
+        with pytest.raises(ValueError, match=message) as caught:
+            config.with_changes(changes)
+        assert "\n" not in str(caught.value)
+
+
+def test_every_field_is_described() -> None:
+    properties = SpecDecPPConfig.model_json_schema()["properties"]
+    assert [name for name, field in properties.items() if not field.get("description")] == []
+
+
+def test_importing_the_schema_loads_neither_torch_nor_vllm() -> None:
+    code = "import sys, vllm_specdecpp.config; print([m for m in ('torch', 'vllm') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of known pairs: the built-in file, the user's file, and the lookup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_specdecpp import pairs
+from vllm_specdecpp.pairs import find_pair, known_pairs
+
+CODER = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keeps the developer's own pairs file out of the tests."""
+    path = tmp_path / "default" / "pairs.json"
+    monkeypatch.delenv(pairs.USER_FILE_VARIABLE, raising=False)
+    monkeypatch.setattr(pairs, "DEFAULT_USER_FILE", path)
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_built_in_pairs() -> None:
+    found = known_pairs()
+    paper = found["meta-llama/Llama-2-70b-chat-hf"]
+    assert (paper.draft, paper.head) == ("meta-llama/Llama-2-7b-chat-hf", "hacky/acchead-llama2-chat-7bx70b")
+    assert (found[CODER].draft, found[CODER].head) == ("Qwen/Qwen2.5-Coder-0.5B-Instruct", None)
+    assert all(target == pair.target != pair.draft for target, pair in found.items())
+
+
+def test_published_head_folders_name_their_own_pair() -> None:
+    """The folder ``draft--to--target`` of a published head must be that of the pair it is listed under."""
+    alias = {"TinyLlama-1.1B-Chat-v1.0": "tiny-llama-1.1b", "Llama-2-13b-hf": "llama-2-13b"}
+
+    def short(name: str) -> str:
+        last = name.rsplit("/", 1)[-1]
+        return alias.get(last, last.lower())
+
+    heads = [pair for pair in known_pairs().values() if (pair.head or "").startswith("ArcticHuaji/")]
+    assert len(heads) == 7
+    for pair in heads:
+        assert pair.head is not None
+        assert pair.head.split("/")[2] == f"{short(pair.draft)}--to--{short(pair.target)}"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [CODER, CODER.lower(), CODER.upper(), f"/models/{CODER.rsplit('/', 1)[-1]}", "~/m/qwen2.5-coder-1.5b-instruct/",
+     "./Qwen2.5-Coder-1.5B-Instruct", "/cache/hub/models--Qwen--Qwen2.5-Coder-1.5B-Instruct/snapshots/0123abcd"],
+)
+def test_find_by_hub_id_or_folder(target: str) -> None:
+    assert find_pair(target).draft == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+
+
+def test_find_by_relative_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "Qwen3-14B").mkdir(parents=True)
+    assert find_pair("models/Qwen3-14B").draft == "Qwen/Qwen3-1.7B"
+
+
+@pytest.mark.parametrize("target", ["someone/Qwen3-14B", "Qwen3-14B", "/models/Qwen3-14B-finetuned", "/"])
+def test_unknown_target_lists_the_known_and_shows_the_json(target: str, user_file: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        find_pair(target)
+    text = str(caught.value)
+    assert text.startswith(f"specdecpp: no draft is known for target {target!r}") and "\n" not in text
+    assert CODER in text and "meta-llama/Llama-2-70b-chat-hf" in text
+    assert '--speculative-config \'{"method": "specdecpp", "model": "DRAFT"}\'' in text
+    assert text.endswith(f'write {{"{target}": {{"draft": "DRAFT", "head": null}}}} to {user_file}')
+
+
+def test_the_json_that_the_error_shows_works(user_file: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        find_pair("org/new")
+    shown = str(caught.value).split("or write ")[1].rsplit(" to ", 1)[0]
+    write(user_file, shown)
+    assert find_pair("org/new").draft == "DRAFT"
+
+
+def test_the_users_entries_win_in_any_case(user_file: Path) -> None:
+    write(user_file, json.dumps({CODER.lower(): {"draft": "mine", "head": "my/head", "note": "trained here"}}))
+    pair = find_pair(CODER)
+    assert (pair.draft, pair.head, pair.note) == ("mine", "my/head", "trained here")
+    assert CODER not in known_pairs() and "Qwen/Qwen3-14B" in known_pairs()
+
+
+def test_the_file_named_by_the_environment_or_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = write(tmp_path / "named.json", '{"a/b": {"draft": "c/d"}}')
+    assert known_pairs(named)["a/b"].draft == "c/d"
+    monkeypatch.setenv(pairs.USER_FILE_VARIABLE, str(named))
+    assert find_pair("a/b").draft == "c/d"
+
+
+def test_a_file_that_was_asked_for_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "missing.json"
+    with pytest.raises(ValueError, match="pairs file .*missing.json cannot be read"):
+        known_pairs(missing)
+    monkeypatch.setenv(pairs.USER_FILE_VARIABLE, str(missing))
+    with pytest.raises(ValueError, match="pairs file .*missing.json cannot be read"):
+        find_pair(CODER)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[]", "must hold one JSON object"),
+        ('{"t": "d"}', "the entry of 't' must be an object like"),
+        ('{"t": {}}', "the entry of 't' is wrong at 'draft'"),
+        ('{"t": {"draft": 3}}', "wrong at 'draft'"),
+        ('{"t": {"draft": "d", "hed": "h"}}', "wrong at 'hed'"),
+        ('{"": {"draft": "d"}}', "wrong at 'target'"),
+    ],
+)
+def test_a_malformed_file_is_named_in_one_line(user_file: Path, text: str, message: str) -> None:
+    write(user_file, text)
+    with pytest.raises(ValueError) as caught:
+        find_pair(CODER)
+    assert str(caught.value).startswith(f"specdecpp: pairs file {user_file}")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_text_is_named(user_file: Path) -> None:
+    write(user_file, "")
+    user_file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        known_pairs()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the method ``specdecpp``, in one schema: the single source for the CLI, the dict and the worker."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+DEFAULT_THRESHOLD = {"threshold": 0.7, "confidence": 0.6, "entropy": 0.6}
+"""h per rule. 0.7 with a head is the paper's robust choice; the training-free ones were tuned by replay."""
+
+_MUST_BE = {
+    "model": "must name the draft model: a folder or a hub id (e.g. 'Qwen/Qwen2.5-Coder-0.5B-Instruct')",
+    "head": "must name the acceptance head: a folder or a hub id, or be left out for a training-free rule",
+    "head_revision": "must be a branch, tag or commit of the head's hub repository (e.g. 'main')",
+    "rule": "must be one of 'fixed', 'threshold', 'confidence', 'entropy'",
+    "threshold": "must lie strictly between 0 and 1 (e.g. 0.7)",
+    "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
+    "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
+    "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
+}
+
+
+class SpecDecPPConfig(BaseModel):
+    """The options of one engine.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) for a bad option; the classmethods flatten it to one line.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    model: str = Field(min_length=1)
+    """Draft model: a folder or a hub id. Must share the target's vocabulary."""
+
+    head: str | None = Field(default=None, min_length=1)
+    """Acceptance head of the rule ``threshold``: a folder or a hub id, ``org/name`` or ``org/name/folder/in/it``."""
+
+    head_revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of the head's hub repository."""
+
+    rule: Literal["fixed", "threshold", "confidence", "entropy"] | None = None
+    """Stop rule; by default ``threshold`` (the paper's) with a head, else ``confidence``, which needs no training."""
+
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """h: drafting stops once the estimated probability that some candidate is rejected, 1 - survival, exceeds it."""
+
+    num_speculative_tokens: int = Field(default=20, ge=1, le=128)
+    """Upper bound on the candidate length K (vLLM's name for it)."""
+
+    min_speculative_tokens: int = Field(default=1, ge=1)
+    """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it."""
+
+    trace_rounds: int = Field(default=0, ge=0)
+    """How many of the last rounds are kept for inspection; 0 keeps counters only."""
+
+    @model_validator(mode="after")
+    def _check_together(self, info: ValidationInfo) -> SpecDecPPConfig:
+        if self.min_speculative_tokens > self.num_speculative_tokens:
+            raise ValueError(
+                f"min_speculative_tokens={self.min_speculative_tokens} exceeds "
+                f"num_speculative_tokens={self.num_speculative_tokens}; lower the first or raise the second"
+            )
+        if self.rule == "threshold" and self.head is None:
+            raise ValueError(
+                "rule='threshold' needs an acceptance head; add head=FOLDER_OR_HUB_ID, or use rule='confidence'"
+            )
+        # A running engine keeps its head while another rule is tried out.
+        head_may_idle = bool(info.context and info.context.get("running"))
+        if self.head is not None and self.resolved_rule != "threshold" and not head_may_idle:
+            raise ValueError(f"rule={self.rule!r} does not use head={self.head!r}; leave one of the two out")
+        if self.head_revision is not None and self.head is None:
+            raise ValueError(f"head_revision={self.head_revision!r} has no head to go with; add head=HUB_ID or drop it")
+        if self.rule == "fixed" and self.threshold is not None:
+            raise ValueError(f"threshold={self.threshold} has no meaning with rule='fixed'; leave one of the two out")
+        return self
+
+    @property
+    def resolved_rule(self) -> str:
+        """The rule in force."""
+        if self.rule is not None:
+            return self.rule
+        return "threshold" if self.head is not None else "confidence"
+
+    @property
+    def resolved_threshold(self) -> float | None:
+        """The threshold h in force; None for ``fixed``."""
+        return self.threshold if self.threshold is not None else DEFAULT_THRESHOLD.get(self.resolved_rule)
+
+    @classmethod
+    def from_speculative_config(
+        cls, speculative_config: Mapping[str, Any], passthrough: Collection[str]
+    ) -> tuple[SpecDecPPConfig, dict[str, Any]]:
+        """Split the user's dict into our options and vLLM's.
+
+        Args:
+            speculative_config: e.g. ``{"method": "specdecpp", "model": ..., "threshold": 0.5}``; ``-`` may stand for
+                ``_`` in a key, and None means the default.
+            passthrough: the field names of ``vllm.config.SpeculativeConfig``.
+
+        Returns:
+            Our options, and what goes on to vLLM: the pass-through keys, ``model`` and ``num_speculative_tokens``.
+
+        Raises:
+            ValueError: one line naming the option, its value and the mend.
+        """
+        if not isinstance(speculative_config, Mapping):
+            raise ValueError(
+                f"specdecpp: the speculative config must be a JSON object, not {speculative_config!r} "
+                '(e.g. {"method": "specdecpp", "model": DRAFT})'
+            )
+        ours: dict[str, Any] = {}
+        passed_on: dict[str, Any] = {}
+        for key, value in speculative_config.items():
+            name = str(key).replace("-", "_")
+            if name in ours or name in passed_on:
+                raise ValueError(f"specdecpp: {name} is given twice, with '-' and with '_'; leave one out")
+            if name in cls.model_fields:
+                ours[name] = value
+            elif name in passthrough:
+                passed_on[name] = value
+            elif name != "method":
+                raise ValueError(_unknown(str(key), value, [*cls.model_fields, *passthrough]))
+        passed_on.pop("method", None)
+        config = cls._checked({name: value for name, value in ours.items() if value is not None})
+        passed_on |= {"model": config.model, "num_speculative_tokens": config.num_speculative_tokens}
+        return config, passed_on
+
+    def to_additional_config(self) -> dict[str, Any]:
+        """What travels in vLLM's ``additional_config``: JSON-serialisable, without the options left at None."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @classmethod
+    def from_additional_config(cls, options: Mapping[str, Any]) -> SpecDecPPConfig:
+        """The inverse of :meth:`to_additional_config`.
+
+        Raises:
+            ValueError: one line naming the option, its value and the mend.
+        """
+        if not isinstance(options, Mapping):
+            raise ValueError(f"specdecpp: additional_config['specdecpp'] must be a JSON object, not {options!r}")
+        return cls._checked(dict(options))
+
+    def with_changes(self, changes: Mapping[str, Any]) -> SpecDecPPConfig:
+        """These options with some replaced while the engine runs.
+
+        A new ``rule`` starts at its own default threshold unless one is given. A head that is loaded may stay unused.
+
+        Raises:
+            ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
+        """
+        for name in ("model", "head", "head_revision"):
+            if name in changes:
+                raise ValueError(f"specdecpp: {name}={changes[name]!r} cannot change at run time; restart with it")
+        options = self.model_dump(exclude_none=True)
+        if changes.get("rule", self.resolved_rule) != self.resolved_rule:
+            options.pop("threshold", None)
+        for name, value in changes.items():
+            options.pop(name, None)
+            if value is not None:
+                options[name] = value
+        return self._checked(options, running=True)
+
+    @classmethod
+    def _checked(cls, options: dict[str, Any], *, running: bool = False) -> SpecDecPPConfig:
+        """Validate, with pydantic's report flattened to one line."""
+        for name, value in options.items():
+            if name not in cls.model_fields:
+                raise ValueError(_unknown(name, value, list(cls.model_fields)))
+        try:
+            return cls.model_validate(options, context={"running": running})
+        except ValidationError as error:
+            parts = dict.fromkeys(_one_line(entry) for entry in error.errors())
+            raise ValueError("specdecpp: " + "; ".join(parts)) from None
+
+
+def _one_line(entry: Mapping[str, Any]) -> str:
+    """One entry of ``pydantic.ValidationError.errors()`` as option, value and mend."""
+    if not entry["loc"]:  # from _check_together, which words its own messages
+        return str(entry["msg"]).removeprefix("Value error, ")
+    name = str(entry["loc"][0])
+    if entry["type"] == "missing":
+        return f"{name} is missing; it {_MUST_BE[name]}"
+    if entry["type"] in ("int_type", "float_type") and isinstance(entry["input"], str):
+        return f"{name}={entry['input']!r} is text; write the number without quotes: it {_MUST_BE[name]}"
+    return f"{name}={entry['input']!r} {_MUST_BE[name]}"
+
+
+def _unknown(name: str, value: object, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
+    mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
+    return f"specdecpp: unknown option {name}={value!r}; {mend}"

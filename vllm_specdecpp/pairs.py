@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known target models and the draft (and acceptance head) that fits each; users add theirs in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+BUILT_IN_FILE = Path(__file__).with_name("pairs.json")
+DEFAULT_USER_FILE = Path("~/.config/vllm-specdecpp/pairs.json")
+USER_FILE_VARIABLE = "SPECDECPP_PAIRS"
+
+
+class Pair(BaseModel):
+    """A target model with the draft model and head to use for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    target: str = Field(min_length=1)
+    """Hub id or folder of the target model."""
+
+    draft: str = Field(min_length=1)
+    """Hub id or folder of the draft model."""
+
+    head: str | None = Field(default=None, min_length=1)
+    """Acceptance head as the option ``head`` takes it; None for a training-free rule."""
+
+    note: str = ""
+    """Where the pair comes from."""
+
+
+def known_pairs(user_file: Path | None = None) -> dict[str, Pair]:
+    """The built-in pairs and the user's, by target; the user's win, whatever the case of the name.
+
+    Args:
+        user_file: a JSON object ``{target: {"draft": ..., "head": ..., "note": ...}}``; by default the file named by
+            the environment variable ``SPECDECPP_PAIRS``, else ``~/.config/vllm-specdecpp/pairs.json`` if there is one.
+
+    Raises:
+        ValueError: one line naming the file: it was asked for and is missing, or it is malformed.
+    """
+    pairs = _read(BUILT_IN_FILE)
+    path, asked_for = _user_file(user_file)
+    if asked_for or path.exists():
+        own = _read(path)
+        overridden = {target.lower() for target in own}
+        pairs = {target: pair for target, pair in pairs.items() if target.lower() not in overridden} | own
+    return pairs
+
+
+def find_pair(target: str) -> Pair:
+    """The pair of a target model.
+
+    Args:
+        target: a hub id (any case) or a local folder, of which the last name counts, or the hub cache's folder.
+
+    Raises:
+        ValueError: an unknown target (the message lists the known ones and shows the JSON to write), or a bad file.
+    """
+    pairs = known_pairs()
+    by_name = {name.lower().rstrip("/"): pair for name, pair in pairs.items()}
+    if pair := by_name.get(target.lower().rstrip("/")):
+        return pair
+    if _is_local(target):
+        parts = [part.lower() for part in Path(target).expanduser().absolute().parts]
+        for name, pair in by_name.items():
+            if parts[-1] == name.rsplit("/", 1)[-1] or f"models--{name.replace('/', '--')}" in parts:
+                return pair
+    option = json.dumps({"method": "specdecpp", "model": "DRAFT"})
+    entry = json.dumps({target: {"draft": "DRAFT", "head": None}})
+    raise ValueError(
+        f"specdecpp: no draft is known for target {target!r}; known: {', '.join(sorted(pairs))}; name one with "
+        f"--speculative-config '{option}', or write {entry} to {_user_file(None)[0]}"
+    )
+
+
+def _is_local(target: str) -> bool:
+    return target.startswith(("/", "./", "../", "~")) or Path(target).is_dir()
+
+
+def _user_file(user_file: Path | None) -> tuple[Path, bool]:
+    """The user's file, and whether it was named explicitly."""
+    if user_file is not None:
+        return Path(user_file).expanduser(), True
+    if named := os.environ.get(USER_FILE_VARIABLE):
+        return Path(named).expanduser(), True
+    return DEFAULT_USER_FILE.expanduser(), False
+
+
+def _read(path: Path) -> dict[str, Pair]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"specdecpp: pairs file {path} cannot be read ({error.strerror}); create it or unset {USER_FILE_VARIABLE}"
+        ) from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"specdecpp: pairs file {path} is not valid JSON ({error}); mend or remove it") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f'specdecpp: pairs file {path} must hold one JSON object {{"TARGET": {{"draft": "DRAFT"}}}}')
+    pairs = {}
+    for target, fields in entries.items():
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f'specdecpp: pairs file {path}: the entry of {target!r} must be an object like {{"draft": "DRAFT"}}, '
+                f"not {fields!r}"
+            )
+        try:
+            pairs[target] = Pair.model_validate({"target": target, **fields})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            allowed = "draft (required), head, note"
+            raise ValueError(
+                f"specdecpp: pairs file {path}: the entry of {target!r} is wrong at {where!r} ({first['msg']}); "
+                f"its keys are {allowed}"
+            ) from None
+    return pairs
