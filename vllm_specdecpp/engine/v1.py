@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proposer for Model Runner V1: vLLM's draft model, our draft loop.
+
+Loading, compilation, KV groups and attention metadata stay vLLM's (``DraftModelProposer``); :meth:`propose` is our
+own: it drafts until every sequence has stopped, drops stopped sequences from the draft's batch, and returns candidates
+of different lengths, which vLLM's scheduler and rejection sampler take as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.decision.round import RoundState
+from vllm_specdecpp.decision.rules import StopRule, make_rule
+from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.head import AcceptanceHead
+
+logger = init_logger("vllm.specdecpp")
+
+
+class SpecDecPPProposer(DraftModelProposer):
+    """Drafts with a candidate length per sequence (``vllm.v1.spec_decode.draft_model.DraftModelProposer``).
+
+    Args:
+        vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
+        device: where the draft model runs.
+        runner: the ``GPUModelRunner`` that owns this proposer.
+        config: our checked options.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self.config = config
+        self.head: AcceptanceHead | None = None
+        self.rule: StopRule
+        self.log = RoundLog(config.trace_rounds)
+        self.draft_kv = DraftKV()
+        self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
+        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
+        super().load_model(target_model)
+        if self.config.head is not None:
+            self.head = AcceptanceHead.from_pretrained(
+                self.config.head,
+                revision=self.config.head_revision,
+                expected_hidden_size=self.hidden_size,
+                device=self.device,
+            )
+        self.rule = make_rule(self.config, self.head)
+
+    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
+        """Check ``changes`` against the options and put them in force.
+
+        Raises:
+            ValueError: an unknown option, a bad value, or a bound above the start-up value.
+        """
+        config = self.config.with_changes(changes)
+        if config.num_speculative_tokens > self._max_num_speculative_tokens:
+            raise ValueError(
+                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
+                f"{self._max_num_speculative_tokens} given at start-up; restart with a larger one"
+            )
+        rule = make_rule(config, self.head)
+        self.config, self.rule = config, rule
+        self.log.resize(config.trace_rounds)
+        return config
+
+    @torch.inference_mode()
+    def propose(  # type: ignore[override]
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,  # [num_tokens]
+        target_positions: torch.Tensor,  # [num_tokens]
+        target_hidden_states: torch.Tensor,  # [num_tokens, target_hidden_size]
+        next_token_ids: torch.Tensor,  # [num_reqs]
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,  # [num_reqs]
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Draft one round (``SpecDecodeBaseProposer.propose``, same arguments).
+
+        Returns:
+            Each request's candidates; an empty list where none are wanted.
+        """
+        self.num_speculative_tokens = num_speculative_tokens
+        self._last_draft_probs = None
+        query_starts = common_attn_metadata.query_start_loc_cpu.tolist()  # [num_reqs + 1]
+        num_reqs = common_attn_metadata.batch_size()
+        rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
+        rows = self._rows(query_starts, rejected)
+        self._log_verified(rows, query_starts, rejected, next_token_ids)
+
+        max_lengths = [self._max_length(row, index) for index, row in enumerate(rows)]
+        if not any(self._will_go_on(row, index) for index, row in enumerate(rows)):
+            self._finish_round(rows, [0] * num_reqs, [[] for _ in rows])
+            return [[] for _ in rows]
+
+        state = RoundState(
+            self.rule,
+            torch.tensor(max_lengths, device=self.device),
+            min_length=self.config.min_speculative_tokens,
+            stop_token_ids=self._stop_token_ids(rows),
+            agree=self._agree,
+        )
+        block_table = common_attn_metadata.block_table_tensor
+        inputs = first_pass(
+            rows, [self.draft_kv.first_missing(row) for row in rows], target_token_ids, query_starts[:-1],
+            next_token_ids, block_table, self.block_size, self.max_model_len,
+        )
+        hidden_states = self._run_draft_model(inputs, common_attn_metadata, 0)  # [num_tokens, hidden_size]
+        hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_reqs, hidden_size]
+        next_positions = inputs.seq_lens.to(self.device).long()  # [num_reqs] of the candidate to be drawn
+        # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
+        num_fed = [0 if self.runner.discard_request_mask.np[index] else 1 for index in range(num_reqs)]
+        drawn: list[torch.Tensor] = []  # per step: [num_reqs] candidates, -1 where none was submitted
+        probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
+
+        all_rows = torch.arange(num_reqs, device=self.device)
+        fed_rows = all_rows
+        while state.any_running():
+            running = state.running.nonzero().squeeze(1)  # [num_running]
+            hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
+            logits = self.model.compute_logits(hidden_states)  # [num_running, vocab_size]
+            needs = self.rule.needs
+            state.observe(
+                features_from_logits(
+                    logits, hidden_states, top1="top1_prob" in needs, entropy="entropy" in needs
+                ),
+                running,
+            )
+            metadata = _select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
+            token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
+            token_ids = self._agree(token_ids)
+            drawn.append(_scatter(token_ids, running, num_reqs, fill=-1))
+            if probs is not None:
+                probabilities.append(_scatter(probs, running, num_reqs, fill=0))
+            state.append(token_ids, running)
+            if not state.any_running():
+                break
+            keep = state.running[running]  # [num_running]
+            fed_rows = running[keep]
+            inputs = decode_pass(
+                token_ids[keep], next_positions[fed_rows] + len(drawn) - 1, block_table[fed_rows],
+                self.block_size, self.max_model_len,
+            )
+            hidden_states = self._run_draft_model(inputs, _with_rows(common_attn_metadata, fed_rows), len(drawn))
+            for index in fed_rows.tolist():
+                num_fed[index] += 1
+
+        candidates = _ragged(drawn, state.lengths)
+        if probabilities:
+            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()  # [num_reqs, num_steps, vocab_size]
+        self._finish_round(rows, num_fed, candidates)
+        return candidates
+
+    def _rows(self, query_starts: list[int], rejected: list[int]) -> list[RowState]:
+        """Where each request stands after verification."""
+        batch = self.runner.input_batch
+        computed = batch.num_computed_tokens_cpu  # [max_num_reqs] before this step's tokens
+        return [
+            RowState(
+                request_id,
+                int(computed[index]),
+                int(computed[index]) + query_starts[index + 1] - query_starts[index] - rejected[index],
+            )
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+
+    def _log_verified(
+        self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
+    ) -> None:
+        next_tokens = next_token_ids.tolist()
+        for index, row in enumerate(rows):
+            if row.request_id not in self._candidates or not self.draft_kv.continues(row):
+                continue
+            num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
+            candidates = self._candidates[row.request_id][:num_verified]
+            self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+
+    def _remaining(self, row: RowState) -> int:
+        """How many tokens the request may still emit after its next token."""
+        request = self.runner.requests[row.request_id]
+        remaining = self.max_model_len - 1 - row.next_position
+        if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
+            num_emitted = row.next_position + 1 - request.num_prompt_tokens
+            remaining = min(remaining, request.sampling_params.max_tokens - num_emitted)
+        return remaining
+
+    def _max_length(self, row: RowState, index: int) -> int:
+        """Upper bound on the request's candidate length: one token of every round is the target's own."""
+        if self.runner.discard_request_mask.np[index]:  # an unfinished prefill samples nothing
+            return 0
+        bound = min(self.num_speculative_tokens, self.config.num_speculative_tokens, self._remaining(row) - 1)
+        return max(bound, 0)
+
+    def _will_go_on(self, row: RowState, index: int) -> bool:
+        """Whether the request can need the draft model again, so that its KV must be kept right."""
+        return bool(self.runner.discard_request_mask.np[index]) or self._remaining(row) > 1
+
+    def _stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
+        """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""
+        sets = []
+        for row in rows:
+            params = self.runner.requests[row.request_id].sampling_params
+            ids = set(params.stop_token_ids or ()) if params is not None else set()
+            if params is not None and params.eos_token_id is not None:
+                ids.add(params.eos_token_id)
+            sets.append(sorted(ids))
+        width = max(map(len, sets), default=0)
+        if width == 0:
+            return None
+        return torch.tensor([ids + [-1] * (width - len(ids)) for ids in sets], device=self.device)
+
+    def _run_draft_model(
+        self, inputs: DraftInputs, like: CommonAttentionMetadata, draft_index: int
+    ) -> torch.Tensor:
+        """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
+        num_tokens = inputs.token_ids.shape[0]
+        self.input_ids[:num_tokens] = inputs.token_ids
+        self.positions[:num_tokens] = inputs.positions
+        lengths = inputs.query_start_loc.diff()
+        max_seq_len = int(inputs.seq_lens.max())
+        metadata = like.replace(
+            query_start_loc=inputs.query_start_loc.to(self.device),
+            query_start_loc_cpu=inputs.query_start_loc,
+            seq_lens=inputs.seq_lens.to(self.device),
+            seq_lens_cpu_upper_bound=inputs.seq_lens.clone(),
+            num_reqs=len(lengths),
+            num_actual_tokens=num_tokens,
+            max_query_len=int(lengths.max()),
+            max_seq_len=max_seq_len,
+            slot_mapping=inputs.slot_mapping,
+        )
+        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
+        _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=draft_index)
+        model_kwargs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
+        with set_forward_context(
+            per_layer,
+            self.vllm_config,
+            num_tokens=num_input_tokens,
+            num_tokens_across_dp=num_tokens_across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(slot_mapping_size, metadata.slot_mapping),
+        ):
+            hidden_states = self.model(**model_kwargs)
+        self.log.draft_pass()
+        return hidden_states[:num_tokens]
+
+    def _agree(self, decision: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return decision
+        return group.broadcast(decision.int().contiguous(), src=0).to(decision.dtype)
+
+    def _finish_round(self, rows: list[RowState], num_fed: list[int], candidates: list[list[int]]) -> None:
+        self.draft_kv.replace(rows, num_fed)
+        self._candidates = {
+            row.request_id: tokens
+            for index, (row, tokens) in enumerate(zip(rows, candidates, strict=True))
+            if not self.runner.discard_request_mask.np[index]
+        }
+
+
+def _select_rows(metadata: SamplingMetadata, rows: torch.Tensor) -> SamplingMetadata:
+    """The sampling metadata of some rows, as far as drawing candidates reads it."""
+    temperature = metadata.temperature
+    return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
+
+
+def _with_rows(metadata: CommonAttentionMetadata, rows: torch.Tensor) -> CommonAttentionMetadata:
+    return metadata.replace(block_table_tensor=metadata.block_table_tensor[rows])
+
+
+def _scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:
+    """``values`` at ``rows``, ``fill`` elsewhere: [num_reqs, ...]."""
+    if values.shape[0] == num_reqs:
+        return values
+    out = values.new_full((num_reqs, *values.shape[1:]), fill)
+    out[rows] = values
+    return out
+
+
+def _ragged(drawn: list[torch.Tensor], lengths: torch.Tensor) -> list[list[int]]:
+    """Per-step columns to per-request lists."""
+    if not drawn:
+        return [[] for _ in range(lengths.shape[0])]
+    table = torch.stack(drawn, dim=1).tolist()  # [num_reqs, num_steps]
+    return [tokens[:length] for tokens, length in zip(table, lengths.tolist(), strict=True)]
