@@ -102,7 +102,10 @@ def first_pass(
     For each request: the verified tokens from ``first_missing`` on, then its next token.
     """
     device = target_token_ids.device
-    source, positions, owner, lengths = [], [], [], []
+    source: list[int] = []  # where each token stands in target_token_ids
+    positions: list[int] = []
+    owner: list[int] = []
+    lengths: list[int] = []
     for index, (row, start, query_start) in enumerate(zip(rows, first_missing, query_starts, strict=True)):
         offset = query_start - row.first_query_position
         source.extend(range(start + offset, row.next_position + offset))

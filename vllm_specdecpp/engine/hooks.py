@@ -38,6 +38,7 @@ _BASE = "vllm.v1.spec_decode.llm_base_proposer"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _NO_REGISTRY = "vllm-project/vllm#36219"
 
+# fmt: off
 LEDGER: tuple[Hook, ...] = (
     Hook(f"{_ARGS}:EngineArgs.create_engine_config", ("self", "usage_context", "headless"),
          "wrapped: turns method specdecpp into official options", _NO_REGISTRY, "vLLM has a registry of methods"),
@@ -55,6 +56,9 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.worker.gpu_worker:Worker.init_device", ("self",),
          "overridden: replaces model_runner.drafter before the models load", _NO_REGISTRY,
          "0.33 is the oldest supported version (worker_extension_cls with init_worker_extension)"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", ("self",),
+         "extended: the draft model is timed once it is compiled"),
+    Hook("vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model", ("self",), "extended, as above, on CPUs"),
     Hook("vllm.v1.worker.cpu_worker:CPUWorker.init_device", ("self",), "overridden, as above, on CPUs"),
     Hook("vllm.v1.spec_decode.draft_model:DraftModelProposer.__init__", ("self", "vllm_config", "device", "runner"),
          "subclassed: loading, KV groups, attention metadata and compilation of the draft model stay vLLM's",
@@ -80,6 +84,11 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.forward_context:set_forward_context",
          ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp", "cudagraph_runtime_mode",
           "slot_mapping"), "called for each draft pass"),
+    Hook(f"{_RUNNER}:GPUModelRunner",
+         ("drafter", "input_batch", "requests", "discard_request_mask", "effective_drafter_max_model_len",
+          "num_spec_tokens"), "attributes that the proposer reads or the worker sets"),
+    Hook("vllm.v1.worker.gpu_input_batch:InputBatch", ("num_computed_tokens_cpu",),
+         "where each request's query starts"),
     Hook(f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids", ("self", "scheduler_output", "sampled_token_ids"),
          "calls drafter.propose; takes list[list[int]] of different lengths", "vllm-project/vllm#48202"),
     Hook(f"{_RUNNER}:GPUModelRunner._input_fits_in_drafter", ("self", "common_attn_metadata"),
@@ -96,6 +105,7 @@ LEDGER: tuple[Hook, ...] = (
          ("output_ptr", "input_ptr", "cu_num_tokens_ptr", "replace_from", "replace_to", "MAX_NUM_TOKENS"),
          "CPU only: the kernel that is mended"),
 )
+# fmt: on
 
 
 def vllm_version() -> str | None:

@@ -42,6 +42,12 @@ class SpecDecPPWorkerMixin:
         # Lengths are clamped per request, so one long request need not stop drafting for the whole batch.
         runner.effective_drafter_max_model_len += runner.num_spec_tokens
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as vLLM does, then let the proposer time the draft model."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        self._proposer.measure_widths()
+        return times
+
     @property
     def _proposer(self) -> SpecDecPPProposer:
         return self.model_runner.drafter

@@ -54,8 +54,11 @@ def _user_dict(args: Any) -> dict[str, Any] | None:
     merged: dict[str, Any] = {str(k).replace("-", "_"): v for k, v in raw.items()} if isinstance(raw, Mapping) else {}
     if METHOD not in (merged.get("method"), args.spec_method):
         return None
-    flags = {"method": ("--spec-method", args.spec_method), "model": ("--spec-model", args.spec_model),
-             "num_speculative_tokens": ("--spec-tokens", args.spec_tokens)}
+    flags = {
+        "method": ("--spec-method", args.spec_method),
+        "model": ("--spec-model", args.spec_model),
+        "num_speculative_tokens": ("--spec-tokens", args.spec_tokens),
+    }
     for key, (flag, value) in flags.items():
         if value is None:
             continue
@@ -73,8 +76,7 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             raise ValueError(f"specdecpp: {key}={user[key]} cannot be used: {reason}; leave it out")
     if args.worker_cls != "auto":
         raise ValueError(
-            f"specdecpp: --worker-cls {args.worker_cls} cannot be combined with specdecpp, which brings its own Worker; "
-            "leave --worker-cls out"
+            f"specdecpp: --worker-cls {args.worker_cls} cannot be used, specdecpp brings its own Worker; leave it out"
         )
     if args.async_scheduling:
         raise ValueError(
@@ -91,7 +93,7 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
         )
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise ValueError(
-            "specdecpp: VLLM_USE_V2_MODEL_RUNNER=1 is not supported yet; unset it (specdecpp then selects Model Runner V1)"
+            "specdecpp: VLLM_USE_V2_MODEL_RUNNER=1 is not supported yet; unset it, and Model Runner V1 will be selected"
         )
 
 
@@ -156,7 +158,12 @@ def _announce(config: SpecDecPPConfig) -> None:
     source = f"head {config.head}" if config.head else "no head given: training-free"
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        config.model, config.resolved_rule, source, bound, config.min_speculative_tokens, config.num_speculative_tokens,
+        config.model,
+        config.resolved_rule,
+        source,
+        bound,
+        config.min_speculative_tokens,
+        config.num_speculative_tokens,
     )
 
 
@@ -169,7 +176,8 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         try:
             vllm_config = original(self, *args, **kwargs)
         except ValidationError as error:
-            raise ValueError(f"specdecpp: model={config.model!r} as draft of {self.model!r}: {_one_line(error)}") from error
+            what = f"model={config.model!r} as draft of {self.model!r}"
+            raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
         _check_head(config, vllm_config)
         _announce(config)
         return vllm_config

@@ -26,6 +26,7 @@ from vllm_specdecpp.decision.round import RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_rule
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.head import AcceptanceHead
 
 logger = init_logger("vllm.specdecpp")
@@ -49,6 +50,8 @@ class SpecDecPPProposer(DraftModelProposer):
         self.rule: StopRule
         self.log = RoundLog(config.trace_rounds)
         self.draft_kv = DraftKV()
+        self.pass_widths = RowWidths()
+        self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
 
@@ -63,6 +66,26 @@ class SpecDecPPProposer(DraftModelProposer):
                 device=self.device,
             )
         self.rule = make_rule(self.config, self.head)
+
+    @torch.inference_mode()
+    def measure_widths(self) -> None:
+        """Time the draft model's passes at small widths; call once the model is compiled. GPUs pad to their graphs."""
+        if self.device.type != "cpu":
+            return
+
+        def run_model(num_rows: int) -> None:
+            with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
+                self.model(**self.build_model_inputs_first_pass(num_rows, num_rows, None)[0])
+
+        def run_logits(num_rows: int) -> None:
+            self.model.compute_logits(self.hidden_states[:num_rows])
+
+        most = min(MAX_ROWS, self.max_num_tokens)
+        tables = torch.tensor([measure(run_model, most), measure(run_logits, most)], dtype=torch.float64)
+        tables = self._agree(tables)  # ranks that pad differently would not meet in an all-reduce
+        self.pass_widths, self.logits_widths = (RowWidths(table) for table in tables.tolist())
+        chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
+        logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
         """Check ``changes`` against the options and put them in force.
@@ -82,7 +105,7 @@ class SpecDecPPProposer(DraftModelProposer):
         return config
 
     @torch.inference_mode()
-    def propose(  # type: ignore[override]
+    def propose(
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,  # [num_tokens]
@@ -123,10 +146,16 @@ class SpecDecPPProposer(DraftModelProposer):
         )
         block_table = common_attn_metadata.block_table_tensor
         inputs = first_pass(
-            rows, [self.draft_kv.first_missing(row) for row in rows], target_token_ids, query_starts[:-1],
-            next_token_ids, block_table, self.block_size, self.max_model_len,
+            rows,
+            [self.draft_kv.first_missing(row) for row in rows],
+            target_token_ids,
+            query_starts[:-1],
+            next_token_ids,
+            block_table,
+            self.block_size,
+            self.max_model_len,
         )
-        hidden_states = self._run_draft_model(inputs, common_attn_metadata, 0)  # [num_tokens, hidden_size]
+        hidden_states = self._run_draft_model(inputs, block_table, 0)  # [num_tokens, hidden_size]
         hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_reqs, hidden_size]
         next_positions = inputs.seq_lens.to(self.device).long()  # [num_reqs] of the candidate to be drawn
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
@@ -139,12 +168,10 @@ class SpecDecPPProposer(DraftModelProposer):
         while state.any_running():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
-            logits = self.model.compute_logits(hidden_states)  # [num_running, vocab_size]
+            logits = self._compute_logits(hidden_states)  # [num_running, vocab_size]
             needs = self.rule.needs
             state.observe(
-                features_from_logits(
-                    logits, hidden_states, top1="top1_prob" in needs, entropy="entropy" in needs
-                ),
+                features_from_logits(logits, hidden_states, top1="top1_prob" in needs, entropy="entropy" in needs),
                 running,
             )
             metadata = _select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
@@ -158,11 +185,15 @@ class SpecDecPPProposer(DraftModelProposer):
                 break
             keep = state.running[running]  # [num_running]
             fed_rows = running[keep]
+            fed_blocks = block_table[fed_rows]
             inputs = decode_pass(
-                token_ids[keep], next_positions[fed_rows] + len(drawn) - 1, block_table[fed_rows],
-                self.block_size, self.max_model_len,
+                token_ids[keep],
+                next_positions[fed_rows] + len(drawn) - 1,
+                fed_blocks,
+                self.block_size,
+                self.max_model_len,
             )
-            hidden_states = self._run_draft_model(inputs, _with_rows(common_attn_metadata, fed_rows), len(drawn))
+            hidden_states = self._run_draft_model(inputs, fed_blocks, len(drawn))
             for index in fed_rows.tolist():
                 num_fed[index] += 1
 
@@ -230,27 +261,27 @@ class SpecDecPPProposer(DraftModelProposer):
             return None
         return torch.tensor([ids + [-1] * (width - len(ids)) for ids in sets], device=self.device)
 
-    def _run_draft_model(
-        self, inputs: DraftInputs, like: CommonAttentionMetadata, draft_index: int
-    ) -> torch.Tensor:
+    def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
         """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
         num_tokens = inputs.token_ids.shape[0]
         self.input_ids[:num_tokens] = inputs.token_ids
         self.positions[:num_tokens] = inputs.positions
         lengths = inputs.query_start_loc.diff()
-        max_seq_len = int(inputs.seq_lens.max())
-        metadata = like.replace(
+        metadata = CommonAttentionMetadata(
             query_start_loc=inputs.query_start_loc.to(self.device),
             query_start_loc_cpu=inputs.query_start_loc,
             seq_lens=inputs.seq_lens.to(self.device),
-            seq_lens_cpu_upper_bound=inputs.seq_lens.clone(),
+            seq_lens_cpu_upper_bound=inputs.seq_lens,
             num_reqs=len(lengths),
             num_actual_tokens=num_tokens,
             max_query_len=int(lengths.max()),
-            max_seq_len=max_seq_len,
+            max_seq_len=int(inputs.seq_lens.max()),
+            block_table_tensor=block_table,
             slot_mapping=inputs.slot_mapping,
         )
-        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
+        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(
+            self.pass_widths.cheapest(num_tokens)
+        )
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=draft_index)
         model_kwargs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
         with set_forward_context(
@@ -265,12 +296,21 @@ class SpecDecPPProposer(DraftModelProposer):
         self.log.draft_pass()
         return hidden_states[:num_tokens]
 
+    def _compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The draft's logits [num_rows, vocab_size] from its hidden states [num_rows, hidden_size]."""
+        num_rows = hidden_states.shape[0]
+        if (width := self.logits_widths.cheapest(num_rows)) > num_rows:
+            padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])
+            hidden_states = torch.cat([hidden_states, padding])
+        return self.model.compute_logits(hidden_states)[:num_rows]
+
     def _agree(self, decision: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
         group = get_tp_group()
         if group.world_size == 1:
             return decision
-        return group.broadcast(decision.int().contiguous(), src=0).to(decision.dtype)
+        message = decision.to(torch.uint8) if decision.dtype == torch.bool else decision
+        return group.broadcast(message.contiguous(), src=0).to(decision.dtype)
 
     def _finish_round(self, rows: list[RowState], num_fed: list[int], candidates: list[list[int]]) -> None:
         self.draft_kv.replace(rows, num_fed)
@@ -285,10 +325,6 @@ def _select_rows(metadata: SamplingMetadata, rows: torch.Tensor) -> SamplingMeta
     """The sampling metadata of some rows, as far as drawing candidates reads it."""
     temperature = metadata.temperature
     return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
-
-
-def _with_rows(metadata: CommonAttentionMetadata, rows: torch.Tensor) -> CommonAttentionMetadata:
-    return metadata.replace(block_table_tensor=metadata.block_table_tensor[rows])
 
 
 def _scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger against the installed vLLM, and against the sources of the other supported version."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vllm_specdecpp.engine import hooks
+
+OTHER_VERSION = "0.33.0"
+
+
+def test_ledger_matches_the_installed_vllm():
+    assert hooks.problems() == ()
+
+
+def test_every_entry_says_why():
+    for hook in hooks.LEDGER:
+        assert hook.why, hook.symbol
+    assert len({hook.symbol for hook in hooks.LEDGER}) == len(hooks.LEDGER)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (None, "m:C.f is gone"),
+        ("class C: pass", "m:C.f is gone"),
+        ("class C:\n def f(self): pass", "m:C.f has no x"),
+        ("class C:\n def f(self, *, x=1): pass", None),
+        ("class C:\n async def f(self, x): pass", None),
+    ],
+)
+def test_a_changed_symbol_is_found(source, expected):
+    found = hooks.find_problems(lambda _: source, (hooks.Hook("m:C.f", ("self", "x")),))
+    assert found == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("version", [None, "0.31.4", "0.34.0", "1.0"])
+def test_an_unknown_vllm_is_refused_in_one_line(monkeypatch, version):
+    hooks.problems.cache_clear()
+    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
+    try:
+        with pytest.raises(ValueError, match="supported version") as caught:
+            hooks.require_supported()
+    finally:
+        hooks.problems.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0"])
+def test_a_supported_vllm_is_checked_symbol_by_symbol(monkeypatch, version):
+    hooks.problems.cache_clear()
+    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
+    monkeypatch.setattr(hooks, "_installed_source", lambda module: None)
+    try:
+        assert len(hooks.problems()) == len(hooks.LEDGER)
+    finally:
+        hooks.problems.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def other_sources(tmp_path_factory):
+    """vLLM's sources of the other supported version, read from its wheel without installing it."""
+    folder = tmp_path_factory.mktemp("vllm")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), f"vllm=={OTHER_VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        pytest.skip(f"vLLM {OTHER_VERSION} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+
+        def read(module: str) -> str | None:
+            base = Path(*module.split("."))
+            for path in (base.with_suffix(".py"), base / "__init__.py"):
+                if path.as_posix() in names:
+                    return archive.read(path.as_posix()).decode()
+            return None
+
+        yield read
+
+
+@pytest.mark.timeout(1000)
+def test_ledger_matches_the_other_version(other_sources):
+    assert hooks.find_problems(other_sources) == []

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a user types to vLLM's own options, in the front-end process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+vllm_args = pytest.importorskip("vllm.engine.arg_utils")
+
+from vllm_specdecpp import plugin  # noqa: E402
+from vllm_specdecpp.engine import options  # noqa: E402
+
+DRAFT = "org/draft"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """Leave the model runner's choice as it was."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    plugin.register()
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """EngineArgs would look the model up on the hub when it is offline."""
+    monkeypatch.setattr(vllm_args, "get_model_path", lambda model, revision: model)
+
+
+def _args(**kwargs):
+    return vllm_args.EngineArgs(**{"model": "org/target", **kwargs})
+
+
+def _parse(*argv: str):
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = vllm_args.AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return vllm_args.AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", "org/target", *argv]))
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps({"org/target": {"draft": DRAFT}}))
+    monkeypatch.setenv("SPECDECPP_PAIRS", str(file))
+
+
+def _check(args) -> dict:
+    assert options.expand(args) is not None
+    assert args.speculative_config["method"] == "draft_model"
+    assert args.speculative_config["model"] == DRAFT
+    assert args.worker_cls == "vllm_specdecpp.engine.cpu_worker.CPUWorker"
+    assert args.async_scheduling is False
+    assert (args.spec_method, args.spec_model, args.spec_tokens) == (None, None, None)
+    return args.additional_config["specdecpp"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--speculative-config", "specdecpp"),
+        ("-sc", "specdecpp"),
+        ("--speculative-config=specdecpp",),
+        ("--spec-method", "specdecpp"),
+    ],
+)
+def test_bare_word_finds_the_pair(pairs, no_hub, argv):
+    _check(_parse(*argv))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--speculative-config", json.dumps({"method": "specdecpp", "model": DRAFT, "threshold": 0.3})),
+        ("--speculative-config.method", "specdecpp", "--speculative-config.model", DRAFT,
+         "--speculative-config.threshold", "0.3"),
+        ("--spec-method", "specdecpp", "--spec-model", DRAFT, "--speculative-config", '{"threshold": 0.3}'),
+    ],
+)  # fmt: skip
+def test_options_reach_the_worker(no_hub, argv):
+    assert _check(_parse(*argv))["threshold"] == 0.3
+
+
+def test_spec_tokens_is_the_upper_bound(no_hub):
+    args = _parse("--spec-method", "specdecpp", "--spec-model", DRAFT, "--spec-tokens", "7")
+    assert _check(args)["num_speculative_tokens"] == 7
+    assert args.speculative_config["num_speculative_tokens"] == 7
+
+
+def test_python_forms(pairs, no_hub):
+    _check(_args(speculative_config="specdecpp"))
+    _check(_args(speculative_config={"method": "specdecpp"}))
+    _check(_args(spec_method="specdecpp", spec_model=DRAFT))
+
+
+def test_vllms_own_options_pass_through(no_hub):
+    args = _args(speculative_config={"method": "specdecpp", "model": DRAFT, "draft_sample_method": "probabilistic"})
+    _check(args)
+    assert args.speculative_config["draft_sample_method"] == "probabilistic"
+
+
+def test_additional_config_of_the_user_is_kept(no_hub):
+    args = _args(speculative_config={"method": "specdecpp", "model": DRAFT}, additional_config={"theirs": 1})
+    _check(args)
+    assert args.additional_config["theirs"] == 1
+
+
+def test_a_second_expansion_changes_nothing(no_hub):
+    args = _args(speculative_config={"method": "specdecpp", "model": DRAFT})
+    _check(args)
+    before = dict(vars(args))
+    assert options.expand(args) is None
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize("config", [None, {"method": "ngram", "num_speculative_tokens": 3}])
+def test_other_methods_are_left_alone(no_hub, config):
+    args = _args(speculative_config=config)
+    before = dict(vars(args))
+    assert options.expand(args) is None
+    assert vars(args) == before
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"worker_cls": "my.Worker"}, ["--worker-cls my.Worker", "leave it out"]),
+        ({"async_scheduling": True}, ["--async-scheduling", "leave it out"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "use 1"]),
+        ({"data_parallel_size": 2}, ["data_parallel_size=2", "use 1"]),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_with_the_mend(no_hub, kwargs, words):
+    args = _args(speculative_config={"method": "specdecpp", "model": DRAFT}, **kwargs)
+    with pytest.raises(ValueError, match="^specdecpp: ") as caught:
+        options.expand(args)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["parallel_drafting", "use_local_argmax_reduction", "use_heterogeneous_vocab"])
+def test_unusable_speculative_options_are_refused_with_the_reason(no_hub, key):
+    with pytest.raises(ValueError, match=f"^specdecpp: {key}=True cannot be used: "):
+        options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT, key: True}))
+
+
+def test_model_runner_v2_is_refused(no_hub, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+        options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT}))
+
+
+def test_flag_and_json_that_disagree_are_refused(no_hub):
+    args = _args(speculative_config={"model": DRAFT}, spec_method="specdecpp", spec_model="org/other")
+    with pytest.raises(ValueError, match="--spec-model org/other"):
+        options.expand(args)
+
+
+def test_registering_twice_wraps_once():
+    before = vllm_args.EngineArgs.create_engine_config, vllm_args.EngineArgs.add_cli_args
+    plugin.register()
+    plugin.register()
+    assert (vllm_args.EngineArgs.create_engine_config, vllm_args.EngineArgs.add_cli_args) == before
+    assert before[0].__wrapped__.__qualname__ == "EngineArgs.create_engine_config"
+    assert not hasattr(before[0].__wrapped__, "__wrapped__")
+
+
+def test_works_beside_a_plugin_that_wraps_the_same_method(no_hub, monkeypatch):
+    """Ours is wrapped already; another plugin wraps it again: both see the call, and vLLM's own gets our options."""
+    seen = []
+    ours = vllm_args.EngineArgs.create_engine_config
+
+    def other(self, *args, **kwargs):
+        seen.append(self.speculative_config["method"])
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(vllm_args.EngineArgs, "create_engine_config", other)
+    plugin.register()
+    assert vllm_args.EngineArgs.create_engine_config is other
+    monkeypatch.setattr(
+        vllm_args,
+        "maybe_override_with_speculators",
+        lambda model, tokenizer, vllm_speculative_config, **_: (model, tokenizer, vllm_speculative_config),
+    )
+
+    class Reached(Exception):
+        """vLLM's own method has begun, with the options that it was given."""
+
+    def create_model_config(self):
+        seen.append(self.speculative_config)
+        raise Reached
+
+    monkeypatch.setattr(vllm_args.EngineArgs, "create_model_config", create_model_config)
+    with pytest.raises(Reached):
+        _args(speculative_config={"method": "specdecpp", "model": DRAFT}).create_engine_config()
+    assert seen[0] == "specdecpp"
+    assert seen[1]["method"] == "draft_model"
+
+
+def test_register_never_raises(monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("no such hook")
+
+    monkeypatch.setattr(options, "install", broken)
+    monkeypatch.setattr(logging.getLogger("vllm.specdecpp"), "level", logging.WARNING)
+    logger = logging.getLogger("vllm.specdecpp")
+    logger.addHandler(caplog.handler)
+    try:
+        plugin.register()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "no such hook" in caplog.text
+
+
+def test_an_unsupported_vllm_still_serves_without_us(no_hub, monkeypatch):
+    from vllm_specdecpp.engine import hooks
+
+    monkeypatch.setattr(hooks, "problems", lambda: ("X.y is gone",))
+    assert options.expand(_args()) is None
+    with pytest.raises(ValueError, match="X.y is gone"):
+        options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT}))
+
+
+def test_loading_the_plugin_imports_nothing_heavy_of_ours():
+    """Every vLLM process loads the plugin; the draft loop, the head and the decision core must wait until used."""
+    code = (
+        "import sys, vllm.engine.arg_utils; before = set(sys.modules);"
+        "from vllm_specdecpp.plugin import register; register();"
+        "print(*sorted(m for m in set(sys.modules) - before if 'specdecpp' not in m.split('.')[0].lower() or "
+        "m.startswith(('vllm_specdecpp.head', 'vllm_specdecpp.decision', 'vllm_specdecpp.engine.v1'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert [m for m in done.stdout.split() if m.startswith(("vllm", "torch"))] == []

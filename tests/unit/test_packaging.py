@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is packaged, where the kernels end up, what the install asks for, and that importing stays cheap."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import vllm_specdecpp
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "vllm_specdecpp", "kernels"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository to build in: a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in SOURCES:
+        source, copy = ROOT / name, folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    return folder
+
+
+def build(tree: Path, kind: str, out: Path) -> zipfile.ZipFile:
+    """The wheel that pip would install; ``kind`` is ``wheel`` or ``editable`` (PEP 517, 660)."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(out / done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return build(tree, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def metadata_of_wheel(wheel: zipfile.ZipFile) -> Message:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def python(code: str, *options: str, cwd: Path) -> list[str]:
+    """Lines that ``code`` prints in a new process, without this environment's variables for Python."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_wheel_holds_the_package_its_data_and_the_kernels_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    for path in ROOT.glob("vllm_specdecpp/**/*"):
+        if path.suffix in (".py", ".json") or path.name == "py.typed":
+            assert str(path.relative_to(ROOT)) in names
+    for path in ROOT.glob("kernels/**/*.py"):
+        assert f"vllm_specdecpp/{path.relative_to(ROOT)}" in names
+    assert {name.split("/")[0] for name in names} == {"vllm_specdecpp"}
+
+
+def test_wheel_leaves_the_users_vllm_and_torch_alone(metadata_of_wheel: Message) -> None:
+    requirements = [Requirement(line) for line in metadata_of_wheel.get_all("Requires-Dist", [])]
+    assert not [requirement for requirement in requirements if re.match(r"vllm\b", requirement.name)]
+    (torch,) = [requirement for requirement in requirements if requirement.name == "torch"]
+    assert str(torch.specifier) == ""
+    assert metadata_of_wheel["Requires-Python"] == ">=3.10"
+
+
+def test_wheel_names_version_extras_and_entry_point(wheel: zipfile.ZipFile, metadata_of_wheel: Message) -> None:
+    assert metadata_of_wheel["Name"] == "vllm-specdecpp"
+    assert metadata_of_wheel["Version"] == vllm_specdecpp.__version__
+    assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "dev"]
+    (name,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+    assert wheel.read(name).decode().split("\n")[:2] == [
+        "[vllm.general_plugins]",
+        "specdecpp = vllm_specdecpp.plugin:register",
+    ]
+
+
+def test_editable_install_maps_the_kernels_below_the_package(tree: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    build(tree, "editable", tmp_path).extractall(site)
+    code = f"""
+import site
+site.addsitedir({str(site)!r})
+import vllm_specdecpp, vllm_specdecpp.kernels
+print(vllm_specdecpp.__file__)
+print(vllm_specdecpp.kernels.__file__)
+"""
+    # -S: without the installed packages, among which this very package may be.
+    assert python(code, "-S", cwd=tmp_path) == [
+        str(tree / "vllm_specdecpp/__init__.py"),
+        str(tree / "kernels/__init__.py"),
+    ]
+
+
+@pytest.mark.parametrize("module", ["vllm_specdecpp", "vllm_specdecpp.cpu_install", "vllm_specdecpp.models"])
+def test_import_brings_in_nothing_heavy(module: str) -> None:
+    code = f"""
+import sys
+before = set(sys.modules)
+import {module}
+loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(name for name in loaded - set(sys.stdlib_module_names)))
+"""
+    assert python(code, cwd=ROOT) == ["vllm_specdecpp"]
+
+
+def test_public_names_are_imported_on_demand() -> None:
+    for name in vllm_specdecpp.__all__:
+        assert getattr(vllm_specdecpp, name) is not None
+        assert name in dir(vllm_specdecpp)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        vllm_specdecpp.nothing  # noqa: B018
+
+
+def make_lines(target: str) -> list[str]:
+    # Under `make test` this would be a sub-make, which prints the folder it leaves.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", "--dry-run", target]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("target", "last"), [("test", "-m pytest "), ("demo", "-m benchmarks.demo"), ("bench", "-m benchmarks.run")]
+)
+def test_nothing_is_printed_after_the_command_itself(target: str, last: str) -> None:
+    assert last in make_lines(target)[-1]
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert re.search(r"^exec make .*\btest\b", script.read_text(), re.MULTILINE)

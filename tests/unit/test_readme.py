@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README says what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vllm_specdecpp.config import SpecDecPPConfig, options_table
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_option_table_is_the_schema():
+    found = re.search(r"<!-- options -->\n(.*)\n<!-- /options -->", README, re.DOTALL)
+    assert found is not None
+    assert found[1].strip() == options_table(), "paste the output of vllm_specdecpp.config.options_table()"
+
+
+def test_every_option_is_explained():
+    for name, field in SpecDecPPConfig.model_fields.items():
+        assert field.description and len(field.description) > 20, name
+
+
+def test_named_files_exist():
+    for path in re.findall(r"`((?:vllm_specdecpp|benchmarks|examples|kernels|docs|tests)/[\w./-]*)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_named_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert named and named <= targets, named - targets
