@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment of every test, and the fixtures of those that run vLLM.
+
+vLLM runs in this process (no engine-core process), on one thread, in float32: the tests reach its proposer, and its
+numbers are those of a plain Hugging Face model up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_USE_V2_MODEL_RUNNER="0",
+)
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Folders of the tiny checkpoints."""
+    from tests import tiny_models
+
+    return tiny_models.ensure()
+
+
+@pytest.fixture(scope="session")
+def reference(tiny):
+    """name → the checkpoint as the oracle's :class:`reference_loop.GreedyModel`, which remembers what it computed."""
+    import functools
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.reference_loop import GreedyModel
+
+    @functools.cache
+    def load(name: str) -> GreedyModel:
+        return GreedyModel(AutoModelForCausalLM.from_pretrained(getattr(tiny, name), dtype=torch.float32))
+
+    return load

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's OpenAI server on loopback with our method: separate processes, the bare word and JSON, the openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import engine_harness as harness
+
+openai = pytest.importorskip("openai")
+
+START_SECONDS = 180
+STOP_SECONDS = 30
+NUM_REQUESTS = 8
+MAX_TOKENS = 24
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
+
+
+@contextmanager
+def _server(target: str, speculative: list[str], log: Path, **environment: str) -> Iterator[str]:
+    """The server's base URL; its process group is ended by id, whatever happens."""
+    port = _free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--served-model-name", "tiny",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8", *speculative,
+    ]  # fmt: skip
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                _get(f"{url}/health")
+                break
+            except OSError:
+                assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
+                assert time.monotonic() < deadline, f"no answer in {START_SECONDS} s:\n{log.read_text()[-3000:]}"
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(STOP_SECONDS)
+
+
+@pytest.fixture(scope="module", params=["bare word", "JSON"])
+def server(request, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "server.log"
+    if request.param == "bare word":
+        pairs = folder / "pairs.json"
+        pairs.write_text(json.dumps({tiny.target: {"draft": tiny.draft_good, "head": tiny.head}}))
+        arguments, environment = ["--speculative-config", "specdecpp"], {"SPECDECPP_PAIRS": str(pairs)}
+    else:
+        config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "entropy", "num_speculative_tokens": 5}
+        arguments, environment = ["--speculative-config", json.dumps(config)], {}
+    with _server(tiny.target, arguments, log, **environment) as url:
+        yield url, log
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=60, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def texts(tiny, reference):
+    """What the target alone says to each prompt, by the oracle."""
+    from transformers import AutoTokenizer
+
+    from tests.tiny_models import EOS
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.target)
+    answers = []
+    for prompt in harness.prompts(NUM_REQUESTS, seed=12):
+        output: list[int] = []
+        while len(output) < MAX_TOKENS and EOS not in output:
+            output.append(reference("target").steps([*prompt, *output])[0].token)
+        answers.append(tokenizer.decode(output, skip_special_tokens=True))
+    return answers
+
+
+def _at_once(ask: Any, arguments: Any) -> list[str]:
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return list(pool.map(ask, arguments))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streaming"])
+def test_completions(client, texts, stream):
+    def ask(prompt: list[int]) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=stream
+        )
+        if not stream:
+            return answer.choices[0].text
+        pieces = [chunk.choices[0].text for chunk in answer if chunk.choices]
+        assert len(pieces) > 1
+        return "".join(pieces)
+
+    assert _at_once(ask, harness.prompts(NUM_REQUESTS, seed=12)) == texts
+
+
+def test_chat_completions(client):
+    def ask(argument: tuple[str, bool]) -> str:
+        question, stream = argument
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": question}], max_tokens=MAX_TOKENS, temperature=0,
+            stream=stream,
+        )  # fmt: skip
+        if not stream:
+            return answer.choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices)
+
+    questions = [f"what is {n} times {n}?" for n in range(NUM_REQUESTS)]
+    whole = _at_once(ask, [(q, False) for q in questions])
+    assert all(whole) and len(set(whole)) > 1
+    assert _at_once(ask, [(q, True) for q in questions]) == whole
+
+
+def test_sampling_and_several_choices(client):
+    answer = client.completions.create(
+        model="tiny", prompt=[5, 6, 7], max_tokens=8, temperature=1.0, n=4, seed=3, extra_body={"ignore_eos": True}
+    )
+    assert len(answer.choices) == 4
+    assert answer.usage.completion_tokens == 32
+
+
+def test_a_bad_request_is_refused_and_the_next_one_served(client):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt=[5] * (harness.MAX_MODEL_LEN + 1), max_tokens=4)
+    assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0).choices
+
+
+def test_speculation_took_place(server, client):
+    """The server's own counters: candidates were drafted, and some accepted."""
+    client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=MAX_TOKENS, temperature=0)
+    url, log = server
+    counters = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in _get(f"{url}/metrics").splitlines()
+        if line.startswith("vllm:spec_decode_num_")
+    }
+    assert counters["vllm:spec_decode_num_draft_tokens_total"] > counters["vllm:spec_decode_num_accepted_tokens_total"]
+    assert counters["vllm:spec_decode_num_accepted_tokens_total"] > 0
+    assert "specdecpp: draft" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--speculative-config", '{"method": "specdecpp", "threshold": 2}'], ["threshold=2"]),
+        (["--spec-method", "specdecpp", "--spec-tokens", "0"], ["num_speculative_tokens=0"]),
+    ],
+)
+def test_command_line_errors(tiny, tmp_path, arguments, words):
+    """The last line that a user sees on the terminal says what is wrong."""
+    env = {**os.environ, "SPECDECPP_PAIRS": str(tmp_path / "pairs.json")}
+    (tmp_path / "pairs.json").write_text(json.dumps({tiny.target: {"draft": tiny.draft_good}}))
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny.target, "--port", str(_free_port())
+    ]  # fmt: skip
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=START_SECONDS)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "specdecpp: " in last, done.stderr[-2000:]
+    for word in words:
+        assert word in last
+
+
+def test_spec_model_flags(tiny, tmp_path):
+    """``--spec-method specdecpp --spec-model D --spec-tokens N``, and an answer."""
+    arguments = ["--spec-method", "specdecpp", "--spec-model", tiny.draft_good, "--spec-tokens", "4"]
+    with _server(tiny.target, arguments, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+        assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0).choices[0].text
+        log = (tmp_path / "log").read_text()
+    assert "specdecpp: draft" in log and "1 to 4" in log

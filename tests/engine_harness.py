@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a vLLM engine inside the test's own process and reads its rounds."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+MAX_MODEL_LEN = 192
+"""Of the tiny engines, in tokens."""
+
+
+@contextmanager
+def engine(model: str, speculative_config: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """A tiny engine, shut down at the end, whatever happens: only one can live in a process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    arguments: dict[str, Any] = {
+        "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "seed": 0,
+        "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4, "max_num_batched_tokens": 512,
+        "enable_prefix_caching": False, "disable_log_stats": True,
+    }  # fmt: skip
+    llm = None
+    try:
+        llm = LLM(model=str(model), speculative_config=speculative_config, **{**arguments, **options})
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def prompts(num: int, *, seed: int = 0, shortest: int = 3, longest: int = 40, vocab: int = 512) -> list[list[int]]:
+    """Random prompts of different lengths; ids below 3 are special and left out."""
+    rnd = random.Random(seed)
+    return [[rnd.randrange(3, vocab) for _ in range(rnd.randint(shortest, longest))] for _ in range(num)]
+
+
+def generate(llm: Any, requests: Sequence[list[int]], **sampling: Any) -> list[Any]:
+    """vLLM's request outputs, in order; greedy unless told otherwise."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, "detokenize": False, **sampling})
+    return llm.generate([{"prompt_token_ids": list(p)} for p in requests], params, use_tqdm=False)
+
+
+def token_ids(outputs: Sequence[Any]) -> list[list[int]]:
+    """The first completion of each request."""
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def configure(llm: Any, **changes: Any) -> None:
+    """Change the stop rule of a running engine."""
+    llm.collective_rpc("specdecpp_configure", kwargs=changes)
+
+
+def take_rounds(llm: Any) -> list[dict[str, Any]]:
+    """The rounds verified since the last call."""
+    return llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})[0]
+
+
+def rounds_of(outputs: Sequence[Any], rounds: Sequence[dict[str, Any]]) -> list[list[tuple[list[int], int, int]]]:
+    """(candidates, accepted, next token) of each request, in order; vLLM's inner request ids are "<id>-<random>"."""
+    grouped: dict[str, list[tuple[list[int], int, int]]] = defaultdict(list)
+    for r in rounds:
+        grouped[r["request_id"].split("-")[0]].append((list(r["candidates"]), r["accepted"], r["next_token"]))
+    unknown = set(grouped) - {o.request_id for o in outputs}
+    assert not unknown, f"rounds of unknown requests {sorted(unknown)}"
+    return [grouped[o.request_id] for o in outputs]
+
+
+def proposer(llm: Any) -> Any:
+    """The engine's drafter."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+
+
+@contextmanager
+def verified_rounds(llm: Any) -> Iterator[list[dict[str, Any]]]:
+    """The rounds as vLLM's scheduler sees them, whatever the proposer says: a list that fills while requests run."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    original = scheduler.update_from_output
+    rounds: list[dict[str, Any]] = []
+
+    def record(scheduler_output: Any, runner_output: Any) -> Any:
+        for request_id, index in runner_output.req_id_to_index.items():
+            tokens = runner_output.sampled_token_ids[index]
+            request = scheduler.requests.get(request_id)
+            if tokens and request is not None and request.num_output_tokens > 0:  # not a prefill step
+                candidates = scheduler_output.scheduled_spec_decode_tokens.get(request_id, [])
+                rounds.append(
+                    {"request_id": request_id, "candidates": list(candidates), "accepted": len(tokens) - 1,
+                     "next_token": tokens[-1]}
+                )  # fmt: skip
+        return original(scheduler_output, runner_output)
+
+    scheduler.update_from_output = record
+    try:
+        yield rounds
+    finally:
+        del scheduler.update_from_output
