@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""See a 1.5B model answer faster, with the same text: speculation off, vLLM's draft_model at its best K, specdecpp.
+
+    python -m benchmarks.demo [--prompts 6] [--max-tokens 96] [--compile]
+
+Needs about 12 GB of memory and, at the first start, 2 GB of downloads. Takes about ten minutes on two cores.
+The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.engines import Engines, EngineSettings, Generation
+from benchmarks.methods import NATIVE, OFF, Method, rotated
+from benchmarks.records import Row
+from benchmarks.render import has_colour, round_line
+from vllm_specdecpp.models import fetch
+from vllm_specdecpp.packaged_gguf import FetchError
+
+TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
+FIXED_KS = (2, 4, 6, 8)
+KEPT_ROUNDS = 10_000
+OURS = Method("confidence")  # the default rule without a head
+NATIVES = [Method(NATIVE, (("K", k),)) for k in FIXED_KS]
+METHODS = [Method(OFF), *NATIVES, OURS]
+Results = dict[Method, list[Generation]]
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, results to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def load_prompts(count: int) -> list[Row]:
+    """The first ``count`` of the bundled prompts; ValueError if there are not that many."""
+    rows = [json.loads(line) for line in Path(__file__).with_name("prompts.jsonl").read_text("utf-8").splitlines()]
+    if not 1 <= count <= len(rows):
+        raise ValueError(f"--prompts {count}: there are {len(rows)}; choose 1 to {len(rows)}")
+    return rows[:count]
+
+
+def rate(results: list[Generation]) -> float:
+    """Tokens per second over all prompts."""
+    return sum(result.num_tokens for result in results) / sum(result.seconds for result in results)
+
+
+def measure(engines: Engines, prompts: list[Row], max_tokens: int) -> tuple[Results, list[list[Row]]]:
+    """All methods on each prompt before the next one; also the rounds of our method, one list a prompt."""
+    results: Results = {method: [] for method in METHODS}
+    rounds: list[list[Row]] = []
+    say("warm-up ...")
+    for method in METHODS:
+        engines.generate(method, [engines.encode("Count to thirty.")], 12, 0.0)
+    engines.spec_rpc("specdecpp_rounds", clear=True)
+    for number, prompt in enumerate(prompts):
+        encoded = engines.encode(prompt["prompt"])
+        for method in rotated(METHODS, number):
+            result = engines.generate(method, [encoded], max_tokens, 0.0)
+            results[method].append(result)
+            if method == OURS:
+                rounds.append(engines.spec_rpc("specdecpp_rounds", clear=True))
+            speed = result.num_tokens / result.seconds
+            say(f"prompt {number + 1}/{len(prompts)}  {name(method):28} {speed:5.1f} tokens/s")
+    return results, rounds
+
+
+def name(method: Method) -> str:
+    """What the user sees."""
+    return f"specdecpp ({method.name})" if method.is_rule else method.label
+
+
+def difference(off: list[int], ours: list[int]) -> str:
+    """Says whether two outputs are the same, and if not, from which token on they differ (counted from 1)."""
+    if off == ours:
+        return "same output as without speculation"
+    first = next((i for i, (a, b) in enumerate(zip(off, ours, strict=False)) if a != b), min(len(off), len(ours)))
+    return f"output differs from speculation off from token {first + 1} on"
+
+
+def show_texts(engines: Engines, prompts: list[Row], results: Results, rounds: list[list[Row]]) -> None:
+    """Each answer once, and below it the rounds in which specdecpp wrote it."""
+    colour = has_colour()
+    for prompt, result, off, rows in zip(prompts, results[OURS], results[Method(OFF)], rounds, strict=True):
+        print(f"\n=== {prompt['prompt']}\n\n{off.texts[0]}\n")
+        same = difference(off.token_ids[0], result.token_ids[0])
+        # The first token comes from the prompt's own pass, before any round.
+        print(f"--- rounds of specdecpp: accepted, ~rejected~, +the target's own token ({same})")
+        first = {"candidates": [], "accepted": 0, "next_token": result.token_ids[0][0]}
+        for number, row in enumerate([first, *rows]):
+            print(round_line(number, row, engines.decode, colour))
+
+
+def summary(results: Results, num_prompts: int) -> tuple[str, Row]:
+    """The table, and the object of the last line."""
+    best = max(NATIVES, key=lambda method: rate(results[method]))
+    off, native, ours = (rate(results[method]) for method in (Method(OFF), best, OURS))
+    counters = [result.counters for result in results[OURS]]
+    num_rounds = sum(counter["rounds"] for counter in counters)
+    length = sum(counter["candidates"] for counter in counters) / num_rounds if num_rounds else 0.0
+    outputs = [[result.token_ids for result in results[method]] for method in (Method(OFF), best, OURS)]
+    lines = [
+        "",
+        "                                       tokens/s   over off",
+        f"speculation off                        {off:8.2f}      1.00",
+        f"vLLM draft_model, best fixed K = {best.fixed_k}     {native:8.2f}    {native / off:6.2f}",
+        f"{name(OURS):38} {ours:8.2f}    {ours / off:6.2f}",
+        "",
+        f"specdecpp over the best fixed K: {ours / native:.2f}; mean candidate length {length:.2f}",
+        "all fixed K: " + ", ".join(f"K={method.fixed_k} {rate(results[method]):.2f}" for method in NATIVES),
+    ]
+    result: Row = {
+        "tokens_per_second": {"off": round(off, 3), "draft_model": round(native, 3), "specdecpp": round(ours, 3)},
+        "best_fixed_k": best.fixed_k,
+        "mean_candidate_length": round(length, 3),
+        "outputs_equal": outputs[0] == outputs[1] == outputs[2],
+        "prompts": num_prompts,
+    }
+    return "\n".join(lines), result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=6, help="how many of the bundled prompts")
+    parser.add_argument("--max-tokens", type=int, default=96, help="new tokens a prompt")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: minutes more to start, about 9 %% faster"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return _main(args)
+    except (ValueError, FetchError) as error:
+        print(f"benchmarks.demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(args: argparse.Namespace) -> int:
+    prompts = load_prompts(args.prompts)
+    # Both are read when vLLM is first imported, here and in the engines' processes.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    start = time.monotonic()
+    target, draft = (str(fetch(model)) for model in (TARGET, DRAFT))
+    settings = EngineSettings(target, draft, eager=not args.compile, trace_rounds=KEPT_ROUNDS)
+    engines = Engines(settings, METHODS, say)
+    try:
+        engines.start()
+        results, rounds = measure(engines, prompts, args.max_tokens)
+        show_texts(engines, prompts, results, rounds)
+    finally:
+        engines.close()
+    table, result = summary(results, len(prompts))
+    say(f"done after {(time.monotonic() - start) / 60:.1f} min")
+    print(table)
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

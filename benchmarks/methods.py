@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods a benchmark compares, as written on the command line: ``name[:key=value,...]``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+OFF = "off"
+NATIVE = "draft_model"
+
+# What `specdecpp_configure` takes besides the rule's name, and how each value is read.
+RULE_OPTIONS: dict[str, type] = {"threshold": float, "num_speculative_tokens": int, "min_speculative_tokens": int}
+NATIVE_OPTIONS: dict[str, type] = {"K": int}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One column of a benchmark: speculation off, vLLM's draft_model at a fixed K, or one of our stop rules."""
+
+    name: str
+    options: tuple[tuple[str, int | float], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The canonical spelling, which is the ``method`` of the result rows."""
+        if not self.options:
+            return self.name
+        return self.name + ":" + ",".join(f"{key}={value:g}" for key, value in self.options)
+
+    @property
+    def is_rule(self) -> bool:
+        """True for a stop rule of ours (everything but ``off`` and ``draft_model``)."""
+        return self.name not in (OFF, NATIVE)
+
+    @property
+    def fixed_k(self) -> int | None:
+        """K of vLLM's own draft_model, None for every other method."""
+        return int(dict(self.options)["K"]) if self.name == NATIVE else None
+
+
+def parse_method(text: str) -> Method:
+    """Read ``off``, ``draft_model:4``, ``draft_model:K=4`` or ``rule[:option=value,...]``.
+
+    Raises:
+        ValueError: unknown option, a value that is no number, an option given twice, draft_model without K.
+    """
+    name, colon, rest = text.partition(":")
+    if not re.fullmatch(r"[a-z][a-z_0-9]*", name) or (colon and not rest):
+        raise ValueError(
+            f"method {text!r}: write name[:option=value,...], e.g. draft_model:4, confidence:threshold=0.6"
+        )
+    if name == NATIVE and rest.isdigit():
+        rest = f"K={rest}"
+    known = {OFF: {}, NATIVE: NATIVE_OPTIONS}.get(name, RULE_OPTIONS)
+    options: dict[str, int | float] = {}
+    for item in rest.split(",") if rest else []:
+        key, _, value = item.partition("=")
+        if key not in known:
+            takes = ", ".join(known) or "no options"
+            raise ValueError(f"method {text!r}: unknown option {key!r}; {name} takes {takes}")
+        if key in options:
+            raise ValueError(f"method {text!r}: option {key!r} is given twice; keep one")
+        try:
+            options[key] = known[key](value)
+        except ValueError:
+            raise ValueError(f"method {text!r}: {key}={value!r} is not a {known[key].__name__}") from None
+    if name == NATIVE and options.get("K", 0) < 1:
+        raise ValueError(f"method {text!r}: draft_model needs its fixed K >= 1, e.g. draft_model:4")
+    return Method(name, tuple((key, options[key]) for key in known if key in options))
+
+
+def parse_methods(texts: list[str]) -> list[Method]:
+    """Read every method of a command line; ValueError when one is there twice."""
+    methods = [parse_method(text) for text in texts]
+    for method in methods:
+        if methods.count(method) > 1:
+            raise ValueError(f"method {method.label!r} is given twice; name each method once")
+    return methods
+
+
+def rotated(methods: list[Method], turn: int) -> list[Method]:
+    """The order of turn ``turn``: each method comes first equally often, so the machine's drift hits all alike."""
+    start = turn % len(methods)
+    return methods[start:] + methods[:start]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Aggregate raw rows into the result rows (JSONL), a markdown table and a plot.
+
+python -m benchmarks.report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import NATIVE, OFF, parse_method
+from benchmarks.records import RawFile
+from benchmarks.stats import Cell, Spread, aggregate, complete_units
+
+
+def method_order(raw: RawFile) -> list[str]:
+    """Methods in the order of the command line of the last run."""
+    if not raw.runs:
+        raise ValueError(f"{raw.path} holds no run; measure first with python -m benchmarks.run")
+    return list(raw.runs[-1]["methods"])
+
+
+def result_rows(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a cell with the keys that every benchmark of this project uses."""
+    last = runs[-1]
+    commits = list(dict.fromkeys(run["git"] for run in runs))
+    return [
+        {
+            "pair": last["settings"]["pair"],
+            "set": cell.set,
+            "temperature": last["settings"]["temperature"],
+            "batch": last["settings"]["batch"],
+            "method": cell.method,
+            "tokens_per_second": round(cell.tokens_per_second.value, 4),
+            "low": round(cell.tokens_per_second.low, 4),
+            "high": round(cell.tokens_per_second.high, 4),
+            "mean_candidate_length": _rounded(cell.mean_candidate_length),
+            "acceptance": _rounded(cell.acceptance),
+            "command": last["command"],
+            "versions": last["versions"],
+            "git": "+".join(commits),
+        }
+        for cell in cells
+    ]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def markdown(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> str:
+    """The cells as one markdown table, with ratios and provenance."""
+    last = runs[-1]
+    settings = last["settings"]
+    lines = [
+        f"Pair {settings['pair']}, temperature {settings['temperature']:g}, batch {settings['batch']}, "
+        f"up to {settings['max_tokens']} new tokens, {'eager' if settings['eager'] else 'compiled'}. "
+        f"{last['versions'].get('hardware', '')}.",
+        "Brackets: 95 % bootstrap interval over prompts; ratios are paired by prompt.",
+        "",
+        "| set | method | prompts | tokens/s | over off | over best fixed K | candidates | acceptance | equal to off |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        best = "" if cell.over_best_fixed_k is None else f"{_spread(cell.over_best_fixed_k)} (K={cell.best_fixed_k})"
+        equal = "" if cell.equal_outputs is None else f"{cell.equal_outputs}/{cell.units}"
+        length = "" if cell.mean_candidate_length is None else f"{cell.mean_candidate_length:.2f}"
+        acceptance = "" if cell.acceptance is None else f"{100 * cell.acceptance:.1f} %"
+        lines.append(
+            f"| {cell.set} | {cell.method} | {cell.units * settings['batch']} | {_spread(cell.tokens_per_second)} "
+            f"| {_spread(cell.over_off)} | {best} | {length} | {acceptance} | {equal} |"
+        )
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if name != "hardware")
+    commits = ", ".join(dict.fromkeys(run["git"] for run in runs))
+    return "\n".join([*lines, "", f"`{last['command']}`", "", f"{versions}; git {commits}", ""])
+
+
+def _spread(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.value:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
+
+
+def plot(cells: Sequence[Cell], title: str, path: Path) -> None:
+    """Bars of tokens/s, one group a set, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sets = list(dict.fromkeys(cell.set for cell in cells))
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    width = 0.85 / len(methods)
+    figure, axes = pyplot.subplots(figsize=(max(8.0, 0.28 * len(cells)), 4.5), layout="constrained")
+    colours = _colours(methods, pyplot)
+    for i, method in enumerate(methods):
+        rates = [cell.tokens_per_second for cell in cells if cell.method == method]
+        heights = [rate.value for rate in rates]
+        errors = [[rate.value - rate.low for rate in rates], [rate.high - rate.value for rate in rates]]
+        places = [place + (i - (len(methods) - 1) / 2) * width for place in range(len(sets))]
+        axes.bar(places, heights, width, yerr=errors, label=method, color=colours[method], error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(sets)), sets)
+    axes.set_ylabel("tokens per second")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _colours(methods: Sequence[str], pyplot: Any) -> dict[str, Any]:
+    """Grey without speculation, blues for fixed K, warm colours for our rules."""
+    native = [m for m in methods if parse_method(m).name == NATIVE]
+    rules = [m for m in methods if parse_method(m).is_rule]
+    colours: dict[str, Any] = {OFF: "0.6"}
+    # The pale ends of the maps are hard to see on white.
+    for names, scale, first, last in ((native, "Blues", 0.4, 0.9), (rules, "autumn", 0.0, 0.7)):
+        for i, method in enumerate(names):
+            colours[method] = pyplot.get_cmap(scale)(first + (last - first) * i / max(len(names) - 1, 1))
+    return colours
+
+
+def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
+    """Write ``out`` (JSONL), and beside it the table (.md) and the plot (.png); returns the table.
+
+    Raises:
+        ValueError: ``out`` exists and ``force`` is off, or no prompt is finished by all methods.
+    """
+    if out.exists() and not force:
+        raise ValueError(f"--out {out} is there already; choose another name or pass --force to write it anew")
+    methods = method_order(raw)
+    cells = aggregate(raw.rows, methods)
+    table = markdown(cells, raw.runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in result_rows(cells, raw.runs)), encoding="utf-8")
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+    settings = raw.runs[-1]["settings"]
+    title = f"{settings['pair']}, T={settings['temperature']:g}, batch {settings['batch']}"
+    plot(cells, title, out.with_suffix(".png"))
+    partial = len({row["prompt"] for row in raw.rows}) - len(complete_units(raw.rows, methods))
+    if partial:
+        print(f"left out: {partial} prompt(s) that not every method has finished", file=sys.stderr)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: see the module's docstring."""
+    summary = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
+    parser.add_argument("raw", type=Path, help="X.raw.jsonl of a run, finished or not")
+    parser.add_argument("--out", type=Path, required=True, help="X.jsonl; X.md and X.png are written beside it")
+    parser.add_argument("--force", action="store_true", help="replace a report that is there already")
+    args = parser.parse_args(argv)
+    try:
+        if not args.raw.exists():
+            raise ValueError(f"{args.raw} is missing; measure first with python -m benchmarks.run")
+        print(write_report(RawFile(args.raw), args.out, args.force))
+    except ValueError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

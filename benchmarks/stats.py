@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From raw rows to cells: tokens/s of a (set, method) with a bootstrap interval, and ratios paired by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.methods import NATIVE, OFF, parse_method
+
+RESAMPLES = 4000
+ALL = "all"
+Row = Mapping[str, Any]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A value with the ends of its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set and method. ``mean_candidate_length`` and ``acceptance`` are None where nothing was drafted."""
+
+    set: str
+    method: str
+    tokens_per_second: Spread
+    mean_candidate_length: float | None
+    acceptance: float | None
+    units: int
+    equal_outputs: int | None = None
+    over_off: Spread | None = None
+    over_best_fixed_k: Spread | None = None
+    best_fixed_k: int | None = None
+
+
+def resamples(num_units: int, count: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """Indices of bootstrap samples over units. Returns: [count, num_units]."""
+    return np.random.default_rng(seed).integers(0, num_units, size=(count, num_units))
+
+
+def _interval(value: float, samples: Floats) -> Spread:
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return Spread(value, float(low), float(high))
+
+
+def rate(tokens: Floats, seconds: Floats, seed: int = 0) -> Spread:
+    """Total tokens over total seconds, units resampled with replacement.
+
+    Args:
+        tokens, seconds: one entry a unit. # [num_units]
+    """
+    index = resamples(len(tokens), seed=seed)
+    return _interval(float(tokens.sum() / seconds.sum()), tokens[index].sum(1) / seconds[index].sum(1))
+
+
+def rate_ratio(tokens: Floats, seconds: Floats, base_tokens: Floats, base_seconds: Floats, seed: int = 0) -> Spread:
+    """Tokens/s over the tokens/s of a base method; both share each resample, so a hard prompt weighs on both alike."""
+    index = resamples(len(tokens), seed=seed)
+    value = (tokens.sum() / seconds.sum()) / (base_tokens.sum() / base_seconds.sum())
+    samples = (tokens[index].sum(1) / seconds[index].sum(1)) / (base_tokens[index].sum(1) / base_seconds[index].sum(1))
+    return _interval(float(value), samples)
+
+
+def complete_units(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, dict[str, Row]]:
+    """Rows by unit and method, for the units that every method has finished: only those can be paired."""
+    units: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["method"] in methods:
+            units.setdefault(row["prompt"], {})[row["method"]] = row
+    return {unit: by_method for unit, by_method in units.items() if len(by_method) == len(methods)}
+
+
+def aggregate(rows: Sequence[Row], methods: Sequence[str]) -> list[Cell]:
+    """Cells of every set, in the order of first appearance, and of all sets together (``all``).
+
+    Raises:
+        ValueError: no unit was finished by all methods.
+    """
+    units = complete_units(rows, methods)
+    if not units:
+        raise ValueError("no prompt was finished by every method yet: nothing to aggregate")
+    sets = list(dict.fromkeys(by_method[methods[0]]["set"] for by_method in units.values()))
+    cells: list[Cell] = []
+    for name in [*sets, ALL]:
+        chosen = [u for u in units.values() if name in (ALL, u[methods[0]]["set"])]
+        cells += _with_ratios([_cell(name, method, chosen) for method in methods], chosen)
+    return cells
+
+
+def _column(units: Sequence[Mapping[str, Row]], method: str, key: str) -> Floats:
+    return np.array([unit[method][key] for unit in units], dtype=np.float64)
+
+
+def _cell(name: str, method: str, units: Sequence[Mapping[str, Row]]) -> Cell:
+    rounds, candidates, accepted = (_column(units, method, key).sum() for key in ("rounds", "candidates", "accepted"))
+    equal = None
+    if method != OFF and OFF in units[0]:
+        equal = sum(unit[method]["output"] == unit[OFF]["output"] for unit in units)
+    return Cell(
+        set=name,
+        method=method,
+        tokens_per_second=rate(_column(units, method, "tokens"), _column(units, method, "seconds")),
+        mean_candidate_length=float(candidates / rounds) if rounds else None,
+        acceptance=float(accepted / candidates) if candidates else None,
+        units=len(units),
+        equal_outputs=equal,
+    )
+
+
+def best_fixed_k(cells: Sequence[Cell]) -> Cell | None:
+    """The fastest ``draft_model`` cell of one set: chosen on the very data it is judged by, which favours it."""
+    native = [cell for cell in cells if parse_method(cell.method).name == NATIVE]
+    return max(native, key=lambda cell: cell.tokens_per_second.value, default=None)
+
+
+def _with_ratios(cells: list[Cell], units: Sequence[Mapping[str, Row]]) -> list[Cell]:
+    best = best_fixed_k(cells)
+
+    def over(cell: Cell, base: str) -> Spread:
+        tokens, seconds = (_column(units, cell.method, key) for key in ("tokens", "seconds"))
+        base_tokens, base_seconds = (_column(units, base, key) for key in ("tokens", "seconds"))
+        return rate_ratio(tokens, seconds, base_tokens, base_seconds)
+
+    return [
+        replace(
+            cell,
+            over_off=over(cell, OFF) if OFF in units[0] else None,
+            over_best_fixed_k=over(cell, best.method) if best else None,
+            best_fixed_k=parse_method(best.method).fixed_k if best else None,
+        )
+        for cell in cells
+    ]
