@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 MODELS = Path(os.environ.get("SPECDECPP_MODELS", Path.home() / ".cache" / "specdecpp-models"))
 TARGET, DRAFT = MODELS / "qwen2.5-coder-1.5b", MODELS / "qwen2.5-coder-0.5b"
 MAX_MODEL_LEN = 512
-MAX_TOKENS = 32
+MAX_TOKENS = 24
 MAX_LENGTH = 12
 BF16_MANTISSA = 2.0**-8
 """Half the spacing of bfloat16 numbers, relative to their size."""

@@ -319,7 +319,7 @@ class TestMakeRule:
         [
             ({"head": "h"}, "threshold", {"hidden_states"}, 1, 0.7),
             ({"head": "h", "threshold": 0.3}, "threshold", {"hidden_states"}, 1, 0.3),
-            ({}, "confidence", {"top1_prob"}, 0, 0.6),
+            ({}, "confidence", {"top1_prob"}, 0, 0.5),
             ({"rule": "entropy", "threshold": 0.9}, "entropy", {"entropy"}, 0, 0.9),
         ],
     )
