@@ -174,7 +174,17 @@ def _(monkeypatch, drafter):
     _change_result(monkeypatch, drafter, "propose", lambda drafts, *_: drafts[-1:] + drafts[:-1])
 
 
-@mutation("requests swapped: block tables of later passes")
+@mutation("requests swapped: blocks read by later passes")
+def _(monkeypatch, drafter):
+    original = drafter._run_draft_model
+
+    def swapped(inputs, block_table, draft_index):
+        return original(inputs, _roll(block_table) if draft_index else block_table, draft_index)
+
+    monkeypatch.setattr(drafter, "_run_draft_model", swapped)
+
+
+@mutation("requests swapped: blocks written by later passes")
 def _(monkeypatch, drafter):
     original = v1.decode_pass
 

@@ -116,7 +116,8 @@ def test_rounds_equal_the_reference(llm, expected, case, batch):
         ]
     want = expected(case, ignore_eos)
     assert_parity(harness.rounds_of(outputs, verified), want)
-    assert harness.take_rounds(llm) == verified  # the proposer's own log tells the same
+    # The proposer's own log tells the same; within a step it goes by row, not in the scheduler's order.
+    assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, verified)
     assert harness.token_ids(outputs) == [tokens for _, tokens in want]
 
 

@@ -26,7 +26,6 @@ class Estimator(Protocol):
 
     def __call__(self, features: StepFeatures) -> Tensor:
         """Returns [num_reqs] float32 in [0, 1]; NaN counts as 0."""
-        ...
 
 
 class HeadEstimator:

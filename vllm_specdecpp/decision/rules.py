@@ -37,7 +37,6 @@ class StopRule(Protocol):
         Returns:
             [num_reqs] bool.
         """
-        ...
 
 
 class FixedRule:
