@@ -63,9 +63,7 @@ def sampling_llm(request, tiny):
 @pytest.fixture(scope="module")
 def law(reference):
     """(temperature, top_k, top_p) → the exact joint law of the first tokens."""
-    return functools.cache(
-        lambda *sampling: joint_law(reference("small_target").model, PROMPT, LAW_LENGTH, *sampling)
-    )
+    return functools.cache(lambda *sampling: joint_law(reference("small_target").model, PROMPT, LAW_LENGTH, *sampling))
 
 
 def _samples(llm: Any, seed: int, **sampling: Any) -> list[tuple[int, ...]]:

@@ -50,8 +50,15 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
+CASES = {
+    "float32": [("threshold", 0.5), ("confidence", 0.6)],  # exact, but slow: 8 GB of weights a round
+    "bfloat16": [("threshold", 0.5), ("threshold", 0.8), ("confidence", 0.6), ("entropy", 0.6)],
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def models():
+    torch.set_num_threads(os.cpu_count() or 1)  # the other tests keep to one
     for folder in (TARGET, DRAFT):
         if not (folder / "config.json").is_file():
             pytest.skip(f"{folder.name} is not in SPECDECPP_MODELS; python -m vllm_specdecpp.models fetches it")
@@ -121,7 +128,7 @@ def test_rounds_equal_the_reference(prompts, tmp_path, dtype, record_property):
     hidden = 896
     save_head(tmp_path / "head", hidden, mean=1.5, spread=0.3)
     head = load_head(tmp_path / "head")
-    cases = [("threshold", 0.5), ("threshold", 0.8), ("confidence", 0.6), ("entropy", 0.6)]
+    cases = CASES[dtype]
     config = {
         "method": "specdecpp", "model": str(DRAFT), "head": str(tmp_path / "head"),
         "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
