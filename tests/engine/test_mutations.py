@@ -161,12 +161,12 @@ def _(monkeypatch, drafter):
 
 @mutation("upper bound one too low")
 def _(monkeypatch, drafter):
-    _change_result(monkeypatch, drafter, "_max_length", lambda bound, *_: max(bound - 1, 0))
+    _change_result(monkeypatch, drafter.requests, "max_length", lambda bound, *_: max(bound - 1, 0))
 
 
 @mutation("EOS does not end a draft")
 def _(monkeypatch, drafter):
-    monkeypatch.setattr(drafter, "_stop_token_ids", lambda rows: None)
+    monkeypatch.setattr(drafter.requests, "stop_token_ids", lambda rows: None)
 
 
 @mutation("requests swapped: candidates")

@@ -89,16 +89,16 @@ def test_first_pass_of_a_mixed_batch():
 
 
 def test_first_pass_of_a_prefill_chunk():
-    """Between chunks the "next token" is the next prompt token; the chunk before is in the cache already."""
+    """Between chunks vLLM's "next token" is a stand-in: it counts as not read, the chunk before it as read."""
     kv = DraftKV()
-    kv.replace([RowState("a", 0, next_position=4)], [1])
+    kv.replace([RowState("a", 0, next_position=4)], [0])
     row = RowState("a", first_query_position=4, next_position=8)
     inputs = first_pass(
         [row], [kv.first_missing(row)], torch.tensor([14, 15, 16, 17]), [0], torch.tensor([18]), _block_table(1),
         BLOCK_SIZE, MAX_MODEL_LEN,
     )  # fmt: skip
-    assert inputs.positions.tolist() == [5, 6, 7, 8]
-    assert inputs.token_ids.tolist() == [15, 16, 17, 18]
+    assert inputs.positions.tolist() == [4, 5, 6, 7, 8]
+    assert inputs.token_ids.tolist() == [14, 15, 16, 17, 18]
 
 
 def test_decode_pass_reads_one_token_a_request():

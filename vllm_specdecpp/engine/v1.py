@@ -26,6 +26,7 @@ from vllm_specdecpp.decision.round import RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_rule
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.head import AcceptanceHead
 
@@ -44,15 +45,16 @@ class SpecDecPPProposer(DraftModelProposer):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
-        self.runner = runner
         self.config = config
         self.head: AcceptanceHead | None = None
         self.rule: StopRule
         self.log = RoundLog(config.trace_rounds)
         self.draft_kv = DraftKV()
+        self.requests = RunnerRequests(runner, self.max_model_len)
         self.pass_widths = RowWidths()
         self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
+        self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -129,19 +131,19 @@ class SpecDecPPProposer(DraftModelProposer):
         query_starts = common_attn_metadata.query_start_loc_cpu.tolist()  # [num_reqs + 1]
         num_reqs = common_attn_metadata.batch_size()
         rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
-        rows = self._rows(query_starts, rejected)
+        rows = self.requests.rows(query_starts, rejected)
         self._log_verified(rows, query_starts, rejected, next_token_ids)
-
-        max_lengths = [self._max_length(row, index) for index, row in enumerate(rows)]
-        if not any(self._will_go_on(row, index) for index, row in enumerate(rows)):
+        if not any(self.requests.will_go_on(row, index) for index, row in enumerate(rows)):
             self._finish_round(rows, [0] * num_reqs, [[] for _ in rows])
             return [[] for _ in rows]
 
+        bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
+        max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
         state = RoundState(
             self.rule,
             torch.tensor(max_lengths, device=self.device),
             min_length=self.config.min_speculative_tokens,
-            stop_token_ids=self._stop_token_ids(rows),
+            stop_token_ids=self.requests.stop_token_ids(rows),
             agree=self._agree,
         )
         block_table = common_attn_metadata.block_table_tensor
@@ -155,21 +157,32 @@ class SpecDecPPProposer(DraftModelProposer):
             self.block_size,
             self.max_model_len,
         )
+        candidates, num_fed = self._draft(inputs, state, block_table, sampling_metadata)
+        self._finish_round(rows, num_fed, candidates)
+        return candidates
+
+    def _draft(
+        self, inputs: DraftInputs, state: RoundState, block_table: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[list[list[int]], list[int]]:
+        """The draft loop: passes and draws until every request has stopped.
+
+        Returns:
+            Each request's candidates, and how many tokens from its next token on the draft model has read.
+        """
+        num_reqs = state.running.shape[0]
         hidden_states = self._run_draft_model(inputs, block_table, 0)  # [num_tokens, hidden_size]
         hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_reqs, hidden_size]
         next_positions = inputs.seq_lens.to(self.device).long()  # [num_reqs] of the candidate to be drawn
-        # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
-        num_fed = [0 if self.runner.discard_request_mask.np[index] else 1 for index in range(num_reqs)]
+        num_fed = [1] * num_reqs
         drawn: list[torch.Tensor] = []  # per step: [num_reqs] candidates, -1 where none was submitted
         probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
+        needs = self.rule.needs
 
-        all_rows = torch.arange(num_reqs, device=self.device)
-        fed_rows = all_rows
+        fed_rows = torch.arange(num_reqs, device=self.device)
         while state.any_running():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
             logits = self._compute_logits(hidden_states)  # [num_running, vocab_size]
-            needs = self.rule.needs
             state.observe(
                 features_from_logits(logits, hidden_states, top1="top1_prob" in needs, entropy="entropy" in needs),
                 running,
@@ -186,35 +199,15 @@ class SpecDecPPProposer(DraftModelProposer):
             keep = state.running[running]  # [num_running]
             fed_rows = running[keep]
             fed_blocks = block_table[fed_rows]
-            inputs = decode_pass(
-                token_ids[keep],
-                next_positions[fed_rows] + len(drawn) - 1,
-                fed_blocks,
-                self.block_size,
-                self.max_model_len,
-            )
+            positions = next_positions[fed_rows] + len(drawn) - 1
+            inputs = decode_pass(token_ids[keep], positions, fed_blocks, self.block_size, self.max_model_len)
             hidden_states = self._run_draft_model(inputs, fed_blocks, len(drawn))
             for index in fed_rows.tolist():
                 num_fed[index] += 1
 
-        candidates = _ragged(drawn, state.lengths)
         if probabilities:
             self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()  # [num_reqs, num_steps, vocab_size]
-        self._finish_round(rows, num_fed, candidates)
-        return candidates
-
-    def _rows(self, query_starts: list[int], rejected: list[int]) -> list[RowState]:
-        """Where each request stands after verification."""
-        batch = self.runner.input_batch
-        computed = batch.num_computed_tokens_cpu  # [max_num_reqs] before this step's tokens
-        return [
-            RowState(
-                request_id,
-                int(computed[index]),
-                int(computed[index]) + query_starts[index + 1] - query_starts[index] - rejected[index],
-            )
-            for index, request_id in enumerate(batch.req_ids)
-        ]
+        return _ragged(drawn, state.lengths), num_fed
 
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
@@ -226,40 +219,6 @@ class SpecDecPPProposer(DraftModelProposer):
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
             candidates = self._candidates[row.request_id][:num_verified]
             self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
-
-    def _remaining(self, row: RowState) -> int:
-        """How many tokens the request may still emit after its next token."""
-        request = self.runner.requests[row.request_id]
-        remaining = self.max_model_len - 1 - row.next_position
-        if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
-            num_emitted = row.next_position + 1 - request.num_prompt_tokens
-            remaining = min(remaining, request.sampling_params.max_tokens - num_emitted)
-        return remaining
-
-    def _max_length(self, row: RowState, index: int) -> int:
-        """Upper bound on the request's candidate length: one token of every round is the target's own."""
-        if self.runner.discard_request_mask.np[index]:  # an unfinished prefill samples nothing
-            return 0
-        bound = min(self.num_speculative_tokens, self.config.num_speculative_tokens, self._remaining(row) - 1)
-        return max(bound, 0)
-
-    def _will_go_on(self, row: RowState, index: int) -> bool:
-        """Whether the request can need the draft model again, so that its KV must be kept right."""
-        return bool(self.runner.discard_request_mask.np[index]) or self._remaining(row) > 1
-
-    def _stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
-        """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""
-        sets = []
-        for row in rows:
-            params = self.runner.requests[row.request_id].sampling_params
-            ids = set(params.stop_token_ids or ()) if params is not None else set()
-            if params is not None and params.eos_token_id is not None:
-                ids.add(params.eos_token_id)
-            sets.append(sorted(ids))
-        width = max(map(len, sets), default=0)
-        if width == 0:
-            return None
-        return torch.tensor([ids + [-1] * (width - len(ids)) for ids in sets], device=self.device)
 
     def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
         """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -313,11 +272,11 @@ class SpecDecPPProposer(DraftModelProposer):
         return group.broadcast(message.contiguous(), src=0).to(decision.dtype)
 
     def _finish_round(self, rows: list[RowState], num_fed: list[int], candidates: list[list[int]]) -> None:
-        self.draft_kv.replace(rows, num_fed)
+        prefilling = [self.requests.is_prefilling(index) for index in range(len(rows))]
+        # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
+        self.draft_kv.replace(rows, [0 if p else fed for p, fed in zip(prefilling, num_fed, strict=True)])
         self._candidates = {
-            row.request_id: tokens
-            for index, (row, tokens) in enumerate(zip(rows, candidates, strict=True))
-            if not self.runner.discard_request_mask.np[index]
+            row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
         }
 
 
