@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate for a batch of prompts with specdecpp.
-
-python examples/offline_batch.py [TARGET DRAFT]
-"""
+"""Generate for a batch of prompts with specdecpp: ``python examples/offline_batch.py [TARGET DRAFT]``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stream an answer: each round's accepted tokens arrive together. Start the server first, in another terminal:
+"""Stream an answer from a specdecpp server. Start the server first, in another terminal:
 
-vllm serve Qwen/Qwen2.5-Coder-1.5B-Instruct --speculative-config specdecpp --max-model-len 1024
-python examples/streaming.py [http://localhost:8000/v1]
+    vllm serve Qwen/Qwen2.5-Coder-1.5B-Instruct --speculative-config specdecpp --max-model-len 1024
+    python examples/streaming.py [http://localhost:8000/v1]
+
+Each round's accepted tokens arrive together.
 """
 
 from __future__ import annotations

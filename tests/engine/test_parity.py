@@ -144,3 +144,13 @@ def test_configure_refuses_bad_values(llm):
     harness.take_rounds(llm)
     outputs = harness.generate(llm, PROMPTS[:2], max_tokens=8, ignore_eos=True)
     assert any(harness.rounds_of(outputs, harness.take_rounds(llm)))
+
+
+def test_warm_up_runs_one_draft_pass(llm, monkeypatch):
+    """vLLM's own would run one pass for each of K_max candidates, all of the same shape."""
+    drafter = harness.proposer(llm)
+    bound, model, passes = drafter.num_speculative_tokens, drafter.model, []
+    monkeypatch.setattr(drafter, "model", lambda **inputs: passes.append(len(inputs["positions"])) or model(**inputs))
+    drafter.dummy_run(4)
+    assert passes == [4]
+    assert drafter.num_speculative_tokens == bound > 1

@@ -69,6 +69,8 @@ LEDGER: tuple[Hook, ...] = (
          "overridden: the draft loop ends when every sequence has stopped", "vllm-project/vllm#36657"),
     Hook(f"{_BASE}:SpecDecodeBaseProposer.load_model", ("self", "target_model"),
          "extended: the head is loaded beside the draft model"),
+    Hook(f"{_BASE}:SpecDecodeBaseProposer.dummy_run", ("self", "num_tokens"),
+         "wrapped: profiling and warm-up run one draft pass, not K_max equal ones"),
     Hook(f"{_BASE}:SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata",
          ("self", "common_attn_metadata", "draft_index"), "called for each draft pass"),
     Hook(f"{_BASE}:SpecDecodeBaseProposer.build_model_inputs_first_pass",

@@ -89,6 +89,14 @@ class SpecDecPPProposer(DraftModelProposer):
         chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
         logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
 
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """One pass instead of vLLM's K_max equal ones: at K_max 20 those take minutes of every start on a CPU."""
+        kept, self.num_speculative_tokens = self.num_speculative_tokens, 1
+        try:
+            super().dummy_run(*args, **kwargs)
+        finally:
+            self.num_speculative_tokens = kept
+
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
         """Check ``changes`` against the options and put them in force.
 
