@@ -3,7 +3,7 @@
 
     python -m benchmarks.demo [--prompts 6] [--max-tokens 96] [--compile]
 
-Needs about 12 GB of memory and, at the first start, 2 GB of downloads. Takes about ten minutes on two cores.
+Needs about 12 GB of memory and, at the first start, 2 GB of downloads. Takes about fifteen minutes on two cores.
 The last line of the output is one JSON object.
 """
 
