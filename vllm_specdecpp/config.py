@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 DEFAULT_THRESHOLD = {"threshold": 0.7, "confidence": 0.5, "entropy": 0.8}
 """h per rule. 0.7 with a head is the paper's robust choice; the training-free ones are the best of a replay of 21
-training prompts of the Qwen2.5-Coder pair with measured CPU costs (flat from 0.4 to 0.6, and from 0.7 to 0.9)."""
+training prompts of the Qwen2.5-Coder pair at its CPU step costs (flat from 0.4 to 0.6, and from 0.7 to 0.9); with
+cheaper draft steps a larger h wins."""
 
 _MUST_BE = {
     "model": "must name the draft model: a folder or a hub id (e.g. 'Qwen/Qwen2.5-Coder-0.5B-Instruct')",

@@ -85,7 +85,7 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
         )
     for name in ("pipeline_parallel_size", "data_parallel_size"):
         if (value := getattr(args, name, 1)) > 1:
-            raise ValueError(f"specdecpp: {name}={value} is not supported; use 1 (tensor parallelism works)")
+            raise ValueError(f"specdecpp: {name}={value} is not supported; use 1")
     if not isinstance(args.additional_config or {}, dict):
         raise ValueError(
             f"specdecpp: --additional-config must be a JSON object to carry our options, not a "
