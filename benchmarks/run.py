@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def measure(engines: Engines, unit: list[Row], method: Method, args: argparse.Na
         **result.counters,
         "output": output,
         "equals_off": None if method.name == OFF or off is None else output == off,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
