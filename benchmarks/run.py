@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def measure(engines: Engines, unit: list[Row], method: Method, args: argparse.Na
         **result.counters,
         "output": output,
         "equals_off": None if method.name == OFF or off is None else output == off,
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
