@@ -1,75 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The acceptance head: the module, its files, and the released checkpoints' formats.
+"""The acceptance head: the module, and loading and saving it. What its files look like is ``head_files``'s.
 
 Architecture (SpecDec++, arXiv:2405.19715): residual blocks x + SiLU(Wx + b), then a linear layer to two classes, of
-which class 1 means "accepted". The released checkpoints share one W and b between all blocks.
+which class 1 means "accepted". The released checkpoints share one W and b between all blocks. Ours may also standardise
+the hidden state, project it down, and read scalar features beside it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CONFIG_FILE = "config.json"
-SAFETENSORS_FILE = "model.safetensors"
-PICKLE_FILE = "pytorch_model.bin"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
+from vllm_specdecpp import head_files
+from vllm_specdecpp.decision.features import check_features, num_inputs
+from vllm_specdecpp.head_files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, update_config
+
+__all__ = ["AcceptanceHead", "ResidualBlock", "update_config"]
 
 
 class ResidualBlock(nn.Module):
     """x + SiLU(Wx + b)."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.linear = nn.Linear(size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + nn.functional.silu(self.linear(x))
+    def forward(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        return x + nn.functional.dropout(nn.functional.silu(self.linear(x)), dropout, self.training)
 
 
 class AcceptanceHead(nn.Module):
-    """Maps the draft's last hidden state to P(the token just read is accepted).
+    """Maps the draft's last hidden state to P(a candidate is accepted).
+
+    With ``lag`` 1 (the paper's) the state is that of the pass that read the candidate, and the scalars are those of the
+    pass that yielded it. With ``lag`` 0 (look-ahead) both are of the pass that yields the candidate, before the draw.
 
     Args:
         hidden_size: of the draft model.
         num_layers: residual blocks.
         tied: whether the blocks share their parameters, as in the released checkpoints.
+        width: project the hidden state to this size first.
+        features: scalars that are read too, of ``SCALAR_FEATURES``; their encodings join the (projected) hidden state.
+        lag: which pass the hidden state is of.
+        standardize: whether ``(hidden_state - mean) * scale`` comes first; ``mean`` and ``scale`` are buffers.
+
+    Attributes:
+        metadata: the config's other keys: ``draft``, ``target``, ``w_rej``, ``soft``, ``rule``.
+        dropout: of the hidden state and of the blocks' updates, in training mode only.
+
+    Raises:
+        ValueError: one line: a size, a lag or a feature that cannot be.
     """
 
-    def __init__(self, hidden_size: int, num_layers: int = 3, tied: bool = True) -> None:
+    mean: Tensor  # [hidden_size]
+    scale: Tensor  # [hidden_size], 1 / standard deviation
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int = 3,
+        tied: bool = True,
+        *,
+        width: int | None = None,
+        features: Sequence[str] = (),
+        lag: int = 1,
+        standardize: bool = False,
+    ) -> None:
         super().__init__()
+        for name, size, least in (("hidden_size", hidden_size, 1), ("num_layers", num_layers, 0), ("width", width, 1)):
+            if size is not None and size < least:
+                raise ValueError(f"specdecpp: {name}={size} must be a whole number, {least} or more")
+        if lag not in (0, 1):
+            raise ValueError(f"specdecpp: lag={lag} must be 1 (the pass that read the candidate) or 0 (look-ahead)")
+        check_features(features, lag)
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.tied = tied
+        self.width = width
+        self.features = tuple(features)
+        self.lag = lag
+        self.standardize = standardize
+        self.metadata: dict[str, Any] = {}
+        self.dropout = 0.0
+        self._calibration: dict[str, Any] | None = None
+        if standardize:
+            self.register_buffer("mean", torch.zeros(hidden_size))
+            self.register_buffer("scale", torch.ones(hidden_size))
+        if width is not None:
+            self.project = nn.Linear(hidden_size, width)
+        size = (width or hidden_size) + num_inputs(self.features)
         num_blocks = min(num_layers, 1) if tied else num_layers
-        self.blocks = nn.ModuleList(ResidualBlock(hidden_size) for _ in range(num_blocks))
-        self.output = nn.Linear(hidden_size, 2)
+        self.blocks = nn.ModuleList(ResidualBlock(size) for _ in range(num_blocks))
+        self.output = nn.Linear(size, 2)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, scalars: Tensor | None = None) -> Tensor:
         """Logits of (rejected, accepted), in the weights' dtype.
 
         Args:
             hidden_states: [num_reqs, hidden_size], after the draft's final norm.
+            scalars: [num_reqs, num_inputs] of ``encode_scalars`` for ``features``; None if the head reads none.
 
         Returns:
             [num_reqs, 2].
+
+        Raises:
+            ValueError: ``scalars`` are missing, or of another width than the head reads.
         """
         x = hidden_states.to(self.output.weight.dtype)  # [num_reqs, hidden_size]
+        if self.standardize:
+            x = (x - self.mean) * self.scale
+        x = nn.functional.dropout(x, self.dropout, self.training)
+        if self.width is not None:
+            x = self.project(x)  # [num_reqs, width]
+        wanted, given = num_inputs(self.features), 0 if scalars is None else scalars.shape[-1]
+        if wanted != given:
+            raise ValueError(
+                f"specdecpp: the head reads features={list(self.features)} as {wanted} scalars a row, but got {given}; "
+                "pass encode_scalars(columns, head.features)"
+            )
+        if scalars is not None and wanted:
+            x = torch.cat([x, scalars.to(x.dtype)], dim=-1)  # [num_reqs, size]
         for i in range(self.num_layers):
-            x = self.blocks[0 if self.tied else i](x)
+            x = self.blocks[0 if self.tied else i](x, self.dropout)
         return self.output(x)
 
-    def probability(self, hidden_states: Tensor) -> Tensor:
-        """P(accepted): [num_reqs] float32."""
-        return self(hidden_states).float().softmax(dim=-1)[..., 1]
+    def logit(self, hidden_states: Tensor, scalars: Tensor | None = None) -> Tensor:
+        """Accept minus reject logit, uncalibrated: [num_reqs] float32."""
+        rejected, accepted = self(hidden_states, scalars).float().unbind(-1)
+        return accepted - rejected
+
+    def probability(self, hidden_states: Tensor, scalars: Tensor | None = None, position: int | Tensor = 1) -> Tensor:
+        """P(accepted): sigmoid(logit), or sigmoid(slope * logit + intercept of the position) if calibrated.
+
+        Args:
+            hidden_states: [num_reqs, hidden_size].
+            scalars: as in :meth:`forward`.
+            position: 1-based index in the round of the candidate that is scored; one, or [num_reqs].
+
+        Returns:
+            [num_reqs] float32.
+        """
+        logit = self.logit(hidden_states, scalars)  # [num_reqs]
+        if self._calibration is not None:
+            intercepts = self._calibration["intercepts"]
+            shift: float | Tensor
+            if isinstance(position, Tensor):
+                table = torch.tensor(intercepts, dtype=torch.float32, device=logit.device)
+                shift = table[(position.long() - 1).clamp(0, len(intercepts) - 1)]  # [num_reqs]
+            else:
+                shift = intercepts[min(max(position, 1), len(intercepts)) - 1]
+            logit = self._calibration["slope"] * logit + shift
+        return logit.sigmoid()
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """``{"slope": a, "intercepts": [b of position 1, ..., of all beyond], "fitted_on": text}``, or None."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Mapping[str, Any] | None) -> None:
+        if calibration is not None:
+            head_files.check_calibration(calibration)
+        self._calibration = None if calibration is None else dict(calibration)
 
     @property
     def num_parameters(self) -> int:
@@ -92,11 +190,19 @@ class AcceptanceHead(nn.Module):
             key.replace("blocks.", "model.").replace("output.", f"model.{self.num_layers}."): p
             for key, p in self.state_dict().items()
         }
-        config = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "tied": self.tied}
         path.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().contiguous().cpu() for key, p in tensors.items()}
-        _replace(path / SAFETENSORS_FILE, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
-        _replace(path / CONFIG_FILE, lambda to: to.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+        head_files.replace(path / SAFETENSORS_FILE, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+        head_files.write_config(path, self.config())
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says: the released formats' keys, and of ours those that differ from their defaults."""
+        config: dict[str, Any] = {"hidden_size": self.hidden_size, "num_layers": self.num_layers, "tied": self.tied}
+        ours = {"width": self.width, "features": list(self.features), "standardize": self.standardize}
+        config |= {key: value for key, value in ours.items() if value}
+        config |= {} if self.lag == 1 else {"lag": self.lag}
+        config |= {} if self._calibration is None else {"calibration": self._calibration}
+        return config | {key: value for key, value in self.metadata.items() if key not in config}
 
     @classmethod
     def from_pretrained(
@@ -105,40 +211,53 @@ class AcceptanceHead(nn.Module):
         revision: str | None = None,
         *,
         expected_hidden_size: int | None = None,
+        expected_draft: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> AcceptanceHead:
         """Load a head of ours or one in the paper's released formats.
 
         Reads ``model.safetensors``, else ``pytorch_model.bin`` (tensors only, never code). The blocks come out tied if
-        the file stores one of them, or equal ones.
+        the file stores one of them, or equal ones. The config's other keys end up in ``metadata``.
 
         Args:
             source: a folder, or a hub id ``org/name``, which may go on into a folder: ``org/name/folder``.
             revision: branch, tag or commit on the hub.
             expected_hidden_size: the draft model's; None skips the check.
+            expected_draft: the draft model's id or folder; checked by its last name if the config says ``draft``.
             device: where the head goes.
             dtype: of its weights.
 
         Raises:
-            ValueError: one line: nothing there, unreadable or foreign files, or another hidden size.
+            ValueError: one line: nothing there, unreadable or foreign files, another hidden size or another draft.
         """
-        folder = _find(source, revision)
-        hidden_size, num_layers, may_share = _read_config(folder)
-        if expected_hidden_size is not None and hidden_size != expected_hidden_size:
+        folder = head_files.find(source, revision)
+        config = head_files.read_config(folder)
+        if expected_hidden_size is not None and config.hidden_size != expected_hidden_size:
             raise ValueError(
-                f"specdecpp: head={str(source)!r} is for hidden size {hidden_size}, but the draft model has "
+                f"specdecpp: head={str(source)!r} is for hidden size {config.hidden_size}, but the draft model has "
                 f"{expected_hidden_size}; use the head that was trained for this draft"
             )
-        path, tensors = _read_tensors(folder)
-        tensors, tied = _named(tensors, num_layers, may_share, path)
-        head = cls(hidden_size, num_layers, tied=tied)
+        draft = config.metadata.get("draft")
+        if expected_draft and isinstance(draft, str) and draft and not head_files.same_model(draft, expected_draft):
+            raise ValueError(
+                f"specdecpp: head={str(source)!r} was trained for the draft {draft!r}, but the draft model is "
+                f'{expected_draft!r}; use a head of this draft, or correct "draft" in its {CONFIG_FILE}'
+            )
+        path, tensors = head_files.read_tensors(folder)
+        tensors, tied = head_files.named(tensors, config, path)
+        head = cls(
+            config.hidden_size, config.num_layers, tied,
+            width=config.width, features=config.features, lag=config.lag, standardize=config.standardize,
+        )  # fmt: skip
+        head.metadata, head.calibration = config.metadata, config.calibration
         for key, parameter in head.state_dict().items():
             found = tensors[key]
             if found.shape != parameter.shape:
                 raise ValueError(
                     f"specdecpp: head file {path}: {key} has shape {list(found.shape)}, but {CONFIG_FILE} "
-                    f"(hidden_size {hidden_size}) wants {list(parameter.shape)}; the two files do not belong together"
+                    f"(hidden_size {config.hidden_size}) wants {list(parameter.shape)}; the two files do not belong "
+                    "together"
                 )
             if not found.is_floating_point() or not bool(found.isfinite().all()):
                 raise ValueError(
@@ -147,123 +266,3 @@ class AcceptanceHead(nn.Module):
                 )
         head.load_state_dict(tensors)
         return head.to(device=device, dtype=dtype).eval()
-
-
-def _find(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local folder of ``source``, fetched from the hub when it is no folder here."""
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"specdecpp: head_revision={revision!r} is for a hub id, but head={name!r} is a folder; leave it out"
-            )
-        return path
-    if path.exists():
-        raise ValueError(f"specdecpp: head={name!r} is a file; give the folder with {CONFIG_FILE} and the weights")
-    if name.startswith((".", "~", "/")) or not _HUB_ID.fullmatch(name):
-        raise ValueError(f"specdecpp: head={name!r} does not exist; give a folder or a hub id (org/name)")
-    return _fetch(name, revision)
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    org, repository, *inside = name.split("/")
-    prefix = "".join(f"{part}/" for part in inside)
-    wanted = [prefix + file for file in (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE)]
-    try:
-        folder = Path(snapshot_download(f"{org}/{repository}", revision=revision, allow_patterns=wanted)) / prefix
-    except Exception as error:  # the hub client raises its own, requests' and OS errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"specdecpp: head={name!r} is no folder here, and the hub did not give it ({reason}); "
-            "check the name, or fetch it and give the folder"
-        ) from None
-    if not folder.is_dir():
-        raise ValueError(f"specdecpp: head={name!r}: the hub repository has no folder {prefix!r}; check the name")
-    return folder
-
-
-def _read_config(folder: Path) -> tuple[int, int, bool]:
-    """hidden_size, num_layers, and whether blocks may share parameters (our own files say so)."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f'specdecpp: head={str(folder)!r} has no readable {CONFIG_FILE} ({error.strerror}); write '
-            '{"hidden_size": ..., "num_layers": ...} beside the weights'
-        ) from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"specdecpp: head file {path} is not valid JSON ({error}); fetch the head again") from None
-    sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_layers")] if isinstance(config, dict) else []
-    if not (len(sizes) == 2 and all(type(size) is int for size in sizes) and sizes[0] > 0 and sizes[1] >= 0):
-        raise ValueError(
-            f'specdecpp: head file {path} must hold {{"hidden_size": N, "num_layers": L}} with whole numbers N > 0, '
-            "L >= 0; write them as the head was trained"
-        )
-    return sizes[0], sizes[1], config.get("tied") is not False
-
-
-def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The weights file and what is in it."""
-    for name, read in ((SAFETENSORS_FILE, load_file), (PICKLE_FILE, _unpickle)):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            tensors = read(path)
-        except Exception as error:  # a damaged file can raise nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"specdecpp: head file {path} is corrupt or holds more than tensors ({reason}); fetch the head again"
-            ) from None
-        return path, tensors
-    raise ValueError(
-        f"specdecpp: head={str(folder)!r} has no {SAFETENSORS_FILE} or {PICKLE_FILE}; give the folder of a trained head"
-    )
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError("not a dict of tensors")
-    return tensors
-
-
-def _named(tensors: dict[str, Tensor], num_layers: int, may_share: bool, path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Any known key layout as ours (``blocks.*``, ``output.*``), and whether the blocks are tied."""
-    blocks: dict[int, dict[str, Tensor]] = {}
-    named: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        block = re.fullmatch(r"(?:model|blocks)\.(\d+)\.linear\.(weight|bias)", key)
-        output = re.fullmatch(rf"(?:model\.{num_layers}|output)\.(weight|bias)", key)
-        if block and int(block[1]) < num_layers:
-            blocks.setdefault(int(block[1]), {})[block[2]] = tensor
-        elif output:
-            named[f"output.{output[1]}"] = tensor
-        else:
-            raise ValueError(
-                f"specdecpp: head file {path} has the unknown key {key!r} for num_layers {num_layers}; "
-                f"check num_layers in {CONFIG_FILE}, or give an acceptance head's folder"
-            )
-    missing = [f"model.{num_layers}.{name}" for name in ("weight", "bias") if f"output.{name}" not in named]
-    # One stored block stands for all: a writer that knows shared tensors drops the repeats.
-    expected = blocks if len(blocks) == 1 and may_share else range(num_layers)
-    for i in expected:
-        missing += [f"model.{i}.linear.{name}" for name in ("weight", "bias") if name not in blocks.get(i, {})]
-    if missing:
-        raise ValueError(f"specdecpp: head file {path} lacks {', '.join(missing)}; fetch or train the head again")
-    stored = [blocks[i] for i in sorted(blocks)]
-    tied = all(torch.equal(block[name], stored[0][name]) for block in stored for name in ("weight", "bias"))
-    for i, parameters in enumerate(stored[:1] if tied else stored):
-        named |= {f"blocks.{i}.linear.{name}": tensor for name, tensor in parameters.items()}
-    return named, tied
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move it there, so that a reader never meets half a file."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision import (
+    SCALAR_FEATURES,
     ConfidenceEstimator,
     EntropyEstimator,
     FixedRule,
@@ -47,7 +49,7 @@ class Scripted:
     def __init__(self, lag: int) -> None:
         self.lag = lag
 
-    def __call__(self, features: StepFeatures) -> Tensor:
+    def __call__(self, features: StepFeatures, position: int) -> Tensor:
         assert features.top1_prob is not None
         return features.top1_prob
 
@@ -94,7 +96,9 @@ class TestPapersRule:
         scores = torch.rand(num_reqs, max_length) ** 0.25  # [num_reqs, num_steps], mostly near 1
         tokens = torch.randint(0, 60, (num_reqs, max_length))
         state = RoundState(
-            ThresholdRule(Scripted(lag=1), h), torch.full((num_reqs,), max_length), min_length=min_length,
+            ThresholdRule(Scripted(lag=1), h),
+            torch.full((num_reqs,), max_length),
+            min_length=min_length,
             stop_token_ids=torch.tensor([eos]),
         )
         lengths, _ = run(state, scores, tokens, compact=compact)
@@ -223,14 +227,15 @@ class TestBrokenEstimates:
         assert state.survival.tolist() == [1, 0, 1, 0]
 
     def test_nan_logits_stop_every_rule(self) -> None:
-        features = features_from_logits(torch.full((1, 5), math.nan), torch.full((1, HIDDEN), math.nan))
+        nan = torch.full((1, 5), math.nan)
+        features = features_from_logits(nan, torch.full((1, HIDDEN), math.nan), margin=True)
         for rule in all_rules():
             if rule.name == "fixed":
                 continue
             state = RoundState(rule, torch.tensor([9]))
             while state.any_running():
                 state.observe(features)
-                state.append(torch.tensor([0]))
+                state.append(torch.tensor([0]), drawn_logprobs=nan[:, 0])
             assert state.lengths.item() == 1 + (rule.estimator is not None and rule.estimator.lag), rule.name
 
 
@@ -297,20 +302,20 @@ class TestEstimators:
         head = AcceptanceHead(HIDDEN)
         features = features_from_logits(torch.randn(3, 7), torch.randn(3, HIDDEN))
         assert features.hidden_states is not None and features.entropy is not None
-        assert torch.equal(HeadEstimator(head)(features), head.probability(features.hidden_states))
-        assert ConfidenceEstimator()(features) is features.top1_prob
-        torch.testing.assert_close(EntropyEstimator()(features), 1 / features.entropy.exp())
+        assert torch.equal(HeadEstimator(head)(features, 1), head.probability(features.hidden_states))
+        assert ConfidenceEstimator()(features, 1) is features.top1_prob
+        torch.testing.assert_close(EntropyEstimator()(features, 1), 1 / features.entropy.exp())
 
     def test_the_inverse_perplexity_of_a_uniform_choice(self) -> None:
         features = features_from_logits(torch.zeros(1, 8))
-        assert EntropyEstimator()(features).item() == pytest.approx(1 / 8)
+        assert EntropyEstimator()(features, 1).item() == pytest.approx(1 / 8)
 
     def test_a_feature_that_is_missing_is_named(self) -> None:
         estimators = (HeadEstimator(AcceptanceHead(HIDDEN)), ConfidenceEstimator(), EntropyEstimator())
         for estimator in estimators:
             (field,) = estimator.needs
             with pytest.raises(ValueError, match=f"reads features.{field}, but the draft step did not compute it"):
-                estimator(StepFeatures())
+                estimator(StepFeatures(), 1)
 
 
 class TestMakeRule:
@@ -331,6 +336,34 @@ class TestMakeRule:
         assert isinstance(rule, ThresholdRule) and rule.estimator is not None
         assert (rule.name, rule.needs, rule.estimator.lag, rule.threshold) == (name, needs, lag, threshold)
 
+    @pytest.mark.parametrize(
+        ("options", "tuned", "threshold"),
+        [
+            ({}, {"rule": "threshold", "threshold": 0.4, "num_speculative_tokens": 9}, 0.4),
+            ({"threshold": 0.3}, {"rule": "threshold", "threshold": 0.4}, 0.3),  # the user's word comes first
+            ({}, {"rule": "confidence", "threshold": 0.4}, 0.7),  # of another rule
+            ({}, {"rule": "threshold"}, 0.7),
+            ({}, "text", 0.7),
+        ],
+    )  # fmt: skip
+    def test_the_heads_tuned_threshold(self, options: dict[str, float], tuned: Any, threshold: float) -> None:
+        head = AcceptanceHead(HIDDEN)
+        head.metadata["rule"] = tuned
+        rule = make_rule(SpecDecPPConfig.from_additional_config({"model": "d", "head": "h", **options}), head)
+        assert isinstance(rule, ThresholdRule) and rule.threshold == threshold
+
+    @pytest.mark.parametrize("threshold", [0, 1.0, "0.4", True, None, math.nan])
+    def test_a_tuned_threshold_that_is_none(self, threshold: Any) -> None:
+        head = AcceptanceHead(HIDDEN)
+        head.metadata["rule"] = {"rule": "threshold", "threshold": threshold}
+        with pytest.raises(ValueError, match=r"^specdecpp: the head's config.json has rule.threshold=.*tune the head"):
+            make_rule(SpecDecPPConfig(model="d", head="h"), head)
+
+    def test_what_a_head_needs(self) -> None:
+        config = SpecDecPPConfig(model="d", head="h")
+        head = AcceptanceHead(HIDDEN, features=["entropy", "drawn_logprob"])
+        assert make_rule(config, head).needs == {"hidden_states", "entropy", "drawn_logprob"}
+
     def test_a_head_that_is_not_loaded(self) -> None:
         with pytest.raises(ValueError, match="rule='threshold' needs an acceptance head and none is loaded"):
             make_rule(SpecDecPPConfig(model="d", head="h"), None)
@@ -345,12 +378,23 @@ class TestMakeRule:
             assert rule.depends_on and "Y_k " not in rule.depends_on
 
 
+RULES = ["fixed", "head", "confidence", "entropy", "head with scalars", "look-ahead head"]
+
+
 def all_rules(threshold: float = 0.5) -> list[StopRule]:
-    generator = torch.Generator().manual_seed(3)
-    head = AcceptanceHead(HIDDEN)
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.8, generator=generator)
-    estimators = (HeadEstimator(head), ConfidenceEstimator(), EntropyEstimator())
+    """One of each, in the order of ``RULES``. The seeds give every length at every threshold."""
+
+    def head(seed: int = 3, **options: Any) -> HeadEstimator:
+        head = AcceptanceHead(HIDDEN, **options)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, std=0.8, generator=generator)
+        return HeadEstimator(head)
+
+    estimators = (
+        head(), ConfidenceEstimator(), EntropyEstimator(),
+        head(34, features=SCALAR_FEATURES), head(34, features=SCALAR_FEATURES[:3], lag=0),
+    )  # fmt: skip
     return [FixedRule(), *(ThresholdRule(estimator, threshold) for estimator in estimators)]
 
 
@@ -373,9 +417,10 @@ def draft_round(state: RoundState, prefix: int, draft: Tensor) -> Tensor:
     last = torch.full((len(DRAWS),), prefix)
     step = 0
     while state.any_running():
-        features = features_from_logits(draft[last].log(), STATES[last])  # the pass that has read Y_{k-1}
+        # The pass that has read Y_{k-1}.
+        features = features_from_logits(draft[last].log(), STATES[last], margin=True)
         state.observe(features)
-        state.append(DRAWS[:, step])
+        state.append(DRAWS[:, step], drawn_logprobs=draft[last, DRAWS[:, step]].log())
         last = DRAWS[:, step]
         step += 1
     return state.lengths
@@ -447,9 +492,9 @@ class DropsUnlikelyTokens(RoundState):
         assert features.hidden_states is not None
         self.last = (features.hidden_states[:, None] == STATES).all(-1).long().argmax(-1)  # [num_reqs] the token read
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
+    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
         dropped = self.running & (self.draft[self.last, token_ids] < 0.5)  # [num_reqs]
-        super().append(token_ids, rows)
+        super().append(token_ids, rows, drawn_logprobs)
         self.lengths = self.lengths - dropped.long()
         self.running = self.running & ~dropped
 
@@ -457,15 +502,26 @@ class DropsUnlikelyTokens(RoundState):
 class LooksAtTheDrawnToken(RoundState):
     """Planted bias: the likely first token stops the draft before it, so only unlikely ones are verified."""
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
-        super().append(token_ids, rows)
+    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
+        super().append(token_ids, rows, drawn_logprobs)
         dropped = (token_ids == 0) & (self.lengths == 1)  # [num_reqs]
         self.lengths = torch.where(dropped, 0, self.lengths)
         self.running = self.running & ~dropped
 
 
+class ReadsTheDrawnProbability(RoundState):
+    """Planted bias: log q(Y_k) decides whether Y_k itself is submitted, where only log q(Y_{k-1}) may."""
+
+    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
+        super().append(token_ids, rows, drawn_logprobs)
+        assert drawn_logprobs is not None
+        dropped = (drawn_logprobs.exp() > 0.4) & (self.lengths == 1)  # [num_reqs]
+        self.lengths = torch.where(dropped, 0, self.lengths)
+        self.running = self.running & ~dropped
+
+
 class TestLossless:
-    @pytest.mark.parametrize("index", range(4), ids=["fixed", "head", "confidence", "entropy"])
+    @pytest.mark.parametrize("index", range(6), ids=RULES)
     @pytest.mark.parametrize("h", [0.3, 0.5, 0.6, 0.8])
     @pytest.mark.parametrize("min_length", [1, 2])
     @pytest.mark.parametrize("eos", [None, 1])
@@ -475,13 +531,15 @@ class TestLossless:
     ) -> None:
         def make_round(num_reqs: int) -> RoundState:
             return RoundState(
-                all_rules(h)[index], torch.full((num_reqs,), K_MAX), min_length=min_length,
+                all_rules(h)[index],
+                torch.full((num_reqs,), K_MAX),
+                min_length=min_length,
                 stop_token_ids=None if eos is None else torch.tensor([eos]),
             )
 
         assert largest_error(emitted_law(make_round, start=start), start) < ENUMERATION_TOLERANCE
 
-    @pytest.mark.parametrize("index", [1, 2, 3], ids=["head", "confidence", "entropy"])
+    @pytest.mark.parametrize("index", range(1, 6), ids=RULES[1:])
     def test_the_enumeration_sees_different_lengths(self, index: int) -> None:
         """Else the law would prove nothing about the rule."""
         seen: set[int] = set()
@@ -489,7 +547,7 @@ class TestLossless:
             for prefix in range(VOCAB):
                 state = RoundState(all_rules(h)[index], torch.full((len(DRAWS),), K_MAX))
                 seen |= set(draft_round(state, prefix, DRAFT).tolist())
-        assert seen == ({2, 3} if index == 1 else {1, 2, 3})
+        assert seen == ({2, 3} if index in (1, 4) else {1, 2, 3})
 
     def test_dropping_a_token_for_its_own_value_is_caught(self) -> None:
         law = emitted_law(lambda num_reqs: DropsUnlikelyTokens(num_reqs, DRAFT))
@@ -499,13 +557,17 @@ class TestLossless:
         law = emitted_law(lambda num_reqs: LooksAtTheDrawnToken(FixedRule(), torch.full((num_reqs,), K_MAX)))
         assert largest_error(law) > 0.01
 
+    def test_stopping_before_a_token_for_its_own_probability_is_caught(self) -> None:
+        law = emitted_law(lambda num_reqs: ReadsTheDrawnProbability(FixedRule(), torch.full((num_reqs,), K_MAX)))
+        assert largest_error(law) > 0.01
+
     def test_with_one_hot_drafting_even_dropping_is_exact(self) -> None:
         """A greedy draft's token is a function of the prefix, so it carries no information of its own."""
         one_hot = torch.nn.functional.one_hot(DRAFT.argmax(-1), VOCAB).double()
         law = emitted_law(lambda num_reqs: DropsUnlikelyTokens(num_reqs, one_hot), draft=one_hot)
         assert largest_error(law) < ENUMERATION_TOLERANCE
 
-    @pytest.mark.parametrize("index", range(4), ids=["fixed", "head", "confidence", "entropy"])
+    @pytest.mark.parametrize("index", range(6), ids=RULES)
     @pytest.mark.parametrize("step", range(6))
     def test_the_decision_ignores_the_tokens_it_is_about(self, index: int, step: int) -> None:
         """Whether candidate k+1 is drawn is the same whatever Y_k is; its features come from Y_{k-1} and before."""
@@ -517,8 +579,9 @@ class TestLossless:
             state = RoundState(all_rules()[index], torch.full((num_reqs,), num_steps))
             out = []
             for k in range(step + 1):
-                state.observe(features_from_logits(logits[k], hidden[k]))
-                state.append(tokens[k])
+                state.observe(features_from_logits(logits[k], hidden[k], margin=True))
+                drawn_logprobs = logits[k].log_softmax(-1).gather(1, tokens[k][:, None]).squeeze(1)
+                state.append(tokens[k], drawn_logprobs=drawn_logprobs)
                 out.append(state.running.tolist())
             return out
 

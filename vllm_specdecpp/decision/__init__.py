@@ -13,7 +13,12 @@ One loop serves every adapter::
 from __future__ import annotations
 
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, Estimator, HeadEstimator
-from vllm_specdecpp.decision.features import StepFeatures, features_from_logits
+from vllm_specdecpp.decision.features import (
+    SCALAR_FEATURES,
+    StepFeatures,
+    encode_scalars,
+    features_from_logits,
+)
 from vllm_specdecpp.decision.round import RoundState
 from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_rule
 
@@ -24,9 +29,11 @@ __all__ = [
     "FixedRule",
     "HeadEstimator",
     "RoundState",
+    "SCALAR_FEATURES",
     "StepFeatures",
     "StopRule",
     "ThresholdRule",
+    "encode_scalars",
     "features_from_logits",
     "make_rule",
 ]

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of one draft step."""
+"""What is kept of one draft step, and how a head reads it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SCALAR_FEATURES = ("top1_prob", "entropy", "margin", "drawn_logprob")
+"""The fields of :class:`StepFeatures` with one number a request, which a head may read besides the hidden state."""
+
+_LOG_ODDS, _LOG_ENTROPY, _MARGIN, _LOGPROB = 12.0, 12.0, 50.0, 20.0
+"""Where the encodings saturate: float32 tells probabilities apart up to log-odds of about 16."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +29,23 @@ class StepFeatures:
     entropy: Tensor | None = None
     """[num_reqs] float32, entropy of that distribution in nats."""
 
+    margin: Tensor | None = None
+    """[num_reqs] float32, the largest logit minus the second largest; inf if there is no other."""
+
+    drawn_logprob: Tensor | None = None
+    """[num_reqs] float32, log q(Y_k) at temperature 1. None until Y_k is drawn: no decision about Y_k can read it."""
+
+    previous: StepFeatures | None = None
+    """Scalars of the pass before, which yielded Y_{k-1}: row-aligned, with ``drawn_logprob``, no hidden states."""
+
 
 def features_from_logits(
-    logits: Tensor, hidden_states: Tensor | None = None, *, top1: bool = True, entropy: bool = True
+    logits: Tensor,
+    hidden_states: Tensor | None = None,
+    *,
+    top1: bool = True,
+    entropy: bool = True,
+    margin: bool = False,
 ) -> StepFeatures:
     """Summarise the draft's logits, in float32.
 
@@ -33,10 +54,14 @@ def features_from_logits(
         hidden_states: [num_reqs, hidden_size], kept as it is.
         top1: whether to compute ``top1_prob``; it is None otherwise.
         entropy: whether to compute ``entropy``; it is None otherwise.
+        margin: whether to compute ``margin``; it is None otherwise.
     """
-    if not (top1 or entropy):
+    if not (top1 or entropy or margin):
         return StepFeatures(hidden_states)
     logits = logits.float()  # [num_reqs, vocab_size]
+    margins = _margin(logits) if margin else None  # [num_reqs]
+    if not (top1 or entropy):
+        return StepFeatures(hidden_states, margin=margins)
     # Relative to the largest, so that a common offset costs no float32 digits.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     log_z = logits.logsumexp(dim=-1)  # [num_reqs]
@@ -45,4 +70,86 @@ def features_from_logits(
     if entropy:
         # entr(0) = 0, where p * log p would be NaN.
         entropies = torch.special.entr((logits - log_z[:, None]).exp()).sum(dim=-1)  # [num_reqs]
-    return StepFeatures(hidden_states, top1_prob, entropies)
+    return StepFeatures(hidden_states, top1_prob, entropies, margins)
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """[num_reqs]: the largest of ``logits`` [num_reqs, vocab_size] minus the second largest."""
+    if logits.shape[-1] < 2:
+        return torch.full_like(logits[:, 0], torch.inf)
+    largest, second = logits.topk(2, dim=-1).values.unbind(-1)
+    return largest - second
+
+
+def _encode_top1_prob(p: Tensor) -> tuple[Tensor, ...]:
+    return p.logit().clamp(-_LOG_ODDS, _LOG_ODDS) / 4, p
+
+
+def _encode_entropy(entropy: Tensor) -> tuple[Tensor, ...]:
+    entropy = entropy.clamp_min(0)
+    return entropy.log().clamp(-_LOG_ENTROPY, _LOG_ENTROPY) / 4, torch.exp(-entropy)
+
+
+def _encode_margin(margin: Tensor) -> tuple[Tensor, ...]:
+    return (torch.log1p(margin.clamp(0, _MARGIN)),)
+
+
+def _encode_drawn_logprob(logprob: Tensor) -> tuple[Tensor, ...]:
+    return logprob.clamp(-_LOGPROB, 0) / 4, logprob.exp().clamp(max=1)
+
+
+_ENCODINGS: dict[str, tuple[int, Callable[[Tensor], tuple[Tensor, ...]]]] = {
+    "top1_prob": (2, _encode_top1_prob),
+    "entropy": (2, _encode_entropy),
+    "margin": (1, _encode_margin),
+    "drawn_logprob": (2, _encode_drawn_logprob),
+}
+
+
+def check_features(names: Sequence[str], lag: int) -> None:
+    """Refuse what a head cannot read.
+
+    Raises:
+        ValueError: one line: a name that is unknown, given twice, or not known before the draw.
+    """
+    for name in names:
+        if name not in SCALAR_FEATURES:
+            raise ValueError(f"specdecpp: features={name!r} is unknown; choose among {', '.join(SCALAR_FEATURES)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"specdecpp: features={','.join(names)} names one twice; give each once")
+    if lag == 0 and "drawn_logprob" in names:
+        raise ValueError(
+            "specdecpp: features='drawn_logprob' with lag=0 would decide about a candidate by its own value, "
+            "which is not lossless; leave it out, or use lag=1"
+        )
+
+
+def num_inputs(names: Sequence[str]) -> int:
+    """How many columns :func:`encode_scalars` makes of ``names``."""
+    return sum(_ENCODINGS[name][0] for name in names)
+
+
+def encode_scalars(columns: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """What a head reads of the scalar features: bounded transforms of about unit size, the same at every call.
+
+    Args:
+        columns: name to [num_rows], of :data:`SCALAR_FEATURES`; more than ``names`` may be there.
+        names: in the head's order.
+
+    Returns:
+        [num_rows, num_inputs] float32: log-odds and probability of the largest, log and exp of the entropy, log of
+        1 + the margin, log-probability and probability of the drawn token. NaN stays NaN.
+
+    Raises:
+        ValueError: one line: an unknown name, or a column that is missing.
+    """
+    check_features(names, lag=1)
+    encoded: list[Tensor] = []
+    for name in names:
+        if columns.get(name) is None:
+            raise ValueError(f"specdecpp: the head reads features.{name}, but there is no such column")
+        encoded += _ENCODINGS[name][1](columns[name].float())
+    if not encoded:
+        num_rows = next((len(column) for column in columns.values() if column is not None), 0)
+        return torch.zeros(num_rows, 0)
+    return torch.stack(encoded, dim=-1)  # [num_rows, num_inputs]

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.decision.features import StepFeatures
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.decision.rules import StopRule
 
 
@@ -56,6 +58,11 @@ class RoundState:
         self.running = self.max_lengths > 0
         self._num_drawn = 0
         self._last: Tensor | None = None  # [num_reqs] bool, whether the next candidate is the request's last
+        # Only a lagged estimator reads the pass before.
+        lagged = rule.estimator is not None and rule.estimator.lag > 0
+        self._kept = [name for name in SCALAR_FEATURES if lagged and name in rule.needs]
+        self._previous: dict[str, Tensor] = {}  # name -> [num_reqs], of the pass that yielded the last candidate
+        self._current: dict[str, Tensor] = {}  # name -> [num_reqs], of the pass observed last
 
     def observe(self, features: StepFeatures, rows: Tensor | None = None) -> None:
         """Take in the pass that yields the next candidate's distribution, before that candidate is drawn.
@@ -67,21 +74,34 @@ class RoundState:
         estimator = self.rule.estimator
         # A lagged estimator scores the token before: at the first step a verified one, whose acceptance is certain.
         if estimator is not None and not (estimator.lag and self._num_drawn == 0):
-            estimate = estimator(features).float()
+            if self._kept:
+                index = slice(None) if rows is None else rows
+                # [num_rows] each
+                previous: dict[str, Any] = {name: column[index] for name, column in self._previous.items()}
+                features = replace(features, previous=StepFeatures(**previous))
+            # No lag: the candidate about to be drawn. Lag 1: the one drawn last.
+            estimate = estimator(features, self._num_drawn + 1 - estimator.lag).float()
             # A broken estimate ends the draft, not the server.
             estimate = torch.nan_to_num(estimate, nan=0.0).clamp(0, 1)
             scores = torch.ones_like(self.survival)  # [num_reqs]
             scores[slice(None) if rows is None else rows] = estimate
             self.survival = torch.where(self.running, self.survival * scores, self.survival)
+        self._current = {}
+        for name in self._kept:
+            # Nobody can know the draw yet: append() brings it.
+            if name != "drawn_logprob" and (column := getattr(features, name)) is not None:
+                self._current[name] = self._per_request(column, rows)
         stop = self.rule.should_stop(self.survival, self._num_drawn)  # [num_reqs]
         self._last = self.agree(stop & (self._num_drawn + 1 >= self.min_length))
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None) -> None:
+    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
         """Submit the drawn candidate of every running request, then end those that are through.
 
         Args:
             token_ids: [num_reqs] the drawn tokens, or [num_rows] those of ``rows``; ignored for requests not running.
             rows: [num_rows] int64 indices, as in :meth:`observe`.
+            drawn_logprobs: [num_reqs], or [num_rows], log-probabilities of the drawn tokens at temperature 1; wanted if
+                the rule needs ``drawn_logprob``.
 
         Raises:
             RuntimeError: :meth:`observe` was not called for this candidate.
@@ -95,9 +115,20 @@ class RoundState:
             stop_token_ids = self.stop_token_ids[index] if self.stop_token_ids.dim() == 2 else self.stop_token_ids[None]
             go_on[index] &= (token_ids[:, None] != stop_token_ids).all(dim=1)  # [num_rows]
         self.running = go_on
+        self._previous = self._current
+        if drawn_logprobs is not None and "drawn_logprob" in self._kept:
+            self._previous["drawn_logprob"] = self._per_request(drawn_logprobs, rows)
         self._num_drawn += 1
         self._last = None
 
     def any_running(self) -> bool:
         """Whether some request still drafts. Waits for the device."""
         return bool(self.running.any())
+
+    def _per_request(self, values: Tensor, rows: Tensor | None) -> Tensor:
+        """``values`` [num_rows] of ``rows`` as [num_reqs] float32; NaN, which no running request reads, elsewhere."""
+        if rows is None:
+            return values.float()
+        out = torch.full_like(self.survival, torch.nan)
+        out[rows] = values.float()
+        return out

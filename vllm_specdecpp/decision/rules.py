@@ -7,14 +7,16 @@ rule is asked before candidate k exists and answers for candidate k+1, so it has
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, Estimator, HeadEstimator
-from vllm_specdecpp.head import AcceptanceHead
+
+if TYPE_CHECKING:  # the head imports this package's features
+    from vllm_specdecpp.head import AcceptanceHead
 
 
 class StopRule(Protocol):
@@ -75,10 +77,10 @@ class ThresholdRule:
 
 
 def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
-    """The rule that the options ask for.
+    """The rule that the options ask for. A threshold that they leave out is the head's tuned one, if it has one.
 
     Raises:
-        ValueError: the rule needs a head and none is loaded.
+        ValueError: the rule needs a head and none is loaded, or the head's own threshold is not one.
     """
     rule, threshold = config.resolved_rule, config.resolved_threshold
     if rule == "fixed" or threshold is None:
@@ -86,6 +88,22 @@ def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
     if rule == "threshold":
         if head is None:
             raise ValueError("specdecpp: rule='threshold' needs an acceptance head and none is loaded; give head=...")
+        if config.threshold is None:
+            threshold = _tuned_threshold(head, threshold)
         return ThresholdRule(HeadEstimator(head), threshold, name=rule)
     estimator: Estimator = ConfidenceEstimator() if rule == "confidence" else EntropyEstimator()
     return ThresholdRule(estimator, threshold, name=rule)
+
+
+def _tuned_threshold(head: AcceptanceHead, default: float) -> float:
+    """The ``threshold`` of the rule in the head's config, as ``vllm-specdecpp tune`` writes it, else ``default``."""
+    tuned: Any = head.metadata.get("rule")
+    if not isinstance(tuned, dict) or tuned.get("rule") != "threshold":
+        return default
+    threshold = tuned.get("threshold", default)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
+        raise ValueError(
+            f"specdecpp: the head's config.json has rule.threshold={threshold!r}, which must lie strictly between 0 "
+            "and 1; tune the head again, or give threshold="
+        )
+    return float(threshold)

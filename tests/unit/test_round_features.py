@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scalars and which position reach an estimator: against one request at a time, with planted bugs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_specdecpp.decision import HeadEstimator, RoundState, StepFeatures, ThresholdRule, encode_scalars
+from vllm_specdecpp.decision import round as round_module
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
+from vllm_specdecpp.head import AcceptanceHead
+
+NUM_REQS, NUM_STEPS, HIDDEN = 40, 9, 3
+NOW = ("top1_prob", "entropy", "margin")
+TOLERANCE = 1e-5  # batched and single-row matrix products differ in the last float32 digits
+Data = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    """Everything a round could see: each [num_reqs, num_steps], hidden states [num_reqs, num_steps, hidden_size]."""
+    generator = torch.Generator().manual_seed(5)
+    found = {name: torch.rand(NUM_REQS, NUM_STEPS, generator=generator) for name in SCALAR_FEATURES}
+    found["drawn_logprob"] = found["drawn_logprob"].log()
+    found["hidden_states"] = torch.randn(NUM_REQS, NUM_STEPS, HIDDEN, generator=generator)
+    found["max_lengths"] = torch.randint(0, NUM_STEPS + 1, (NUM_REQS,), generator=generator)
+    return found
+
+
+def make_head(lag: int) -> AcceptanceHead:
+    """One whose output depends strongly on every scalar and on the position."""
+    head = AcceptanceHead(HIDDEN, 1, features=SCALAR_FEATURES[: 4 if lag else 3], lag=lag)
+    generator = torch.Generator().manual_seed(lag)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.7, generator=generator)
+    head.calibration = {"slope": 0.7, "intercepts": [2.5, 0.5, 3.0, 0.0, 2.0]}
+    return head.eval()
+
+
+@torch.no_grad()
+def one_by_one(head: AcceptanceHead, data: Data, h: float) -> tuple[list[int], list[float]]:
+    """Lengths and survival of every request on its own, indexing ``data`` directly."""
+    lengths, survivals = [], []
+    for row, limit in enumerate(data["max_lengths"].tolist()):
+        survival, length = 1.0, 0
+        for k in range(limit):  # the pass that yields candidate k + 1
+            scored = k - head.lag  # 0-based candidate that is scored; its scalars are of the pass that yielded it
+            if scored >= 0:
+                names = head.features
+                scalars = encode_scalars({name: data[name][row, scored : scored + 1] for name in names}, names)
+                hidden = data["hidden_states"][row, k : k + 1]
+                intercepts = [2.5, 0.5, 3.0, 0.0, 2.0]
+                shift = intercepts[min(scored, 4)]
+                survival *= 1 / (1 + math.exp(-(0.7 * float(head.logit(hidden, scalars)) + shift)))
+            length = k + 1
+            if 1 - survival > h:
+                break
+        lengths.append(length)
+        survivals.append(survival)
+    return lengths, survivals
+
+
+def batched(
+    head: AcceptanceHead, data: Data, h: float, which: str, make_state: Callable[..., RoundState] = RoundState
+) -> tuple[list[int], list[float]]:
+    """The same through ``RoundState``; ``which`` says what of the batch the features describe."""
+    state = make_state(ThresholdRule(HeadEstimator(head), h), data["max_lengths"])
+    generator = torch.Generator().manual_seed(7)
+    step = 0
+    while state.any_running():
+        rows = None
+        if which == "running":
+            rows = state.running.nonzero().squeeze(1)
+        elif which == "shuffled superset":
+            extra = torch.rand(NUM_REQS, generator=generator) < 0.3
+            rows = (state.running | extra).nonzero().squeeze(1)
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+        index: Any = slice(None) if rows is None else rows
+        now: dict[str, Any] = {name: data[name][index, step] for name in (*NOW, "hidden_states")}
+        state.observe(StepFeatures(**now), rows)
+        tokens = torch.zeros(NUM_REQS, dtype=torch.int64)[index]
+        state.append(tokens, rows, drawn_logprobs=data["drawn_logprob"][index, step] if head.lag else None)
+        step += 1
+    return state.lengths.tolist(), state.survival.tolist()
+
+
+WHICH = ["all", "running", "shuffled superset"]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("which", WHICH)
+@pytest.mark.parametrize("h", [0.3, 0.6, 0.9, 0.999])
+def test_equals_one_request_at_a_time(data: Data, lag: int, which: str, h: float) -> None:
+    head = make_head(lag)
+    lengths, survivals = batched(head, data, h, which)
+    expected_lengths, expected = one_by_one(head, data, h)
+    assert lengths == expected_lengths
+    assert survivals == pytest.approx(expected, abs=TOLERANCE)
+    if h == 0.9:
+        assert len(set(lengths)) >= 5  # the comparison saw many lengths
+
+
+class IgnoresRows(RoundState):
+    """Planted: the kept scalars are filed in the order of ``rows``, not under its requests."""
+
+    def _per_request(self, values: Tensor, rows: Tensor | None) -> Tensor:
+        out = torch.full_like(self.survival, 0.5)
+        out[: len(values)] = values
+        return out
+
+
+class KeepsTheFirstStep(RoundState):
+    """Planted: the scalars of the round's first pass are never replaced."""
+
+    def append(self, *args: Any, **kwargs: Any) -> None:
+        kept = dict(self._previous)
+        super().append(*args, **kwargs)
+        self._previous = kept or self._previous
+
+
+class LagsTheDraw(RoundState):
+    """Planted: the drawn token's log-probability is that of one step before."""
+
+    late: Tensor | None = None
+
+    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
+        super().append(token_ids, rows, drawn_logprobs)
+        if "drawn_logprob" in self._previous:
+            now = self._previous["drawn_logprob"]
+            if self.late is not None:
+                self._previous["drawn_logprob"] = self.late
+            self.late = now
+
+
+class OffByOne(RoundState):
+    """Planted: the position is the number of passes."""
+
+    def observe(self, features: StepFeatures, rows: Tensor | None = None) -> None:
+        estimator: Any = self.rule.estimator
+        original = type(estimator).__call__
+
+        def shifted(features: StepFeatures, position: int) -> Tensor:
+            return original(estimator, features, position + 1)
+
+        self.rule = _Rule(self.rule, shifted, estimator)  # type: ignore[assignment]
+        super().observe(features, rows)
+        self.rule = self.rule.rule  # type: ignore[attr-defined]
+
+
+class _Rule:
+    def __init__(self, rule: Any, call: Any, estimator: Any) -> None:
+        self.rule, self.should_stop = rule, rule.should_stop
+        self.estimator = _Estimator(call, estimator)
+
+
+class _Estimator:
+    def __init__(self, call: Any, estimator: Any) -> None:
+        self.call, self.lag = call, estimator.lag
+
+    def __call__(self, features: StepFeatures, position: int) -> Tensor:
+        return self.call(features, position)
+
+
+@pytest.mark.parametrize(
+    ("bug", "lag", "which"),
+    [
+        (IgnoresRows, 1, "running"), (IgnoresRows, 1, "shuffled superset"),
+        (KeepsTheFirstStep, 1, "all"), (KeepsTheFirstStep, 1, "running"),
+        (LagsTheDraw, 1, "all"), (LagsTheDraw, 1, "running"),
+        (OffByOne, 0, "all"), (OffByOne, 1, "running"),
+    ],
+)  # fmt: skip
+def test_a_planted_bug_is_seen(data: Data, bug: type[RoundState], lag: int, which: str) -> None:
+    head = make_head(lag)
+    _, survivals = batched(head, data, 0.9, which, bug)
+    assert survivals != pytest.approx(one_by_one(head, data, 0.9)[1], abs=100 * TOLERANCE)
+
+
+def test_the_current_scalars_in_place_of_the_previous_are_seen(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    def current(features: StepFeatures, *, previous: StepFeatures) -> StepFeatures:
+        wrong = StepFeatures(
+            None, features.top1_prob, features.entropy, features.margin, drawn_logprob=previous.drawn_logprob
+        )
+        return dataclasses.replace(features, previous=wrong)
+
+    monkeypatch.setattr(round_module, "replace", current)
+    head = make_head(1)
+    assert batched(head, data, 0.9, "all")[1] != pytest.approx(one_by_one(head, data, 0.9)[1], abs=100 * TOLERANCE)
+
+
+class TestMissing:
+    def test_the_drawn_logprob_is_asked_for_by_name(self) -> None:
+        rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["drawn_logprob"])), 0.5)
+        state = RoundState(rule, torch.tensor([4]))
+        state.observe(StepFeatures(torch.zeros(1, HIDDEN)))
+        state.append(torch.tensor([1]))
+        with pytest.raises(ValueError, match=r"reads features.previous.drawn_logprob, but the draft step did not"):
+            state.observe(StepFeatures(torch.zeros(1, HIDDEN)))
+
+    def test_a_draw_claimed_before_it_was_made_is_not_read(self) -> None:
+        rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["drawn_logprob"])), 0.5)
+        state = RoundState(rule, torch.tensor([4]))
+        state.observe(StepFeatures(torch.zeros(1, HIDDEN), drawn_logprob=torch.zeros(1)))
+        state.append(torch.tensor([1]))
+        with pytest.raises(ValueError, match=r"reads features.previous.drawn_logprob"):
+            state.observe(StepFeatures(torch.zeros(1, HIDDEN), drawn_logprob=torch.zeros(1)))
+
+    def test_a_look_ahead_head_reads_this_pass(self) -> None:
+        rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["margin"], lag=0)), 0.5)
+        with pytest.raises(ValueError, match=r"reads features.margin, but the draft step did not compute it"):
+            RoundState(rule, torch.tensor([4])).observe(StepFeatures(torch.zeros(1, HIDDEN)))
+
+    def test_a_head_without_scalars_keeps_nothing(self) -> None:
+        rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN)), 0.5)
+        state = RoundState(rule, torch.tensor([4]))
+        state.observe(StepFeatures(torch.zeros(1, HIDDEN), torch.ones(1)))
+        state.append(torch.tensor([1]), drawn_logprobs=torch.zeros(1))
+        assert state._previous == {} and num_inputs([]) == 0
