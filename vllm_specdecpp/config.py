@@ -23,6 +23,9 @@ _MUST_BE = {
     "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
     "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
+    "record_dir": "must name a folder (e.g. 'recorded'), or be left out to record nothing",
+    "record_fraction": "must be above 0 and at most 1 (e.g. 0.05)",
+    "record_max_gib": "must be above 0 (e.g. 1.0)",
 }
 
 
@@ -58,6 +61,16 @@ class SpecDecPPConfig(BaseModel):
 
     trace_rounds: int = Field(default=0, ge=0)
     """How many of the last rounds are kept for inspection; 0 keeps counters only."""
+
+    record_dir: str | None = Field(default=None, min_length=1)
+    """Folder into which training data for a head is recorded from the traffic: hidden states, token ids, outcomes.
+    A shard is written every 4096 steps; the last one only when vLLM ends in order (``--shutdown-timeout 30``)."""
+
+    record_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of the requests that is recorded, chosen by a hash of the request's id."""
+
+    record_max_gib: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Recording stops before the folder's shards exceed this many GiB."""
 
     @model_validator(mode="after")
     def _check_together(self, info: ValidationInfo) -> SpecDecPPConfig:
@@ -154,7 +167,7 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
         """
-        for name in ("model", "head", "head_revision"):
+        for name in ("model", "head", "head_revision", "record_dir", "record_fraction", "record_max_gib"):
             if name in changes:
                 raise ValueError(f"specdecpp: {name}={changes[name]!r} cannot change at run time; restart with it")
         options = self.model_dump(exclude_none=True)

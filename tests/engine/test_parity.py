@@ -149,8 +149,14 @@ def test_configure_refuses_bad_values(llm):
 def test_warm_up_runs_one_draft_pass(llm, monkeypatch):
     """vLLM's own would run one pass for each of K_max candidates, all of the same shape."""
     drafter = harness.proposer(llm)
-    bound, model, passes = drafter.num_speculative_tokens, drafter.model, []
-    monkeypatch.setattr(drafter, "model", lambda **inputs: passes.append(len(inputs["positions"])) or model(**inputs))
+    bound, model = drafter.num_speculative_tokens, drafter.model
+    passes: list[int] = []
+
+    def count(**inputs: Any) -> Any:
+        passes.append(len(inputs["positions"]))
+        return model(**inputs)
+
+    monkeypatch.setattr(drafter, "model", count)
     drafter.dummy_run(4)
     assert passes == [4]
     assert drafter.num_speculative_tokens == bound > 1

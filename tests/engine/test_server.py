@@ -172,6 +172,45 @@ def test_speculation_took_place(server, client):
     assert "specdecpp: draft" in log.read_text()
 
 
+def _counters(url: str) -> dict[str, float]:
+    return {
+        line.split("{")[0].removeprefix("vllm:spec_decode_num_"): float(line.rsplit(" ", 1)[1])
+        for line in _get(f"{url}/metrics").splitlines()
+        if line.startswith("vllm:spec_decode_num_") and "_total" in line
+    }
+
+
+@pytest.mark.parametrize("switch", ["off", False, '{"num_speculative_tokens": 0}'])
+def test_one_request_without_speculation(server, client, answers, switch):
+    before = _counters(server[0])
+    answer = client.completions.create(
+        model="tiny", prompt=harness.prompts(NUM_REQUESTS, seed=12)[0], max_tokens=MAX_TOKENS, temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True, "vllm_xargs": {"specdecpp": switch}},
+    )  # fmt: skip
+    assert answer.choices[0].token_ids == answers[0]
+    assert _counters(server[0]) == before
+
+
+def test_one_request_with_its_own_bound(server, client):
+    before = _counters(server[0])
+    client.completions.create(
+        model="tiny", prompt=[5, 6, 7], max_tokens=MAX_TOKENS, temperature=0,
+        extra_body={"ignore_eos": True, "vllm_xargs": {"specdecpp": '{"num_speculative_tokens": 1}'}},
+    )  # fmt: skip
+    after = _counters(server[0])
+    rounds = after["drafts_total"] - before["drafts_total"]
+    assert rounds > 0
+    assert after["draft_tokens_total"] - before["draft_tokens_total"] == rounds
+
+
+@pytest.mark.parametrize("switch", ["maybe", '{"num_speculative_tokens": -3}', '{"lenght": 3}', 7])
+def test_a_bad_switch_is_a_bad_request(client, switch):
+    with pytest.raises(openai.BadRequestError, match="specdecpp: extra_args"):
+        client.completions.create(
+            model="tiny", prompt=[5, 6], max_tokens=4, extra_body={"vllm_xargs": {"specdecpp": switch}}
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

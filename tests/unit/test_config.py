@@ -31,6 +31,18 @@ def test_a_head_selects_the_papers_rule_and_threshold() -> None:
     assert (config.resolved_rule, config.resolved_threshold) == ("threshold", 0.7)
 
 
+def test_nothing_is_recorded_by_default() -> None:
+    config, _ = split(model="draft")
+    assert (config.record_dir, config.record_fraction, config.record_max_gib) == (None, 1.0, 1.0)
+
+
+def test_recording_is_ours_and_travels_to_the_worker() -> None:
+    config, passed_on = split(**{"model": "d", "record-dir": "r", "record_fraction": 1, "record_max_gib": 0.5})
+    assert (config.record_dir, config.record_fraction, config.record_max_gib) == ("r", 1.0, 0.5)
+    assert not any(key.startswith("record") for key in passed_on)
+    assert SpecDecPPConfig.from_additional_config(config.to_additional_config()) == config
+
+
 def test_fixed_has_no_threshold() -> None:
     config, _ = split(model="draft", rule="fixed")
     assert (config.resolved_rule, config.resolved_threshold) == ("fixed", None)
@@ -43,7 +55,10 @@ def test_split_keeps_ours_and_passes_on_vllms() -> None:
     )
     assert (config.num_speculative_tokens, config.threshold, config.rule) == (7, 0.5, "entropy")
     assert passed_on == {
-        "model": "draft", "num_speculative_tokens": 7, "draft_tensor_parallel_size": 2, "quantization": None
+        "model": "draft",
+        "num_speculative_tokens": 7,
+        "draft_tensor_parallel_size": 2,
+        "quantization": None,
     }
 
 
@@ -85,9 +100,19 @@ def test_the_users_dict_is_left_alone() -> None:
         ({"model": "d", "num_speculative_tokens": True}, "num_speculative_tokens=True must be a whole number from 1"),
         ({"model": "d", "num_speculative_tokens": "5"}, "num_speculative_tokens='5' is text; write the number"),
         ({"model": "d", "min_speculative_tokens": 0}, "min_speculative_tokens=0 must be a whole number from 1 to"),
-        ({"model": "d", "min_speculative_tokens": 5, "num_speculative_tokens": 4},
-         "min_speculative_tokens=5 exceeds num_speculative_tokens=4; lower the first or raise the second"),
+        (
+            {"model": "d", "min_speculative_tokens": 5, "num_speculative_tokens": 4},
+            "min_speculative_tokens=5 exceeds num_speculative_tokens=4; lower the first or raise the second",
+        ),
         ({"model": "d", "trace_rounds": -1}, "trace_rounds=-1 must be a whole number, 0 or more"),
+        ({"model": "d", "record_dir": ""}, "record_dir='' must name a folder (e.g. 'recorded')"),
+        ({"model": "d", "record_dir": 3}, "record_dir=3 must name a folder"),
+        ({"model": "d", "record_fraction": 0}, "record_fraction=0 must be above 0 and at most 1 (e.g. 0.05)"),
+        ({"model": "d", "record_fraction": 1.01}, "record_fraction=1.01 must be above 0 and at most 1"),
+        ({"model": "d", "record_fraction": float("nan")}, "record_fraction=nan must be above 0 and at most 1"),
+        ({"model": "d", "record_max_gib": 0}, "record_max_gib=0 must be above 0 (e.g. 1.0)"),
+        ({"model": "d", "record_max_gib": float("inf")}, "record_max_gib=inf must be above 0"),
+        ({"model": "d", "record_max_gib": "2"}, "record_max_gib='2' is text; write the number without quotes"),
         ({"model": "d", "rule": "magic"}, "rule='magic' must be one of 'fixed', 'threshold', 'confidence', 'entropy'"),
         ({"model": "d", "rule": "threshold"}, "rule='threshold' needs an acceptance head; add head="),
         ({"model": "d", "rule": "confidence", "head": "h"}, "rule='confidence' does not use head='h'; leave one of"),
@@ -186,6 +211,9 @@ class TestWithChanges:
         [
             ({"model": "e"}, "model='e' cannot change at run time"),
             ({"head": "g"}, "head='g' cannot change at run time"),
+            ({"record_dir": "r"}, "record_dir='r' cannot change at run time; restart with it"),
+            ({"record_fraction": 0.5}, "record_fraction=0.5 cannot change at run time"),
+            ({"record_max_gib": 2.0}, "record_max_gib=2.0 cannot change at run time"),
             ({"rule": "threshold"}, "needs an acceptance head"),
             ({"threshold": 1}, "threshold=1 must lie strictly"),
             ({"min_speculative_tokens": 30}, "min_speculative_tokens=30 exceeds num_speculative_tokens=20"),

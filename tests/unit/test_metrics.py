@@ -45,3 +45,63 @@ def test_resize_keeps_what_fits():
     log = _filled(8)
     log.resize(1)
     assert [r["candidates"] for r in log.rounds()] == [[8]]
+
+
+class _Clock:
+    """Tells the seconds it was wound to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _step(log: RoundLog, clock: _Clock, start: float, end: float, passes: int, **kwargs: int) -> None:
+    clock.now = start
+    with log.step(**{"num_reqs": 1, "num_rows": 3, "num_new": 0, **kwargs}):
+        for _ in range(passes):
+            log.draft_pass()
+        clock.now = end
+
+
+def test_step_times():
+    clock = _Clock()
+    log = RoundLog(8, clock)
+    log.draft_pass()  # of no step, as in a warm-up
+    _step(log, clock, 10.0, 10.5, passes=3, num_reqs=2, num_rows=7, num_new=1)
+    log.stats(reset=True)
+    _step(log, clock, 12.0, 12.0, passes=0)
+    assert log.step_times(clear=True) == [
+        {"num_reqs": 2, "rows": 7, "num_new": 1, "passes": 3, "draft_seconds": 0.5, "since_last_seconds": None},
+        {"num_reqs": 1, "rows": 3, "num_new": 0, "passes": 0, "draft_seconds": 0.0, "since_last_seconds": 1.5},
+    ]
+    assert log.step_times() == []
+
+
+def test_step_times_are_bounded_and_off_by_default():
+    clock = _Clock()
+    for trace_rounds, kept in ((0, []), (2, [3.0, 4.0])):
+        log = RoundLog(trace_rounds, clock)
+        for i in range(5):
+            _step(log, clock, float(i), 2.0 * i, passes=1)
+        assert [step["draft_seconds"] for step in log.step_times()] == kept
+
+
+def test_time_since_the_last_step_is_right_after_a_resize():
+    clock = _Clock()
+    log = RoundLog(0, clock)
+    _step(log, clock, 1.0, 2.0, passes=1)
+    log.resize(4)
+    _step(log, clock, 5.0, 6.0, passes=1)
+    log.resize(1)
+    assert [step["since_last_seconds"] for step in log.step_times()] == [3.0]
+
+
+def test_a_failed_step_is_not_timed():
+    log = RoundLog(4)
+    try:
+        with log.step(1, 1, 0):
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    assert log.step_times() == []

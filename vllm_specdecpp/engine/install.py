@@ -34,19 +34,66 @@ class SpecDecPPWorkerMixin:
         config = SpecDecPPConfig.from_additional_config(self.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
         runner = self.model_runner
         if self.device.type == "cpu":
-            from vllm_specdecpp.engine import cpu_sampler
+            from vllm_specdecpp.engine import cpu_sampler, empty_top_k
 
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
+            empty_top_k.apply()
         runner.drafter = SpecDecPPProposer(self.vllm_config, self.device, runner, config)
         # Lengths are clamped per request, so one long request need not stop drafting for the whole batch.
         runner.effective_drafter_max_model_len += runner.num_spec_tokens
+        if config.record_dir is not None:
+            self._start_recording()
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up as vLLM does, then let the proposer time the draft model."""
+        """Warm up as vLLM does, then time both models at small widths."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         self._proposer.measure_widths()
+        if self.device.type == "cpu":
+            self._pad_target()
         return times
+
+    def _pad_target(self) -> None:
+        """Let the target verify at the cheapest measured width; every rank at the same one."""
+        import torch
+
+        from vllm_specdecpp.engine import target_widths
+        from vllm_specdecpp.engine.widths import RowWidths
+
+        runner = self.model_runner
+        if not target_widths.can_pad(runner):
+            return
+        seconds = self._proposer._agree(torch.tensor(target_widths.measure_target(runner), dtype=torch.float64))
+        widths = RowWidths(seconds.tolist())
+        target_widths.pad_to(runner, widths)
+        chosen = [widths.cheapest(n) for n in range(1, len(seconds) + 1)]
+        logger.info("specdecpp: verification of 1 to %d rows runs with %s rows", len(seconds), chosen)
+
+    def shutdown(self) -> None:
+        """Write what was recorded and not written yet, then shut down as vLLM does."""
+        recorder = getattr(getattr(getattr(self, "model_runner", None), "drafter", None), "recorder", None)
+        if recorder is not None:
+            recorder.close()
+        super().shutdown()  # type: ignore[misc]
+
+    def _start_recording(self) -> None:
+        """Record rounds from now on, on rank 0 alone: every rank sees the same numbers."""
+        from vllm.distributed import get_tp_group
+
+        proposer, runner = self._proposer, self.model_runner
+        if get_tp_group().rank_in_group != 0 or proposer.recorder is not None:
+            return
+        from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
+        from vllm_specdecpp.engine.recorder import RoundRecorder
+        from vllm_specdecpp.engine.recording_sampler import RecordingRejectionSampler
+
+        config, folder = proposer.config, None
+        if config.record_dir is not None:
+            folder = RecordFolder(config.record_dir, server_manifest(self.vllm_config))
+        sampler = RecordingRejectionSampler(runner.sampler, self.vllm_config.speculative_config, self.device)
+        max_bytes = config.record_max_gib * 2**30
+        proposer.recorder = RoundRecorder(config.record_fraction, max_bytes, runner.requests, sampler.take, folder)
+        runner.rejection_sampler = sampler
 
     @property
     def _proposer(self) -> SpecDecPPProposer:
@@ -59,6 +106,23 @@ class SpecDecPPWorkerMixin:
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""
         return self._proposer.log.rounds(clear=clear)
+
+    def specdecpp_step_times(self, clear: bool = False) -> list[dict[str, Any]]:
+        """Times of the last ``trace_rounds`` steps, oldest first; see
+        :meth:`vllm_specdecpp.engine.metrics.RoundLog.step_times`."""
+        return self._proposer.log.step_times(clear=clear)
+
+    def specdecpp_flush_records(
+        self, path: str | None = None, prompts: dict[str, dict[str, str]] | None = None
+    ) -> dict[str, Any]:
+        """Write what was recorded since the last call; the first call starts recording if ``record_dir`` did not.
+
+        Arguments, result and errors are those of :meth:`vllm_specdecpp.engine.recorder.RoundRecorder.flush`; the
+        result is empty on all ranks but the first.
+        """
+        self._start_recording()
+        recorder = self._proposer.recorder
+        return {} if recorder is None else recorder.flush(path, prompts)
 
     def specdecpp_configure(self, **changes: Any) -> dict[str, Any]:
         """Change the rule while the engine runs.

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -11,11 +14,15 @@ class RoundLog:
     """Counters of verified rounds, and the last few rounds themselves.
 
     Args:
-        trace_rounds: how many rounds to keep for :meth:`rounds`; 0 keeps counters only.
+        trace_rounds: rounds and steps that are kept for :meth:`rounds` and :meth:`step_times`; 0 keeps counters only.
+        clock: seconds from any start.
     """
 
-    def __init__(self, trace_rounds: int = 0) -> None:
+    def __init__(self, trace_rounds: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
         self._trace: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
+        self._step_times: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
+        self._clock = clock
+        self._last_end: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -23,12 +30,33 @@ class RoundLog:
         self._lengths: Counter[int] = Counter()
 
     def resize(self, trace_rounds: int) -> None:
-        """Keep the last ``trace_rounds`` rounds from now on."""
+        """Keep the last ``trace_rounds`` rounds and steps from now on."""
         self._trace = deque(self._trace, maxlen=trace_rounds)
+        self._step_times = deque(self._step_times, maxlen=trace_rounds)
 
     def draft_pass(self) -> None:
         """One forward pass of the draft model, over any number of sequences."""
         self._draft_passes += 1
+
+    @contextmanager
+    def step(self, num_reqs: int, num_rows: int, num_new: int) -> Iterator[None]:
+        """The time of one batch's drafting; the device must have been waited for at both ends.
+
+        Args:
+            num_reqs: requests in the batch.
+            num_rows: tokens that the target has just read, the last emitted token of each request among them.
+            num_new: requests that came without a draft: prompts, or chunks of them.
+        """
+        start, passes = self._clock(), self._draft_passes
+        yield
+        end = self._clock()
+        if self._step_times.maxlen:
+            since = None if self._last_end is None else start - self._last_end
+            self._step_times.append(
+                {"num_reqs": num_reqs, "rows": num_rows, "num_new": num_new, "passes": self._draft_passes - passes,
+                 "draft_seconds": end - start, "since_last_seconds": since}
+            )  # fmt: skip
+        self._last_end = end
 
     def verified(self, request_id: str, candidates: list[int], accepted: int, next_token: int) -> None:
         """One request's round has been verified.
@@ -68,4 +96,16 @@ class RoundLog:
         out = list(self._trace)
         if clear:
             self._trace.clear()
+        return out
+
+    def step_times(self, clear: bool = False) -> list[dict[str, Any]]:
+        """The last steps, oldest first.
+
+        Each has ``num_reqs``, ``rows`` and ``num_new`` (see :meth:`step`), ``passes`` (of the draft model),
+        ``draft_seconds`` (the drafting), and ``since_last_seconds`` from the end of the drafting before to the start of
+        this one: scheduling, the target's pass and sampling, and idle time if there was any; None for the first step.
+        """
+        out = list(self._step_times)
+        if clear:
+            self._step_times.clear()
         return out

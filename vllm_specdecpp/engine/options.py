@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import require_supported
+from vllm_specdecpp.request_options import RequestOptions
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -77,6 +78,12 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
     if args.worker_cls != "auto":
         raise ValueError(
             f"specdecpp: --worker-cls {args.worker_cls} cannot be used, specdecpp brings its own Worker; leave it out"
+        )
+    method = user.get("rejection_sample_method")
+    if user.get("record_dir") is not None and method not in (None, "standard"):
+        raise ValueError(
+            f"specdecpp: rejection_sample_method={method!r} cannot be recorded: its outcomes are not those of one "
+            "candidate after the other; leave it or record_dir out"
         )
     if args.async_scheduling:
         raise ValueError(
@@ -148,9 +155,25 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     if config.head is None:
         return
     from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.training.provenance import model_label
 
     hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
-    AcceptanceHead.from_pretrained(config.head, revision=config.head_revision, expected_hidden_size=hidden_size)
+    AcceptanceHead.from_pretrained(
+        config.head,
+        revision=config.head_revision,
+        expected_hidden_size=hidden_size,
+        expected_draft=model_label(config.model),
+    )
+
+
+def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
+    """Open the folder once in the front end, so that one that cannot be recorded into fails here."""
+    if config.record_dir is None:
+        return
+    from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
+
+    RecordFolder(config.record_dir, server_manifest(vllm_config)).close()
+    logger.info("specdecpp: recording hidden states and token ids into %s", config.record_dir)
 
 
 def _announce(config: SpecDecPPConfig) -> None:
@@ -179,10 +202,34 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             what = f"model={config.model!r} as draft of {self.model!r}"
             raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
         _check_head(config, vllm_config)
+        _check_record_dir(config, vllm_config)
+        _check_requests_on_admission()
         _announce(config)
         return vllm_config
 
     return create_engine_config
+
+
+def _check_requests_on_admission() -> None:
+    """Wrap vLLM's check of a request's parameters: a bad switch is refused with HTTP 400, before it is scheduled."""
+    from vllm.exceptions import VLLMValidationError  # the server answers it with 400, a plain ValueError with 500
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if getattr(InputProcessor, "_specdecpp_installed", False):
+        return
+    original = InputProcessor._validate_params
+
+    @functools.wraps(original)
+    def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if ADDITIONAL_CONFIG_KEY in (self.vllm_config.additional_config or {}):
+            try:
+                RequestOptions.from_extra_args(getattr(params, "extra_args", None))
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from None
+        return original(self, params, *args, **kwargs)
+
+    InputProcessor._validate_params = validate
+    InputProcessor._specdecpp_installed = True
 
 
 def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:

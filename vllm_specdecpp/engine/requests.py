@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.request_options import RequestOptions
 
 
 class RunnerRequests:
@@ -55,11 +56,21 @@ class RunnerRequests:
 
     def max_length(self, row: RowState, index: int, bound: int) -> int:
         """The request's own upper bound on its candidate length: one token of every round is the target's."""
-        return 0 if self.is_prefilling(index) else max(min(bound, self.remaining(row) - 1), 0)
+        if self.is_prefilling(index):
+            return 0
+        return max(min(self.options(row).bound(bound), self.remaining(row) - 1), 0)
+
+    def options(self, row: RowState) -> RequestOptions:
+        """What the request says about its own speculation."""
+        params = self._runner.requests[row.request_id].sampling_params
+        try:
+            return RequestOptions.from_extra_args(params.extra_args if params is not None else None)
+        except ValueError:  # refused on admission, unless an API server process without that check let it in
+            return RequestOptions()
 
     def will_go_on(self, row: RowState, index: int) -> bool:
         """Whether the request can need the draft model again, so that its KV must be kept right."""
-        return self.is_prefilling(index) or self.remaining(row) > 1
+        return self.options(row).bound(1) > 0 and (self.is_prefilling(index) or self.remaining(row) > 1)
 
     def stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
         """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""

@@ -9,7 +9,7 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -29,6 +29,10 @@ from vllm_specdecpp.engine.metrics import RoundLog
 from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.training.provenance import model_label
+
+if TYPE_CHECKING:
+    from vllm_specdecpp.engine.recorder import DraftTrace, RoundRecorder
 
 logger = init_logger("vllm.specdecpp")
 
@@ -43,12 +47,15 @@ class SpecDecPPProposer(DraftModelProposer):
         config: our checked options.
     """
 
+    num_speculative_tokens: int
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
         self.config = config
         self.head: AcceptanceHead | None = None
         self.rule: StopRule
         self.log = RoundLog(config.trace_rounds)
+        self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.requests = RunnerRequests(runner, self.max_model_len)
         self.pass_widths = RowWidths()
@@ -65,6 +72,7 @@ class SpecDecPPProposer(DraftModelProposer):
                 self.config.head,
                 revision=self.config.head_revision,
                 expected_hidden_size=self.hidden_size,
+                expected_draft=model_label(self.config.model),
                 device=self.device,
             )
         self.rule = make_rule(self.config, self.head)
@@ -140,37 +148,46 @@ class SpecDecPPProposer(DraftModelProposer):
         num_reqs = common_attn_metadata.batch_size()
         rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
         rows = self.requests.rows(query_starts, rejected)
-        self._log_verified(rows, query_starts, rejected, next_token_ids)
-        if not any(self.requests.will_go_on(row, index) for index, row in enumerate(rows)):
-            self._finish_round(rows, [0] * num_reqs, [[] for _ in rows])
-            return [[] for _ in rows]
+        num_new = self._log_verified(rows, query_starts, rejected, next_token_ids)
+        with self.log.step(num_reqs, query_starts[-1], num_new):
+            if not any(self.requests.will_go_on(row, index) for index, row in enumerate(rows)):
+                self._finish_round(rows, [0] * num_reqs, [[] for _ in rows])
+                return [[] for _ in rows]
 
-        bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
-        max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
-        state = RoundState(
-            self.rule,
-            torch.tensor(max_lengths, device=self.device),
-            min_length=self.config.min_speculative_tokens,
-            stop_token_ids=self.requests.stop_token_ids(rows),
-            agree=self._agree,
-        )
-        block_table = common_attn_metadata.block_table_tensor
-        inputs = first_pass(
-            rows,
-            [self.draft_kv.first_missing(row) for row in rows],
-            target_token_ids,
-            query_starts[:-1],
-            next_token_ids,
-            block_table,
-            self.block_size,
-            self.max_model_len,
-        )
-        candidates, num_fed = self._draft(inputs, state, block_table, sampling_metadata)
-        self._finish_round(rows, num_fed, candidates)
-        return candidates
+            bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
+            max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
+            state = RoundState(
+                self.rule,
+                torch.tensor(max_lengths, device=self.device),
+                min_length=self.config.min_speculative_tokens,
+                stop_token_ids=self.requests.stop_token_ids(rows),
+                agree=self._agree,
+            )
+            block_table = common_attn_metadata.block_table_tensor
+            inputs = first_pass(
+                rows,
+                [self.draft_kv.first_missing(row) for row in rows],
+                target_token_ids,
+                query_starts[:-1],
+                next_token_ids,
+                block_table,
+                self.block_size,
+                self.max_model_len,
+            )
+            trace = None if self.recorder is None else self.recorder.new_trace(rows)
+            candidates, num_fed = self._draft(inputs, state, block_table, sampling_metadata, trace)
+            if self.recorder is not None and trace is not None:
+                self.recorder.drafted(rows, candidates, trace)
+            self._finish_round(rows, num_fed, candidates)
+            return candidates
 
     def _draft(
-        self, inputs: DraftInputs, state: RoundState, block_table: torch.Tensor, sampling_metadata: SamplingMetadata
+        self,
+        inputs: DraftInputs,
+        state: RoundState,
+        block_table: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        trace: DraftTrace | None,
     ) -> tuple[list[list[int]], list[int]]:
         """The draft loop: passes and draws until every request has stopped.
 
@@ -184,24 +201,33 @@ class SpecDecPPProposer(DraftModelProposer):
         num_fed = [1] * num_reqs
         drawn: list[torch.Tensor] = []  # per step: [num_reqs] candidates, -1 where none was submitted
         probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
-        needs = self.rule.needs
+        needs = self.rule.needs if trace is None else self.rule.needs | trace.needs
 
         fed_rows = torch.arange(num_reqs, device=self.device)
         while state.any_running():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
             logits = self._compute_logits(hidden_states)  # [num_running, vocab_size]
-            state.observe(
-                features_from_logits(logits, hidden_states, top1="top1_prob" in needs, entropy="entropy" in needs),
-                running,
+            features = features_from_logits(
+                logits,
+                hidden_states,
+                top1="top1_prob" in needs,
+                entropy="entropy" in needs,
+                margin="margin" in needs,
             )
+            state.observe(features, running)
             metadata = _select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
+            # Drawing divides the logits by the temperature in place.
+            raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self._agree(token_ids)
+            drawn_logprobs = None if raw_logits is None else _logprobs(raw_logits, token_ids)  # [num_running]
+            if trace is not None:
+                trace.step(running, features, drawn_logprobs)
             drawn.append(_scatter(token_ids, running, num_reqs, fill=-1))
             if probs is not None:
                 probabilities.append(_scatter(probs, running, num_reqs, fill=0))
-            state.append(token_ids, running)
+            state.append(token_ids, running, drawn_logprobs)
             if not state.any_running():
                 break
             keep = state.running[running]  # [num_running]
@@ -219,14 +245,20 @@ class SpecDecPPProposer(DraftModelProposer):
 
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
-    ) -> None:
+    ) -> int:
+        """Account for the rounds that were just verified; returns how many requests had none."""
         next_tokens = next_token_ids.tolist()
+        outcomes: dict[int, tuple[int, int]] = {}  # row -> candidates verified, accepted
         for index, row in enumerate(rows):
             if row.request_id not in self._candidates or not self.draft_kv.continues(row):
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
             candidates = self._candidates[row.request_id][:num_verified]
+            outcomes[index] = num_verified, num_verified - rejected[index]
             self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+        if self.recorder is not None:
+            self.recorder.verified(rows, outcomes)
+        return len(rows) - len(outcomes)
 
     def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
         """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -292,6 +324,12 @@ def _select_rows(metadata: SamplingMetadata, rows: torch.Tensor) -> SamplingMeta
     """The sampling metadata of some rows, as far as drawing candidates reads it."""
     temperature = metadata.temperature
     return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
+
+
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each row's token at temperature 1: [num_rows, vocab_size], [num_rows] → [num_rows] float32."""
+    logits = logits.float()
+    return logits.gather(1, token_ids.long()[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
 
 
 def _scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:
