@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray workers: every unit once, also when a worker is lost; their errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_specdecpp.training import ray_collect
+from vllm_specdecpp.training.ray_collect import TRIES, collect_with_ray
+
+# As the collection itself does before it imports Ray.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cluster():
+    """One local Ray for all tests, started as ``collect_with_ray`` starts its own."""
+    _, ours = ray_collect._connect(num_workers=2)
+    assert ours
+    yield
+    ray.shutdown()
+
+
+def _toy_collector(folder: Path, failing_unit: int, deaths: int, message: str = ""):
+    """Writes a file a unit; at ``failing_unit`` its process ends ``deaths`` times, or it raises ``message``."""
+
+    # Inside a function: pickled by value, since a worker cannot import this file.
+    class Toy:
+        def collect(self, unit_index, prompts):
+            attempts = folder / f"attempts-{unit_index}"
+            with attempts.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            if unit_index == failing_unit:
+                if message:
+                    raise ValueError(message)
+                if len(attempts.read_text().splitlines()) <= deaths:
+                    os._exit(1)
+            (folder / f"unit-{unit_index}").write_text(" ".join(prompts))
+            return {"rows": len(prompts), "pid": os.getpid()}
+
+        def close(self):
+            pass
+
+    return Toy
+
+
+UNITS = {3: ["a", "b"], 0: ["c"], 7: ["d", "e", "f"], 1: ["g"], 9: ["h"]}
+
+
+def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path):
+    """Two workers label with real (tiny) models; the first that has written unit 1 dies before it can say so."""
+    from vllm_specdecpp.training.collect import CollectOptions, make_manifest
+    from vllm_specdecpp.training.paper import PaperCollector
+    from vllm_specdecpp.training.prompts import Prompt
+    from vllm_specdecpp.training.shards import create_dataset
+    from vllm_specdecpp.training.units import write_responses
+
+    units = {unit: [Prompt(f"{unit}-{i}", "s", "text") for i in range(2)] for unit in range(4)}
+    prompts = [prompt for unit in units.values() for prompt in unit]
+    attempts = tmp_path / "attempts"
+    attempts.mkdir()
+
+    def prepared(name):
+        options = CollectOptions(
+            target=tiny.target, draft=tiny.draft_good, prompts="p.txt", out=tmp_path / name, source="paper",
+            dtype="float32", unit=2,
+        )  # fmt: skip
+        dataset = create_dataset(options.out, make_manifest(options, prompts), False)
+        for unit, members in units.items():
+            rows = [
+                {"id": p.id, "set": p.set, "prompt_token_ids": [5, 6 + i], "token_ids": list(range(9, 19 + unit))}
+                for i, p in enumerate(members)
+            ]
+            write_responses(options.out, unit, rows)
+        return options, dataset
+
+    def make_collector(options, manifest):
+        class KilledOnce(PaperCollector):
+            def collect(self, unit_index, prompts):
+                summary = super().collect(unit_index, prompts)
+                with (attempts / str(unit_index)).open("a") as file:
+                    file.write(f"{os.getpid()}\n")
+                if unit_index == 1 and len((attempts / "1").read_text().splitlines()) == 1:
+                    os._exit(1)
+                return summary
+
+        return KilledOnce(options, manifest)
+
+    options, spread = prepared("spread")
+    make = functools.partial(make_collector, options, spread.manifest)
+    found = list(collect_with_ray(units, make, num_workers=2))
+    assert sorted(unit for unit, _ in found) == sorted(units), "each unit once"
+    workers = {unit: (attempts / str(unit)).read_text().split() for unit in units}
+    assert {unit: len(pids) for unit, pids in workers.items()} == {0: 1, 1: 2, 2: 1, 3: 1}
+    assert len(set(workers[1])) == 2 and str(os.getpid()) not in sum(workers.values(), [])
+    summaries = dict(found)
+    options, plain = prepared("plain")
+    collector = PaperCollector(options, plain.manifest)
+    for unit, members in units.items():
+        assert collector.collect(unit, members).observed == summaries[unit].observed
+    assert spread.done_units() == plain.done_units() == set(units)
+    for one, other in zip(spread.shards(), plain.shards(), strict=True):
+        assert one.prompts == other.prompts and len(one.prompts) == 2
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.outcome, other.outcome)
+        torch.testing.assert_close(one.read_hidden_states, other.read_hidden_states, atol=2e-4, rtol=1e-3)
+
+
+def test_a_unit_that_always_loses_its_worker_ends_the_run(tmp_path):
+    with pytest.raises(ValueError, match=f"^specdecpp: a Ray worker was lost {TRIES} times"):
+        list(collect_with_ray({0: ["a"], 1: ["b"]}, _toy_collector(tmp_path, 1, deaths=99), num_workers=2))
+    assert len((tmp_path / "attempts-1").read_text().splitlines()) == TRIES
+
+
+def test_a_collectors_error_arrives_as_it_is(tmp_path):
+    message = "specdecpp: draft='x' has another vocabulary; take one of the target's family"
+    with pytest.raises(ValueError) as failure:
+        list(collect_with_ray(UNITS, _toy_collector(tmp_path, 3, 0, message), num_workers=2))
+    assert str(failure.value) == message
+    assert len((tmp_path / "attempts-3").read_text().splitlines()) == 1, "a wrong input is not tried again"
+
+
+def test_nothing_to_do_starts_nothing():
+    def never():
+        raise AssertionError("no worker is needed")
+
+    assert list(collect_with_ray({}, never, num_workers=2)) == []
+
+
+def test_it_listens_on_loopback_only():
+    found = set()
+    mine = {node["NodeManagerPort"] for node in ray.nodes()} | {node["ObjectManagerPort"] for node in ray.nodes()}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, port = local.split(":")
+            if state == "0A" and int(port, 16) in mine:  # listening
+                found.add(address)
+    loopback = ("0100007F", "0000000000000000FFFF00000100007F")  # 127.0.0.1 in the kernel's byte order, v4 and mapped
+    assert found and found <= set(loopback)
+    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}

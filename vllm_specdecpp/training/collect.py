@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record which of the draft's tokens the target accepts, as training data for an acceptance head.
+
+``on-policy`` lets the engine answer the prompts and records its own rounds: the states, features and outcomes that the
+head will meet in service. ``paper`` labels the target's continuations as the SpecDec++ paper does. The prompts are cut
+into units; a unit is one shard of the dataset, and what is finished stays when the command is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from vllm_specdecpp.training.on_policy import FEWEST_TOKENS, OnPolicyCollector
+from vllm_specdecpp.training.options import CommandOptions
+from vllm_specdecpp.training.stop_signal import StopSignal
+from vllm_specdecpp.training.units import Collector, UnitSummary
+
+if TYPE_CHECKING:
+    from vllm_specdecpp.training.prompts import Prompt
+    from vllm_specdecpp.training.shards import Manifest
+
+
+class CollectOptions(CommandOptions):
+    """Record labels: which of the draft's tokens the target accepts."""
+
+    target: str = Field(min_length=1)
+    """Target model: a folder or a hub id."""
+
+    draft: str = Field(min_length=1)
+    """Draft model: a folder or a hub id."""
+
+    prompts: str = Field(min_length=1)
+    """A .jsonl file ({"id", "set", "prompt"} a line), a .txt file (a prompt a line), or a Hugging Face dataset id."""
+
+    out: Path
+    """Dataset folder to write; the same command goes on there after an interruption."""
+
+    source: Literal["on-policy", "paper"] = "on-policy"
+    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the target's answers."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Of the target's answers; 0 keeps all tokens."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of the target's answers."""
+
+    max_tokens: int = Field(default=128, ge=FEWEST_TOKENS)
+    """Length of an answer, in tokens."""
+
+    candidates: int = Field(default=6, ge=1, le=128)
+    """Candidates drafted in every round (on-policy)."""
+
+    batch: int = Field(default=8, ge=1)
+    """Prompts answered at once."""
+
+    unit: int = Field(default=32, ge=1)
+    """Prompts in a shard: what an interruption loses at most."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take this many prompts, from the start."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    column: str | None = None
+    """Column of a Hugging Face dataset that holds the prompt; by default it is found."""
+
+    seed: int = 0
+    """Of the sampling."""
+
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Longest prompt and answer, in tokens; by default the model's own bound."""
+
+    kv_cache_mib: int | None = Field(default=None, ge=1)
+    """Memory of the KV cache; by default vLLM decides."""
+
+    eager: bool = False
+    """Do not compile the models: a faster start, slower steps."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that the models are spread over."""
+
+    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
+    """How candidates are drawn when the temperature is above 0; as in the engine that the head is for."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of both models."""
+
+    ray: int | None = Field(default=None, ge=1)
+    """Spread the units over this many workers of a Ray cluster."""
+
+    responses: Path | None = None
+    """Dataset whose answers are labelled instead of generating some (paper)."""
+
+    mixing: float = Field(default=0.15, ge=0, le=1)
+    """Fraction of the target's tokens in what the draft reads (paper)."""
+
+    force: bool = False
+    """Delete a dataset of other settings that is in the folder."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> CollectOptions:
+        if self.responses is not None and self.source != "paper":
+            raise ValueError(
+                f"specdecpp: responses={str(self.responses)!r} goes with source=paper; leave one of the two out"
+            )
+        return self
+
+
+def run(options: CollectOptions) -> int:
+    """Collect every unit that is not there yet.
+
+    Raises:
+        ValueError: wrong prompts, models or folder; a full disk. What is finished stays.
+        KeyboardInterrupt: the user or the system ended it; between units, after a first signal.
+    """
+    from vllm_specdecpp.training.prompts import load_prompts
+    from vllm_specdecpp.training.shards import create_dataset
+
+    prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
+    manifest = make_manifest(options, prompts)
+    dataset = create_dataset(options.out, manifest, options.force)
+    units = {i: prompts[start : start + options.unit] for i, start in enumerate(range(0, len(prompts), options.unit))}
+    done = dataset.done_units()
+    todo = {unit: chunk for unit, chunk in units.items() if unit not in done}
+    if len(todo) < len(units):
+        _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
+    make_collector = functools.partial(_collector_class(options.source), options, manifest)
+    with StopSignal() as stop:
+        try:
+            _collect_all(options, todo, len(prompts), make_collector, stop)
+        except Exception as error:
+            if stop.requested:  # Ctrl-C reaches the engine's processes too
+                raise KeyboardInterrupt from error
+            raise
+    print(f"{options.out}: {describe(dataset.summary())}")
+    return 0
+
+
+def _collect_all(
+    options: CollectOptions,
+    units: Mapping[int, list[Prompt]],
+    num_prompts: int,
+    make_collector: Callable[[], Collector],
+    stop: StopSignal,
+) -> None:
+    """Go through the units with a progress bar of prompts."""
+    from tqdm import tqdm
+
+    if not units:
+        return
+    left = sum(map(len, units.values()))
+    results: Any  # generators, of which one is annotated as an iterator
+    if options.ray is None:
+        results = _one_by_one(units, make_collector)
+    else:
+        from vllm_specdecpp.training.ray_collect import collect_with_ray
+
+        results = collect_with_ray(units, make_collector, options.ray, gpus_per_worker=options.tensor_parallel_size)
+    tokens = observed = skipped = 0
+    seconds = 0.0
+    with (
+        contextlib.closing(results) as summaries,
+        tqdm(total=num_prompts, initial=num_prompts - left, unit="prompt", desc="collect", file=sys.stderr) as bar,
+    ):
+        for unit, summary in summaries:
+            tokens, observed = tokens + summary.tokens, observed + summary.observed
+            skipped += summary.skipped
+            seconds += summary.seconds / (options.ray or 1)  # without the start of the engine
+            bar.update(len(units[unit]))
+            bar.set_postfix({"tok/s": f"{tokens / max(seconds, 1e-9):.1f}", "labels": observed})
+            if stop.requested and bar.n < num_prompts:
+                raise KeyboardInterrupt
+    if skipped:
+        _say(f"{skipped} prompts are too long for max_model_len and were left out")
+
+
+def _one_by_one(
+    units: Mapping[int, list[Prompt]], make_collector: Callable[[], Collector]
+) -> Iterator[tuple[int, UnitSummary]]:
+    collector = make_collector()
+    try:
+        for unit, prompts in units.items():
+            yield unit, collector.collect(unit, prompts)
+    finally:
+        collector.close()
+
+
+def _collector_class(source: str) -> Callable[[CollectOptions, Manifest], Collector]:
+    if source == "on-policy":
+        return OnPolicyCollector
+    from vllm_specdecpp.training.paper import PaperCollector
+
+    return PaperCollector
+
+
+def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifest:
+    """What the dataset of this command says about itself.
+
+    Raises:
+        ValueError: a model's config cannot be read.
+    """
+    from vllm_specdecpp.training.prompts import digest
+    from vllm_specdecpp.training.provenance import command_line, git_sha, model_label, model_revision, now, versions
+    from vllm_specdecpp.training.shards import Manifest
+
+    _model_config(options.target, "target")
+    sampling: dict[str, Any] = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "max_tokens": options.max_tokens,
+        "draft_sample_method": options.draft_sample_method,
+        "seed": options.seed,
+        "dtype": options.dtype,
+    }
+    if options.source == "paper":
+        sampling["mixing"] = options.mixing
+    return Manifest(
+        kind="positions" if options.source == "paper" else "rounds",
+        target=model_label(options.target),
+        draft=model_label(options.draft),
+        target_revision=model_revision(options.target),
+        draft_revision=model_revision(options.draft),
+        hidden_size=_model_config(options.draft, "draft").get_text_config().hidden_size,
+        source=options.source,
+        sampling=sampling,
+        num_candidates=options.candidates,
+        prompts_digest=digest(prompts),
+        num_prompts=len(prompts),
+        unit_size=options.unit,
+        versions=versions(),
+        git=git_sha(),
+        command=command_line(),
+        created=now(),
+    )
+
+
+def _model_config(name: str, option: str) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise ValueError("specdecpp: collect needs transformers; pip install 'vllm-specdecpp[train]'") from None
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"specdecpp: {option}={name!r} cannot be loaded ({reason}); check the name") from None
+
+
+def describe(summary: Any) -> str:
+    """A dataset's summary in one line."""
+    observed = max(summary.observed, 1)
+    return (
+        f"{summary.prompts} prompts, {summary.rounds} rounds, {summary.observed} labels "
+        f"({100 * summary.accepted / observed:.1f} % accepted), {summary.bytes / 2**20:.1f} MiB"
+    )
+
+
+def _say(text: str) -> None:
+    print(f"collect: {text}", file=sys.stderr)
