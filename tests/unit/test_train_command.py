@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``train``: from a dataset folder to a head that the engine loads, and every refusal in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_specdecpp import cli
+from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.training import train
+from vllm_specdecpp.training.dataset import load_rows
+from vllm_specdecpp.training.fitting import evaluate, score
+from vllm_specdecpp.training.prompts import split_by_id
+from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.training.train import TrainOptions, run
+
+HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
+QUICK: dict[str, Any] = {"layers": 1, "lr": 3e-3, "epochs": 4, "batch_size": 64, "validation": 0.25}
+ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20}
+"""To learn a few hundred rows by heart."""
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    made: dict[str, Any] = {
+        "kind": "rounds", "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
+        "sampling": {"temperature": 0.0}, "num_candidates": NUM_CANDIDATES, "prompts_digest": "0", "num_prompts": 40,
+        "unit_size": PROMPTS_A_UNIT, "versions": {},
+    }  # fmt: skip
+    return Manifest(**{**made, **changes})
+
+
+def make_round(request: str, emitted: int, generator: torch.Generator, all_of: int | None) -> RoundRecord:
+    """A candidate is accepted if the first dimension of the state that yields it, and that reads it, is large."""
+    hidden = torch.randn(NUM_CANDIDATES, HIDDEN, generator=generator)
+    hidden[1:, 1] = hidden[:-1, 0]  # the pass that reads candidate k also knows
+    accepted = (hidden[:, 0] > -0.5).long()
+    num_accepted = int(accepted.cumprod(0).sum()) if all_of is None else all_of
+    scalars = {name: torch.rand(NUM_CANDIDATES, generator=generator) for name in ("top1_prob", "entropy", "margin")}
+    return RoundRecord(
+        request_id=request, hidden_states=hidden.bfloat16(), token_ids=[1] * NUM_CANDIDATES, **scalars,
+        drawn_logprob=-torch.rand(NUM_CANDIDATES, generator=generator),
+        soft_label=torch.full((NUM_CANDIDATES,), math.nan), num_accepted=num_accepted, num_verified=NUM_CANDIDATES,
+        emitted=emitted, temperature=0.0,
+    )  # fmt: skip
+
+
+def make_dataset(folder: Path, units: int = 4, all_of: int | None = None, **changes: Any) -> Path:
+    """``all_of``: every round accepts so many."""
+    manifest = make_manifest(**changes)
+    dataset = create_dataset(folder, manifest, force=False)
+    for unit in range(units):
+        generator = torch.Generator().manual_seed(unit)
+        ids = [f"{manifest.prompts_digest}-{unit * PROMPTS_A_UNIT + i}" for i in range(PROMPTS_A_UNIT)]
+        rounds = [make_round(i, r * 3, generator, all_of) for i in ids for r in range(ROUNDS_A_PROMPT)]
+        shard = shard_from_rounds(rounds, {i: {"id": i, "set": "a"} for i in ids})
+        write_shard(dataset.shard_path(unit), shard, manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data") / "train")
+
+
+def options(data: Path | list[Path], out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(data=data if isinstance(data, list) else [data], out=out, **{**QUICK, **changes})
+
+
+class TestRun:
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"lag": 0}, {"width": 4, "layers": 2, "tied": False, "w_rej": 6.0, "soft": False}, {"features": ["none"]},
+         {"features": ["entropy"], "standardize": False, "validation": 0.0, "layers": 0}],
+    )  # fmt: skip
+    def test_the_engine_can_load_it(self, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+        settings = options(data, tmp_path / "head", **changes)
+        assert run(settings) == 0
+        head = AcceptanceHead.from_pretrained(
+            tmp_path / "head", expected_hidden_size=HIDDEN, expected_draft="models/Small"
+        )
+        assert (head.lag, head.width, head.num_layers) == (settings.lag, settings.width, settings.layers)
+        assert list(head.features) == settings.resolved_features and head.standardize is settings.standardize
+        assert head.tied is (settings.tied or settings.layers == 0) and not head.training
+        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/large"}
+        assert head.metadata == metadata
+        names = ["config.json", "log.csv", "model.safetensors", "provenance.json"]
+        assert sorted(path.name for path in (tmp_path / "head").iterdir()) == names
+
+    def test_its_log_and_provenance(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run(options(data, tmp_path / "head", seed=3))
+        log = list(csv.DictReader((tmp_path / "head" / "log.csv").open()))
+        assert [row["epoch"] for row in log] == ["0", "1", "2", "3", "4"]
+        made = json.loads((tmp_path / "head" / "provenance.json").read_text())
+        assert made["data"][0]["folder"] == "train" and made["data"][0]["manifest"]["draft"] == "org/small"
+        assert (made["seed"], made["validation"], made["options"]["lr"]) == (3, 0.25, 3e-3)
+        assert {"command", "git", "versions", "created", "features", "metrics"} < made.keys()
+        assert str(tmp_path) not in json.dumps(made)  # no machine paths
+
+        def held_out(prompt_id: str) -> bool:
+            return split_by_id(prompt_id, 0.25, 3)
+
+        val_rows = load_rows([data], 1, prompts_where=held_out)
+        head = AcceptanceHead.from_pretrained(tmp_path / "head")
+        metrics = made["metrics"]
+        assert metrics["num_validation_rows"] == len(val_rows)
+        assert metrics["num_rows"] == len(load_rows([data], 1)) - len(val_rows)
+        best = min(float(row["val_log_loss"]) for row in log)
+        assert metrics["val_log_loss"] == pytest.approx(best, rel=1e-5)
+        assert evaluate(head, val_rows, 1.0, True)["log_loss"] == pytest.approx(best, rel=1e-5)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_auc"] == metrics["val_auc"]
+
+    @pytest.mark.parametrize("lag", [0, 1])
+    def test_it_learns_what_was_planted(self, data: Path, tmp_path: Path, lag: int) -> None:
+        run(options(data, tmp_path / "head", lag=lag, **ENOUGH))
+        made = json.loads((tmp_path / "head" / "provenance.json").read_text())
+        assert made["metrics"]["val_auc"] > 0.95
+
+    def test_held_out_prompts_train_nothing(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        original = train.train_head
+
+        def spy(rows: Any, val_rows: Any, *rest: Any) -> Any:
+            seen.extend((rows, val_rows))
+            return original(rows, val_rows, *rest)
+
+        monkeypatch.setattr(train, "train_head", spy)
+        run(options(data, tmp_path / "head", epochs=1))
+        trained_on, held_out = ({rows.ids[i] for i in rows.prompt.tolist()} for rows in seen)
+        assert trained_on and held_out and not trained_on & held_out
+        assert trained_on | held_out == {f"0-{i}" for i in range(40)}
+
+    def test_streaming(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(train, "BUFFER_ROWS", 100)
+        for name in ("first", "again"):
+            run(options(data, tmp_path / name, stream=True, **ENOUGH))
+        run(options(data, tmp_path / "memory", **ENOUGH))
+        heads = [AcceptanceHead.from_pretrained(tmp_path / name) for name in ("first", "again", "memory")]
+        states = [head.state_dict() for head in heads]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        torch.testing.assert_close(states[0]["mean"], states[2]["mean"], rtol=1e-5, atol=1e-6)  # of the same rows
+        metrics = [json.loads((tmp_path / n / "provenance.json").read_text())["metrics"] for n in ("first", "memory")]
+        assert metrics[0]["num_rows"] == metrics[1]["num_rows"]
+        assert metrics[0]["val_auc"] > 0.95
+
+    def test_same_seed_same_bytes(self, data: Path, tmp_path: Path) -> None:
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            run(options(data, tmp_path / name, seed=seed, epochs=2))
+        a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+        assert a == b != c
+
+    def test_learning_curves(self, data: Path, tmp_path: Path) -> None:
+        run(options(data, tmp_path / "head", max_rows=100, epochs=1))
+        made = json.loads((tmp_path / "head" / "provenance.json").read_text())
+        assert 50 < made["metrics"]["num_rows"] <= 100
+
+    def test_two_datasets_of_one_pair(self, data: Path, tmp_path: Path) -> None:
+        other = make_dataset(tmp_path / "other", units=1, prompts_digest="1")
+        run(options([data, other], tmp_path / "head", epochs=1))
+        made = json.loads((tmp_path / "head" / "provenance.json").read_text())
+        assert [entry["folder"] for entry in made["data"]] == ["train", "other"]
+        assert made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"] == len(load_rows([data, other], 1))
+
+    def test_the_scores_are_the_engines(self, data: Path, tmp_path: Path) -> None:
+        """What training computes of a row is what HeadEstimator computes of the same step."""
+        from vllm_specdecpp.decision import HeadEstimator, StepFeatures
+
+        run(options(data, tmp_path / "head", epochs=1))
+        head = AcceptanceHead.from_pretrained(tmp_path / "head")
+        rows = load_rows([data], 1).select(torch.arange(7))
+        with torch.no_grad():
+            trained = score(head, rows).sigmoid()
+        scalars: dict[str, Any] = dict(rows.scalars)
+        previous = StepFeatures(**scalars)
+        served = HeadEstimator(head)(StepFeatures(rows.hidden, previous=previous), 1)
+        assert torch.equal(trained, served)
+
+
+def refused(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a command that must fail with status 2."""
+    assert cli.main(["train", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("vllm-specdecpp train: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--layers", "-1"], "--layers -1: input should be greater than or equal to 0"),
+            (["--features", "top1"], "--features top1: input should be 'top1_prob'"),
+            (["--features", "margin", "margin"], "features=margin,margin names one twice"),
+            (["--features", "none", "margin"], "features=none goes alone"),
+            (["--features", "drawn_logprob", "--lag", "0"], "is not lossless; leave it out, or use lag=1"),
+            (["--lag", "2"], "--lag 2: input should be 0 or 1"),
+            (["--w-rej", "0"], "--w-rej 0: input should be greater than 0"),
+            (["--dropout", "1"], "--dropout 1: input should be less than 1"),
+            (["--validation", "1"], "--validation 1: input should be less than 1"),
+            (["--stream", "--max-rows", "5"], "max_rows=5 needs the rows in memory; leave out stream"),
+            (["--layer", "1"], "unknown option --layer; did you mean --layers?"),
+        ],
+    )
+    def test_options(
+        self, data: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert message in refused(data, "--out", tmp_path / "head", *arguments, capsys=capsys)
+        assert not (tmp_path / "head").exists()
+
+    def test_out_holds_a_head(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "head"
+        AcceptanceHead(HIDDEN).save_pretrained(out)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        text = refused(data, "--out", out, capsys=capsys)
+        assert "holds a head already (config.json, model.safetensors); name another folder, or add --force" in text
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert cli.main(["train", str(data), "--out", str(out), "--epochs", "1", "--force"]) == 0
+        assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+    def test_out_is_a_file(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "head").write_text("mine")
+        assert "is a file; name a folder" in refused(data, "--out", tmp_path / "head", capsys=capsys)
+        assert (tmp_path / "head").read_text() == "mine"
+
+    @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+    @pytest.mark.parametrize(("all_of", "missing"), [(0, "accepted"), (NUM_CANDIDATES, "rejected")])
+    def test_nothing_to_tell_apart(
+        self, tmp_path: Path, all_of: int, missing: str, stream: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = make_dataset(tmp_path / "data", all_of=all_of)
+        text = refused(folder, "--out", tmp_path / "head", "--lag", "0", stream, capsys=capsys)
+        assert f"no {missing} candidate among" in text and str(folder) in text
+        assert not (tmp_path / "head").exists()
+
+    def test_mixed_pairs(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        other = make_dataset(tmp_path / "other", units=1, draft="org/tiny")
+        text = refused(data, other, "--out", tmp_path / "head", capsys=capsys)
+        assert "org/tiny" in text and "org/small" in text
+
+    def test_no_dataset(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "is no dataset" in refused(tmp_path, "--out", tmp_path / "head", capsys=capsys)
+
+    def test_a_broken_shard_keeps_the_old_head(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder, out = make_dataset(tmp_path / "data"), tmp_path / "head"
+        run(options(folder, out, epochs=1))
+        capsys.readouterr()
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        shard = folder / "shards" / "00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:1000])
+        assert "00002.safetensors is truncated" in refused(folder, "--out", out, "--force", capsys=capsys)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good an estimate of the acceptance probability is: AUC, log-loss, Brier score, ECE, and their uncertainty.
+
+Everything is computed in float64 on the CPU and is the same at every call.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 15
+EPSILON = 1e-7
+"""The log-loss clips probabilities this far from 0 and 1: about float32's resolution below 1."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Rows binned by their estimate, in bins of equal width over [0, 1]."""
+
+    num: Tensor
+    """[bins] float64, rows in the bin."""
+
+    probability: Tensor
+    """[bins] float64, their mean estimate; NaN in an empty bin."""
+
+    accept_rate: Tensor
+    """[bins] float64, the share of them that was accepted; NaN in an empty bin."""
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean distance between estimate and accept rate, weighted by the bins' rows."""
+        gap = (self.probability - self.accept_rate).abs().nan_to_num(0.0)  # [bins]
+        return float((gap * self.num).sum() / self.num.sum())
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Bootstrap replicates of one estimator's figures; two of the same rows and seed are paired."""
+
+    auc: Tensor
+    """[resamples] float64; NaN where a replicate holds accepted or rejected rows only."""
+
+    log_loss: Tensor
+    """[resamples] float64."""
+
+
+def auc(scores: Tensor, accepted: Tensor) -> float:
+    """P(an accepted row scores higher than a rejected one), ties counting half: the area under the ROC curve.
+
+    Args:
+        scores: [num_rows] any finite or infinite numbers, higher for "accepted".
+        accepted: [num_rows] 1 or 0.
+
+    Returns:
+        NaN if no row is accepted, or none rejected.
+
+    Raises:
+        ValueError: one line: no rows, unequal lengths, NaN, or labels outside [0, 1].
+    """
+    scores, accepted = _checked(scores, accepted)
+    order, ends = _tie_groups(scores)
+    return float(_auc_of_sorted(accepted[order], torch.ones_like(accepted), ends))
+
+
+def log_loss(probability: Tensor, accepted: Tensor) -> float:
+    """Mean of -log of the probability given to what happened, in nats.
+
+    Raises:
+        ValueError: as :func:`auc`, or a probability outside [0, 1].
+    """
+    return float(_losses(*_checked(probability, accepted, in_unit=True)).mean())
+
+
+def brier(probability: Tensor, accepted: Tensor) -> float:
+    """Mean squared distance between estimate and outcome.
+
+    Raises:
+        ValueError: as :func:`log_loss`.
+    """
+    probability, accepted = _checked(probability, accepted, in_unit=True)
+    return float((probability - accepted).square().mean())
+
+
+def ece(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> float:
+    """Expected calibration error over ``bins`` bins of equal width.
+
+    Raises:
+        ValueError: as :func:`reliability`.
+    """
+    return reliability(probability, accepted, bins).ece
+
+
+def reliability(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> Reliability:
+    """Bin the rows by their estimate. A bin holds its lower edge; 1 belongs to the last one.
+
+    Raises:
+        ValueError: as :func:`log_loss`, or fewer than 1 bin.
+    """
+    if bins < 1:
+        raise ValueError(f"specdecpp: bins={bins} must be 1 or more")
+    probability, accepted = _checked(probability, accepted, in_unit=True)
+    index = (probability * bins).long().clamp(max=bins - 1)  # [num_rows]
+    num = torch.bincount(index, minlength=bins).double()  # [bins]
+    mean = torch.bincount(index, probability, minlength=bins) / num  # 0 / 0 is NaN
+    return Reliability(num, mean, torch.bincount(index, accepted, minlength=bins) / num)
+
+
+def resample(
+    probability: Tensor, accepted: Tensor, prompt: Tensor, *, resamples: int = 300, seed: int = 0
+) -> Resamples:
+    """Bootstrap over prompts: rows of one prompt are not independent, so prompts are drawn, with replacement.
+
+    Args:
+        probability: [num_rows].
+        accepted: [num_rows] 1 or 0.
+        prompt: [num_rows] whole number, the row's prompt.
+        resamples: replicates.
+        seed: the same one gives the same draws of prompts, so that estimators can be compared replicate by replicate.
+
+    Raises:
+        ValueError: as :func:`log_loss`, or fewer than 1 replicate.
+    """
+    if resamples < 1:
+        raise ValueError(f"specdecpp: resamples={resamples} must be 1 or more")
+    probability, accepted = _checked(probability, accepted, in_unit=True)
+    if len(prompt) != len(probability):
+        raise ValueError(f"specdecpp: {len(probability)} scores, but {len(prompt)} prompts; give one a row")
+    prompts, row_prompt = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
+    num_prompts = len(prompts)
+    loss_sums = torch.bincount(row_prompt, _losses(probability, accepted), minlength=num_prompts)  # [num_prompts]
+    num_rows = torch.bincount(row_prompt, minlength=num_prompts).double()  # [num_prompts]
+    order, ends = _tie_groups(probability)
+    accepted, row_prompt = accepted[order], row_prompt[order]
+    generator = torch.Generator().manual_seed(seed)
+    aucs, losses = [], []
+    for _ in range(resamples):
+        drawn = torch.randint(num_prompts, (num_prompts,), generator=generator)
+        times = torch.bincount(drawn, minlength=num_prompts).double()  # [num_prompts]
+        aucs.append(_auc_of_sorted(accepted, times[row_prompt], ends))
+        losses.append((times * loss_sums).sum() / (times * num_rows).sum())
+    return Resamples(torch.stack(aucs), torch.stack(losses))
+
+
+def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of bootstrap replicates, without the NaN ones; (NaN, NaN) if there is no other."""
+    values = values[~values.isnan()]  # [replicates]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = torch.quantile(values, values.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    return low, high
+
+
+def _checked(scores: Tensor, accepted: Tensor, in_unit: bool = False) -> tuple[Tensor, Tensor]:
+    """Both as [num_rows] float64 on the CPU."""
+    if scores.dim() != 1 or scores.shape != accepted.shape:
+        raise ValueError(
+            f"specdecpp: scores of shape {list(scores.shape)} and labels of shape {list(accepted.shape)} must be two "
+            "lists of one length"
+        )
+    if not len(scores):
+        raise ValueError("specdecpp: no rows to judge an estimate by; give a dataset with observed candidates")
+    scores, accepted = scores.detach().double().cpu(), accepted.detach().double().cpu()
+    if num_bad := int(scores.isnan().sum()):
+        raise ValueError(f"specdecpp: {num_bad} of {len(scores)} scores are NaN; collect the labels or train again")
+    if in_unit and not bool(((scores >= 0) & (scores <= 1)).all()):
+        low, high = float(scores.min()), float(scores.max())
+        raise ValueError(f"specdecpp: probabilities reach from {low:g} to {high:g}; they must be in [0, 1]")
+    if not bool(((accepted >= 0) & (accepted <= 1)).all()):
+        raise ValueError("specdecpp: labels must be in [0, 1]; collect them again")
+    return scores, accepted
+
+
+def _losses(probability: Tensor, accepted: Tensor) -> Tensor:
+    """[num_rows] log-loss of each row."""
+    p = probability.clamp(EPSILON, 1 - EPSILON)
+    return -(accepted * p.log() + (1 - accepted) * (-p).log1p())
+
+
+def _tie_groups(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by rising score [num_rows], and the index of the last row of each group of equal scores [num_groups]."""
+    ordered, order = scores.sort(stable=True)
+    counts = ordered.unique_consecutive(return_counts=True)[1]
+    return order, counts.cumsum(0) - 1
+
+
+def _auc_of_sorted(accepted: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Area under the ROC curve as trapezoids between the groups of equal scores, which makes a tie count half."""
+    positive = weights * accepted  # [num_rows]
+    negative = weights - positive
+    zero = positive.new_zeros(1)
+    above = torch.cat([zero, positive.cumsum(0)[ends]])  # [num_groups + 1]
+    below = torch.cat([zero, negative.cumsum(0)[ends]])  # [num_groups + 1]
+    area = (above.diff() * (below[1:] + below[:-1]) / 2).sum()
+    pairs = above[-1] * below[-1]
+    return area / pairs if pairs > 0 else area.new_tensor(torch.nan)
