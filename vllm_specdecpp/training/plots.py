@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures as PNG: reliability, learning curve, and the paper's Pareto plot."""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_specdecpp.training.metrics import Reliability
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Told apart with every kind of colour vision (Okabe and Ito, 2008); each group also has its own marker."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#777777"
+_PANELS_A_ROW = 3
+_MIN_ROWS = 10
+_CHARACTERS_AN_INCH = 9  # of a title
+
+
+def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path, title: str) -> None:
+    """Accept rate against estimated probability: one panel a set, one line an estimator; on the diagonal is calibrated.
+
+    The first estimator gets 95 % intervals (Wilson, as if rows were independent), and its rows a bin stand as bars.
+    Bins of fewer than 10 rows are not drawn, but count in the ECE.
+
+    Args:
+        panels: set → name of an estimator → its bins; the same estimators in every panel.
+        path: of the PNG.
+        title: names the pair and the number of rows.
+
+    Raises:
+        ValueError: one line: nothing to draw, or matplotlib is not installed.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("specdecpp: a reliability plot needs a set and an estimator; give --evaluate datasets")
+    num_columns = min(len(panels), _PANELS_A_ROW)
+    num_rows = math.ceil(len(panels) / num_columns)
+    size = (max(3.9 * num_columns + 0.4, 5.0), 4.1 * num_rows + 1.2)
+    figure, grid = _figure(size, title, num_rows, num_columns)
+    flat = [axes for row in grid for axes in row]
+    lines: dict[str, Any] = {}
+    for axes, (name, curves) in zip(flat, panels.items(), strict=False):
+        axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for i, (label, curve) in enumerate(curves.items()):
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            line = _reliability_line(axes, curve, first=i == 0, **style)
+            lines.setdefault(label, line)
+            # Lower right, where only a hopelessly overconfident estimator has its line.
+            axes.text(
+                0.98, 0.22 + 0.055 * (len(curves) - 1 - i), f"ECE {curve.ece:.3f}", color=style["color"], fontsize=9,
+                ha="right", path_effects=[_halo()], zorder=5,
+            )  # fmt: skip
+        rows = int(next(iter(curves.values())).num.sum())
+        axes.set_title(f"{name} (n = {rows:,})", fontsize=11)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.set_xlabel("estimated P(accepted)")
+        axes.set_ylabel("share accepted")
+    for axes in flat[len(panels) :]:
+        axes.set_axis_off()
+    columns = len(lines) if num_columns > 1 else 1
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+    _save(figure, path)
+
+
+def plot_learning_curve(
+    points: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    *,
+    metric: str = "log_loss",
+    lower_is_better: bool = True,
+) -> None:
+    """A metric on held-out prompts against the number of training rows (log scale), one line a group.
+
+    Args:
+        points: mappings with ``group``, ``num`` (rows trained on; None draws the group as a level line, for estimators
+            without training), the metric, and where known ``<metric>_low`` and ``<metric>_high``.
+        path: of the PNG.
+        title: names the pair and the number of rows judged by.
+        metric: key of the points to draw.
+        lower_is_better: said beside the axis.
+
+    Raises:
+        ValueError: one line: nothing to draw, a point without its number, or matplotlib is not installed.
+    """
+    _check(points, ("group", "num", metric), "learning curve", may_lack=("num",))
+    figure, [[axes]] = _figure((7.2, 4.6), title)
+    for i, (group, members) in enumerate(_groups(points).items()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        for level in (point for point in members if point["num"] is None):
+            axes.axhline(level[metric], color=colour, linewidth=1.4, linestyle=(0, (5, 3)), label=group)
+            _band(axes, [0, 1], [level, level], metric, colour, transform=axes.get_yaxis_transform())
+        if curve := sorted((point for point in members if point["num"] is not None), key=lambda point: point["num"]):
+            sizes = [point["num"] for point in curve]
+            axes.plot(
+                sizes, [point[metric] for point in curve], color=colour, marker=marker, linewidth=1.8, label=group
+            )
+            _band(axes, sizes, curve, metric, colour)
+    if any(point["num"] is not None for point in points):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlabel("training rows (observed candidates)")
+    axes.set_ylabel(
+        f"{metric.replace('_', '-')} on held-out prompts ({'lower' if lower_is_better else 'higher'} is better)"
+    )
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def plot_pareto(
+    points: Sequence[Mapping[str, Any]], path: Path, title: str = "Verification against discard rate"
+) -> None:
+    """The paper's plot (arXiv:2405.19715): target passes a token against discarded candidates a token.
+
+    Lower left is better. The points of a group are joined in the order of their discard rate. Labels go beside the
+    first and last point of a group and beside those with ``emphasis``: more would hide each other.
+
+    Args:
+        points: mappings with ``label``, ``group``, ``discard_rate`` (N_discarded / N), ``verification_rate``
+            (N_target / N) and, if wanted, ``emphasis`` (bool: a larger mark with its label, for a chosen setting).
+        path: of the PNG.
+        title: names the pair and the number of tokens.
+
+    Raises:
+        ValueError: one line: nothing to draw, a point without its numbers, or matplotlib is not installed.
+    """
+    _check(points, ("group", "label", "discard_rate", "verification_rate"), "Pareto plot")
+    figure, [[axes]] = _figure((7.6, 5.4), title)
+    for i, (group, members) in enumerate(_groups(points).items()):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        members = sorted(members, key=lambda point: (point["discard_rate"], -point["verification_rate"]))
+        x = [point["discard_rate"] for point in members]
+        y = [point["verification_rate"] for point in members]
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=group, zorder=2)
+        for j, point in enumerate(members):
+            if point.get("emphasis"):
+                axes.scatter(
+                    x[j], y[j], s=150, marker=marker, color=colour, edgecolors="black", linewidths=1.4, zorder=4
+                )
+                # Above the line at even groups, below at odd ones: two groups often run side by side.
+                place = {"xytext": (7, 9 if i % 2 == 0 else -9), "ha": "left", "va": "bottom" if i % 2 == 0 else "top"}
+            elif j == 0:
+                place = {"xytext": (-8, 0), "ha": "right", "va": "center"}
+            elif j == len(members) - 1:
+                place = {"xytext": (8, 0), "ha": "left", "va": "center"}
+            else:
+                continue
+            if str(point["label"]) != group:
+                axes.annotate(
+                    str(point["label"]), (x[j], y[j]), textcoords="offset points", fontsize=9, color=colour,
+                    fontweight="bold" if point.get("emphasis") else "normal", path_effects=[_halo()], zorder=5, **place,
+                )  # fmt: skip
+    axes.set_xlabel("discard rate: rejected or unused candidates a token (N_discarded / N)")
+    axes.set_ylabel("verification rate: target passes a token (N_target / N)")
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(fontsize=9, loc="upper right", title="lower left is better", title_fontsize=9)
+    _save(figure, path)
+
+
+def _reliability_line(axes: Any, curve: Reliability, *, first: bool, color: str, marker: str) -> Any:
+    """One estimator: its bins joined; the first estimator also with intervals and the share of rows a bin."""
+    filled = curve.num >= _MIN_ROWS
+    if not filled.any():
+        filled = curve.num > 0
+    num, x, y = curve.num[filled].tolist(), curve.probability[filled].tolist(), curve.accept_rate[filled].tolist()
+    if first:
+        share = (curve.num / curve.num.max() * 0.18).tolist()  # the fullest bin is as high as 0.18 of the panel
+        width = 1 / len(share)
+        axes.bar([i * width for i in range(len(share))], share, width, align="edge", color="#DDDDDD", zorder=0)
+        low, high = zip(*(wilson(rate, each) for rate, each in zip(y, num, strict=True)), strict=True)
+        below = [rate - each for rate, each in zip(y, low, strict=True)]
+        above = [each - rate for rate, each in zip(y, high, strict=True)]
+        axes.errorbar(x, y, [below, above], color=color, linestyle="none", linewidth=1.2, capsize=2, zorder=3)
+    (line,) = axes.plot(
+        x, y, color=color, marker=marker, markersize=5 if first else 3.5,
+        linewidth=1.8 if first else 1.2, alpha=1.0 if first else 0.85, zorder=4 if first else 2,
+    )  # fmt: skip
+    return line
+
+
+def wilson(rate: float, num: float, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share ``rate`` of ``num`` rows; it holds ``rate`` and stays within [0, 1]."""
+    centre = (rate + z * z / (2 * num)) / (1 + z * z / num)
+    half = z * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num)) / (1 + z * z / num)
+    return max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0)
+
+
+def _band(
+    axes: Any, x: Sequence[float], points: Sequence[Mapping[str, Any]], metric: str, colour: str, **kwargs: Any
+) -> None:
+    """Fill between the points' low and high ends, if all have them."""
+    low, high = ([point.get(f"{metric}_{end}") for point in points] for end in ("low", "high"))
+    if None not in low and None not in high:
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, **kwargs)
+
+
+def _groups(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The points by group, in the order of first appearance."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:
+        groups.setdefault(str(point["group"]), []).append(point)
+    return groups
+
+
+def _check(points: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str, may_lack: Sequence[str] = ()) -> None:
+    if not points:
+        raise ValueError(f"specdecpp: a {figure} needs points, but got none")
+    for point in points:
+        for key in keys:
+            if key not in point:
+                raise ValueError(f"specdecpp: a point of the {figure} lacks {key!r}: {dict(point)}")
+            value = point[key]
+            if key in ("group", "label") or (key in may_lack and value is None):
+                continue
+            if not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"specdecpp: a point of the {figure} has {key}={value!r}; it must be a finite number")
+
+
+def check_installed() -> None:
+    """Say early that no figure can be drawn.
+
+    Raises:
+        ValueError: one line: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "specdecpp: plots need matplotlib; pip install 'vllm-specdecpp[train]', or add --no-plots"
+        ) from None
+
+
+def _figure(size: tuple[float, float], title: str, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, Any]:
+    """A figure without pyplot's global state, and its axes as rows of columns."""
+    check_installed()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(textwrap.fill(title, int(size[0] * _CHARACTERS_AN_INCH), break_on_hyphens=False), fontsize=12)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes in grid.flat:
+        axes.grid(color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _halo() -> Any:
+    """White around letters, so that a line behind them does not make them unreadable."""
+    from matplotlib.patheffects import withStroke
+
+    return withStroke(linewidth=2.5, foreground="white")
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write the PNG in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(part, format="png", dpi=150)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
