@@ -30,7 +30,7 @@ $(STAMP): setup.py pyproject.toml vllm_specdecpp/cpu_install.py
 	test -x $(PY) && $(PY) -m pip --version >/dev/null || $(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 	$(PY) -m vllm_specdecpp.cpu_install
-	$(PY) -m pip install -e '.[cpu,bench,dev]'
+	$(PY) -m pip install -e '.[cpu,bench,train,dev]'
 	@touch $@
 
 models: $(STAMP)

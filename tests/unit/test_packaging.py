@@ -87,10 +87,10 @@ def test_wheel_names_version_extras_and_entry_point(wheel: zipfile.ZipFile, meta
     assert metadata_of_wheel["Version"] == vllm_specdecpp.__version__
     assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "dev"]
     (name,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert wheel.read(name).decode().split("\n")[:2] == [
-        "[vllm.general_plugins]",
-        "specdecpp = vllm_specdecpp.plugin:register",
-    ]
+    assert wheel.read(name).decode().split() == [
+        "[console_scripts]", "vllm-specdecpp", "=", "vllm_specdecpp.cli:main",
+        "[vllm.general_plugins]", "specdecpp", "=", "vllm_specdecpp.plugin:register",
+    ]  # fmt: skip
 
 
 def test_editable_install_maps_the_kernels_below_the_package(tree: Path, tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what a head, a dataset or a costs file is: for which models, made how, and what it holds.
+
+Example: vllm-specdecpp inspect heads/mine
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+
+MANIFEST_FILE = "manifest.json"
+PROVENANCE_FILE = "provenance.json"
+CALIBRATION_ROWS = Path("calibration") / "rows.jsonl"
+"""Where ``calibrate`` puts its figures, unless it is told otherwise."""
+_SHOWN_ESTIMATORS = ("head", "head_uncalibrated", "confidence")
+_SHOWN_OF_A_LIST = 8
+_INDENT = 32
+
+
+class InspectOptions(CommandOptions):
+    """Say what a head, a dataset or a costs file is."""
+
+    what: str = Field(min_length=1, json_schema_extra=POSITIONAL)
+    """Head (a folder or a hub id), dataset folder, or costs file."""
+
+    as_json: bool = Field(default=False, alias="json")
+    """Print one JSON object, with everything that is known."""
+
+
+def run(options: InspectOptions) -> int:
+    """Print what ``options.what`` is.
+
+    Raises:
+        ValueError: one line: nothing is there, or it is none of the three, or damaged.
+    """
+    found = facts(options.what)
+    print(json.dumps(found, indent=2) if options.as_json else as_text(found))
+    return 0
+
+
+def facts(what: str) -> dict[str, Any]:
+    """Everything known about a head, a dataset or a costs file: ``"kind"``, then sections of JSON values.
+
+    Raises:
+        ValueError: one line: nothing is there, or it is none of the three, or damaged.
+    """
+    path = Path(what).expanduser()
+    if path.is_file():
+        return _costs(path)
+    if (path / MANIFEST_FILE).is_file():
+        return _dataset(path)
+    return _head(what)
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The facts as one screen of text: a line a fact, long lists shortened."""
+    lines = []
+    for section, content in found.items():
+        if not isinstance(content, Mapping):
+            lines.append(f"{section:{_INDENT}}{_shown(content)}")
+            continue
+        if content:
+            lines += ["", section]
+        lines += [f"  {name:{_INDENT - 2}}{_shown(value)}" for name, value in content.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        shown = [_shown(item) for item in value[:_SHOWN_OF_A_LIST]]
+        more = [f"... ({len(value)} in all)"] if len(value) > _SHOWN_OF_A_LIST else []
+        return ", ".join(shown + more) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def _head(source: str) -> dict[str, Any]:
+    from vllm_specdecpp import head_files
+    from vllm_specdecpp.head import AcceptanceHead
+
+    head = AcceptanceHead.from_pretrained(source)
+    folder = head_files.find(source, None)
+    known = dict(head.metadata)
+    pair = {name: known.pop(name, None) for name in ("target", "draft")}
+    rule = known.pop("rule", None)
+    return {
+        "kind": "acceptance head",
+        "where": source,
+        "architecture": {
+            "hidden size": head.hidden_size,
+            "blocks": f"{head.num_layers}, {'tied' if head.tied else 'untied'}",
+            **({"projected to": head.width} if head.width else {}),
+            "reads": "the pass that read the candidate (lag 1)" if head.lag else "the pass before the draw (lag 0)",
+            "features": list(head.features),
+            "standardized": head.standardize,
+            "parameters": head.num_parameters,
+        },
+        "pair": pair,
+        "training": _training(folder, known),
+        "calibration": head.calibration
+        or {"state": f"none: its score is no probability; vllm-specdecpp calibrate {shlex.quote(source)} ... fits one"},
+        "on held-out prompts": _figures(folder),
+        "rule": rule or {"state": f"the engine's default; vllm-specdecpp tune {shlex.quote(source)} ... chooses one"},
+        "serve": {"command": _serve_command(pair, source, rule)},
+    }
+
+
+def _training(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """What the config's other keys and ``provenance.json`` say."""
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return known or {"state": "unknown: no provenance.json beside the weights"}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        data = {
+            entry["folder"]: {key: entry["manifest"].get(key) for key in ("source", "num_prompts", "created")}
+            for entry in content.get("data", [])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"specdecpp: {path} is damaged; remove it, or train the head again") from None
+    known |= {key: content[key] for key in ("created", "command", "git", "versions") if key in content}
+    return known | {f"data {name}": manifest for name, manifest in data.items()} | content.get("metrics", {})
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """What ``calibrate`` measured, if its results lie where it puts them by default."""
+    path = folder / CALIBRATION_ROWS
+    if not path.is_file():
+        return {}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            f"{row['set']}: {row['estimator']}": {key: row[key] for key in ("auc", "log_loss", "ece", "num")}
+            for row in rows
+            if row["estimator"] in _SHOWN_ESTIMATORS
+        }
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"specdecpp: {path} is damaged; remove it, or calibrate the head again") from None
+
+
+def _serve_command(pair: Mapping[str, Any], source: str, rule: Any) -> str:
+    config: dict[str, Any] = {"method": "specdecpp", "model": pair["draft"] or "DRAFT", "head": source}
+    # The engine takes the tuned threshold from the head; the upper bound sizes vLLM's buffers and has to be given.
+    if isinstance(rule, Mapping) and "num_speculative_tokens" in rule:
+        config["num_speculative_tokens"] = rule["num_speculative_tokens"]
+    words = ["vllm", "serve", pair["target"] or "TARGET", "--speculative-config", json.dumps(config)]
+    return shlex.join(words)
+
+
+def _dataset(folder: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from vllm_specdecpp.training.shards import open_dataset
+
+    dataset = open_dataset(folder)
+    manifest = asdict(dataset.manifest)
+    summary = asdict(dataset.summary())
+    pair = {name: manifest.pop(name, None) for name in ("target", "draft", "target_revision", "draft_revision")}
+    num_units = -(-manifest["num_prompts"] // manifest["unit_size"]) if manifest.get("unit_size") else None
+    content: dict[str, Any] = {"shards": f"{len(dataset.units())} of {num_units or 'any number'}", **summary}
+    if summary.get("observed"):
+        content["acceptance_rate"] = summary["accepted"] / summary["observed"]
+    return {
+        "kind": f"dataset of {manifest.pop('kind')}, {manifest.pop('source')}",
+        "where": str(folder),
+        "pair": pair,
+        "content": content,
+        "made by": manifest,
+    }
+
+
+def _costs(path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from vllm_specdecpp.training.costs import Costs
+
+    costs = Costs.load(path)
+    rest = asdict(costs)
+    draft, verify = (
+        {str(length): seconds for length, seconds in sorted(rest.pop(name).items())}
+        for name in ("draft_seconds", "verify_seconds")
+    )
+    pair = {"target": rest.pop("target") or None, "draft": rest.pop("draft_model") or None}
+    off = rest.pop("off_seconds")
+    for name in ("quartiles", "num_samples"):
+        rest.pop(name, None)
+    return {
+        "kind": "step costs",
+        "where": str(path),
+        "pair": pair,
+        "seconds": {"drafting K candidates": draft, "verifying N tokens": verify, "a token without speculation": off},
+        "made by": rest,
+    }
