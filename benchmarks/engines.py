@@ -19,6 +19,9 @@ from benchmarks.methods import NATIVE, OFF, Method
 if TYPE_CHECKING:
     from vllm import LLM
 
+PADDING_METHOD = "_determine_batch_execution_and_padding"
+"""The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.target_widths``)."""
+
 # vLLM's own counters: every method is counted by the same code.
 COUNTERS = {
     "rounds": "vllm:spec_decode_num_drafts",
@@ -34,6 +37,7 @@ class EngineSettings:
     target: str
     draft: str
     head: str | None = None
+    draft_sample_method: str | None = None
     num_speculative_tokens: int = 20
     batch: int = 1
     max_model_len: int = 1024
@@ -74,15 +78,18 @@ def use_native_proposer(worker: Any, num_candidates: int) -> str:
     runner = worker.model_runner
     native = object.__new__(FixedK)
     native.__dict__ = runner.drafter.__dict__
-    worker._benchmark_proposer = runner.drafter
+    # Padding the verification to a cheaper width is ours as well.
+    worker._benchmark_proposer = (runner.drafter, runner.__dict__.pop(PADDING_METHOD, None))
     runner.drafter = native
     return str(DraftModelProposer.propose.__qualname__)
 
 
 def restore_proposer(worker: Any) -> None:
-    """Runs in the worker: put back the proposer that the engine started with."""
+    """Runs in the worker: put back the proposer and the padding that the engine started with."""
     if getattr(worker, "_benchmark_proposer", None) is not None:
-        worker.model_runner.drafter = worker._benchmark_proposer
+        worker.model_runner.drafter, padding = worker._benchmark_proposer
+        if padding is not None:
+            setattr(worker.model_runner, PADDING_METHOD, padding)
         worker._benchmark_proposer = None
 
 
@@ -134,7 +141,12 @@ class Engines:
             self._start("spec", self._speculative_config())
 
     def _speculative_config(self) -> dict[str, Any]:
-        shared = {"model": self.settings.draft, "num_speculative_tokens": self.settings.num_speculative_tokens}
+        shared: dict[str, Any] = {
+            "model": self.settings.draft,
+            "num_speculative_tokens": self.settings.num_speculative_tokens,
+        }
+        if self.settings.draft_sample_method is not None:
+            shared["draft_sample_method"] = self.settings.draft_sample_method
         if not self._needs_rules:
             return {"method": "draft_model", **shared}
         ours: dict[str, Any] = {"trace_rounds": self.settings.trace_rounds}
@@ -203,14 +215,25 @@ class Engines:
         return arguments | dict(method.options)
 
     def generate(
-        self, method: Method, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, seed: int = 0
+        self,
+        method: Method,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        top_k: int | None = None,
+        seed: int = 0,
     ) -> Generation:
         """Generate for one batch of token-id prompts with ``method``; the clock covers prefill and decoding."""
         from vllm import SamplingParams
 
         self.select(method)
         llm = self._llms["off" if method.name == OFF else "spec"]
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed if temperature > 0 else None)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k or 0,
+            seed=seed if temperature > 0 else None,
+        )
         inputs: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
         before = self._counters() if method.name != OFF else {}
         start = time.perf_counter()

@@ -58,7 +58,7 @@ def markdown(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> str:
     last = runs[-1]
     settings = last["settings"]
     lines = [
-        f"Pair {settings['pair']}, temperature {settings['temperature']:g}, batch {settings['batch']}, "
+        f"Pair {settings['pair']}, {_sampling(settings)}, batch {settings['batch']}, "
         f"up to {settings['max_tokens']} new tokens, {'eager' if settings['eager'] else 'compiled'}. "
         f"{last['versions'].get('hardware', '')}.",
         "Brackets: 95 % bootstrap interval over prompts; ratios are paired by prompt.",
@@ -68,7 +68,9 @@ def markdown(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> str:
     ]
     for cell in cells:
         best = "" if cell.over_best_fixed_k is None else f"{_spread(cell.over_best_fixed_k)} (K={cell.best_fixed_k})"
-        equal = "" if cell.equal_outputs is None else f"{cell.equal_outputs}/{cell.units}"
+        equal = (
+            "" if cell.equal_outputs is None or settings["temperature"] > 0 else f"{cell.equal_outputs}/{cell.units}"
+        )
         length = "" if cell.mean_candidate_length is None else f"{cell.mean_candidate_length:.2f}"
         acceptance = "" if cell.acceptance is None else f"{100 * cell.acceptance:.1f} %"
         lines.append(
@@ -78,6 +80,16 @@ def markdown(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if name != "hardware")
     commits = ", ".join(dict.fromkeys(run["git"] for run in runs))
     return "\n".join([*lines, "", f"`{last['command']}`", "", f"{versions}; git {commits}", ""])
+
+
+def _sampling(settings: dict[str, Any]) -> str:
+    """Temperature, and what else was said about sampling; older runs have no other keys."""
+    parts = [f"temperature {settings['temperature']:g}"]
+    if settings.get("top_k") is not None:
+        parts.append(f"top-k {settings['top_k']}")
+    if settings.get("draft_sample_method") is not None:
+        parts.append(f"{settings['draft_sample_method']} drafting")
+    return ", ".join(parts)
 
 
 def _spread(spread: Spread | None) -> str:

@@ -48,6 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=20, help="prompts a set")
     parser.add_argument("--max-tokens", type=int, default=128, help="new tokens a prompt")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, help="sample among the target's k likeliest tokens; the paper's is 50")
+    parser.add_argument(
+        "--draft-sample-method",
+        choices=["greedy", "probabilistic"],
+        help="vLLM's option: how candidates are drawn at temperature > 0",
+    )
     parser.add_argument("--batch", type=int, default=1, help="prompts at once; one set at a time")
     parser.add_argument("--methods", nargs="+", required=True, help="off, draft_model:K, rule[:option=value,...]")
     parser.add_argument("--max-candidates", type=int, default=20, help="num_speculative_tokens of the engine")
@@ -80,6 +86,8 @@ def settings_of(args: argparse.Namespace) -> Row:
         "pair": " + ".join(model_label(name) for name in args.pair),
         "head": model_label(args.head) if args.head else None,
         "temperature": args.temperature,
+        "top_k": args.top_k,
+        "draft_sample_method": args.draft_sample_method,
         "batch": args.batch,
         "max_tokens": args.max_tokens,
         "max_candidates": args.max_candidates,
@@ -115,13 +123,13 @@ class Progress:
 
 
 def measure(engines: Engines, unit: list[Row], method: Method, args: argparse.Namespace, off: str | None) -> Row:
-    """One raw row: ``equals_off`` is None for ``off`` and where off has not run yet (the report compares by hash)."""
+    """One raw row: ``equals_off`` is None for ``off``, where off has not run yet, and where tokens are sampled."""
     prompts = [engines.encode(prompt["prompt"]) for prompt in unit]
     longest = max(map(len, prompts)) + args.max_tokens + args.max_candidates
     if longest > args.max_model_len:
         parts = "prompt, new tokens, candidates"
         raise ValueError(f"--max-model-len {args.max_model_len}: {unit_id(unit)} needs {longest} ({parts}); raise it")
-    result = engines.generate(method, prompts, args.max_tokens, args.temperature, seed=0)
+    result = engines.generate(method, prompts, args.max_tokens, args.temperature, args.top_k)
     output = output_hash(result.token_ids)
     return {
         "prompt": unit_id(unit),
@@ -131,7 +139,7 @@ def measure(engines: Engines, unit: list[Row], method: Method, args: argparse.Na
         "tokens": result.num_tokens,
         **result.counters,
         "output": output,
-        "equals_off": None if method.name == OFF or off is None else output == off,
+        "equals_off": None if method.name == OFF or off is None or args.temperature > 0 else output == off,
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -153,7 +161,8 @@ def run_plan(
     progress = Progress([method for _, order in plan for method in order], raw.rows)
     for method in methods:
         print(f"warm-up: {method.label}", flush=True)
-        engines.generate(method, [engines.encode(WARM_UP)] * args.batch, args.warm_up_tokens, args.temperature, seed=0)
+        warm_up = [engines.encode(WARM_UP)] * args.batch
+        engines.generate(method, warm_up, args.warm_up_tokens, args.temperature, args.top_k)
     for unit, order in plan:
         if args.minutes is not None and time.monotonic() - started + progress.expected(order) > 60 * args.minutes:
             return False
@@ -207,6 +216,7 @@ def _main(args: argparse.Namespace, argv: list[str], started: float) -> int:
                 target=target,
                 draft=draft,
                 head=args.head,
+                draft_sample_method=args.draft_sample_method,
                 num_speculative_tokens=args.max_candidates,
                 batch=args.batch,
                 max_model_len=args.max_model_len,

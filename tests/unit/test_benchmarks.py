@@ -327,13 +327,21 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
         def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
             raise AssertionError("our sampling ran")
 
+    class Runner:
+        def __init__(self) -> None:
+            self.drafter: Any = Ours()
+
+        def _determine_batch_execution_and_padding(self) -> str:
+            return "vLLM's"
+
     class Worker:
-        class model_runner:
-            drafter: Any = Ours()
+        model_runner = Runner()
 
     worker, ours = Worker(), Worker.model_runner.drafter
+    worker.model_runner._determine_batch_execution_and_padding = lambda: "ours"  # type: ignore[method-assign]
     for k in (2, 4):
         use_native_proposer(worker, k)
+        assert worker.model_runner._determine_batch_execution_and_padding() == "vLLM's"
         native = worker.model_runner.drafter
         assert native.weights is ours.weights and not isinstance(native, Ours)
         assert type(native)._sample_draft_tokens is draft_model.DraftModelProposer._sample_draft_tokens
@@ -343,6 +351,7 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
         assert ours.num_speculative_tokens == k
     restore_proposer(worker)
     assert worker.model_runner.drafter is ours
+    assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
 
 
 @pytest.mark.parametrize(
