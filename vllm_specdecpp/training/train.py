@@ -209,7 +209,8 @@ def run(options: TrainOptions) -> int:
     head.save_pretrained(options.out, overwrite=options.force)
     best = next(row for row in reversed(history) if row["best"])
     metrics: dict[str, Any] = {
-        "best_epoch": best["epoch"], "train_loss": best["train_loss"], "num_rows": best["rows"],
+        "best_epoch": best["epoch"], "train_loss": best["train_loss"] if best["epoch"] else None,
+        "num_rows": max(row["rows"] for row in history),
         "num_validation_rows": None if val_rows is None else len(val_rows.hidden),
         "num_parameters": head.num_parameters, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
