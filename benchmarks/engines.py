@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import NATIVE, OFF, Method
+from benchmarks.methods import NATIVE, OFF, PADDING, Method
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -78,19 +78,28 @@ def use_native_proposer(worker: Any, num_candidates: int) -> str:
     runner = worker.model_runner
     native = object.__new__(FixedK)
     native.__dict__ = runner.drafter.__dict__
-    # Padding the verification to a cheaper width is ours as well.
-    worker._benchmark_proposer = (runner.drafter, runner.__dict__.pop(PADDING_METHOD, None))
+    worker._benchmark_proposer = runner.drafter
     runner.drafter = native
+    use_padding(worker, False)  # verifying at a cheaper width is ours as well
     return str(DraftModelProposer.propose.__qualname__)
 
 
 def restore_proposer(worker: Any) -> None:
     """Runs in the worker: put back the proposer and the padding that the engine started with."""
     if getattr(worker, "_benchmark_proposer", None) is not None:
-        worker.model_runner.drafter, padding = worker._benchmark_proposer
-        if padding is not None:
-            setattr(worker.model_runner, PADDING_METHOD, padding)
+        worker.model_runner.drafter = worker._benchmark_proposer
         worker._benchmark_proposer = None
+    use_padding(worker, True)
+
+
+def use_padding(worker: Any, on: bool) -> None:
+    """Runs in the worker: verify at the widths that our worker measured, or at those that vLLM would use."""
+    attributes = worker.model_runner.__dict__
+    if not on and PADDING_METHOD in attributes:
+        worker._benchmark_padding = attributes.pop(PADDING_METHOD)
+    elif on and getattr(worker, "_benchmark_padding", None) is not None:
+        attributes[PADDING_METHOD] = worker._benchmark_padding
+        worker._benchmark_padding = None
 
 
 class Engines:
@@ -199,6 +208,7 @@ class Engines:
             self.spec_rpc(use_native_proposer, num_candidates=method.fixed_k)
         else:
             self.spec_rpc(restore_proposer)
+            self.spec_rpc(use_padding, on=bool(dict(method.options).get(PADDING, 1)))
             self.spec_rpc("specdecpp_configure", **self._rule_arguments(method))
         self._selected = method
 
@@ -212,7 +222,7 @@ class Engines:
             "num_speculative_tokens": self.settings.num_speculative_tokens,
             "min_speculative_tokens": 1,
         }
-        return arguments | dict(method.options)
+        return arguments | {key: value for key, value in method.options if key != PADDING}
 
     def generate(
         self,

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 OFF = "off"
 NATIVE = "draft_model"
 
-# What `specdecpp_configure` takes besides the rule's name, and how each value is read.
-RULE_OPTIONS: dict[str, type] = {"threshold": float, "num_speculative_tokens": int, "min_speculative_tokens": int}
+PADDING = "padding"
+# What `specdecpp_configure` takes besides the rule's name, and how each value is read; and padding=0, which verifies at
+# the width that vLLM would.
+RULE_OPTIONS: dict[str, type] = {
+    "threshold": float,
+    "num_speculative_tokens": int,
+    "min_speculative_tokens": int,
+    PADDING: int,
+}
 NATIVE_OPTIONS: dict[str, type] = {"K": int}
 
 

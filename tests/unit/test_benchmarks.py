@@ -313,7 +313,7 @@ def test_a_report_needs_rows(tmp_path: Path) -> None:
 
 
 def test_the_proposer_is_vllms_own_and_comes_back() -> None:
-    from benchmarks.engines import use_native_proposer
+    from benchmarks.engines import use_native_proposer, use_padding
 
     draft_model = pytest.importorskip("vllm.v1.spec_decode.draft_model")
 
@@ -351,6 +351,11 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
         assert ours.num_speculative_tokens == k
     restore_proposer(worker)
     assert worker.model_runner.drafter is ours
+    assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
+    use_padding(worker, False)
+    use_padding(worker, False)
+    assert worker.model_runner._determine_batch_execution_and_padding() == "vLLM's"
+    restore_proposer(worker)
     assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
 
 
