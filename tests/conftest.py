@@ -7,6 +7,7 @@ numbers are those of a plain Hugging Face model up to rounding.
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.update(
@@ -48,3 +49,14 @@ def reference(tiny):
         return GreedyModel(AutoModelForCausalLM.from_pretrained(getattr(tiny, name), dtype=torch.float32))
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_caplog(monkeypatch):
+    """Once vLLM is imported, its loggers, of which ours is a child, keep to a level and a handler of their own."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    ours = logging.getLogger("vllm.specdecpp")
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    yield
+    ours.setLevel(level)
