@@ -26,7 +26,7 @@ setup(
     package_dir={"vllm_specdecpp": "vllm_specdecpp", "vllm_specdecpp.kernels": "kernels"},
     package_data={"vllm_specdecpp": ["py.typed", "pairs.json"]},
     # vLLM is not here on purpose, and torch has no version: a vLLM that is installed is never replaced, nor its torch.
-    install_requires=["huggingface_hub", "packaging", "pydantic>=2", "safetensors", "torch"],
+    install_requires=["huggingface_hub", "numpy", "packaging", "pydantic>=2", "safetensors", "torch"],
     extras_require={
         # What unpacks the demo's models. vLLM's CPU build itself comes from `python -m vllm_specdecpp.cpu_install`:
         # pip would also install the companions that break it.

@@ -75,7 +75,7 @@ def run(
 
 
 def paper_length(p_hat: list[float], h: float, min_length: int, max_length: int, eos_at: int | None) -> int:
-    """The paper's loop, one sequence (ALGORITHM: draw Y_k, then score Y_{k-1}); ``p_hat[k - 1]`` scores Y_{k-1}."""
+    """The paper's loop, one sequence (the paper: draw Y_k, then score Y_{k-1}); ``p_hat[k - 1]`` scores Y_{k-1}."""
     survival = torch.tensor(1.0)
     for k in range(1, max_length + 1):
         if k > 1:  # Y_0 was verified already

@@ -130,7 +130,7 @@ class TestLearning:
 
     @pytest.mark.parametrize("w", [1.0, 3.0, 6.0])
     def test_w_rej_shifts_the_optimum(self, w: float) -> None:
-        """ALGORITHM: p / (p + w * (1 - p)). Two states, of which one is accepted 3 times in 10, the other 9."""
+        """The optimum is p / (p + w * (1 - p)). Two states, of which one is accepted 3 times in 10, the other 9."""
         state = torch.arange(2000) % 2
         hidden = torch.nn.functional.one_hot(state, 2).float()
         accepted = torch.where(state == 0, torch.arange(2000) % 20 < 6, torch.arange(2000) % 20 < 18)

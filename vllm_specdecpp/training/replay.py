@@ -64,7 +64,7 @@ class Walk:
         return float(self.tokens[index].sum() / self.seconds[index].sum())
 
     def rates(self, chosen: Tensor | None = None) -> dict[str, float]:
-        """The paper's verification rate N_target/N and discard rate N_discarded/N (ALGORITHM: arXiv:2405.19715 §3),
+        """The paper's verification rate N_target/N and discard rate N_discarded/N (arXiv:2405.19715, section 3),
         and the mean candidate length, the acceptance, and the shares of cut rounds and of those across a seam."""
         index = slice(None) if chosen is None else chosen
         tokens, rounds, candidates, accepted, cut, seams = (

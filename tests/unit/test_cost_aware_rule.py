@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+
+from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
+from vllm_specdecpp.decision.cost_aware.plan import best_extension, best_submission
+from vllm_specdecpp.decision.cost_aware.rate import RateEstimate
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+
+PAPER = ({1: 0.023, 64: 0.023}, {1: 0.023, 64: 0.023}, {1: 0.109, 1024: 0.109})
+
+
+def paper_rule(**kwargs):
+    return CostAwareRule(CostModel(*PAPER), 8, **kwargs)
+
+
+def brute_force(survival, following, room, rate, step, verify, num_tokens):
+    """The best (requests, horizon) over every subset."""
+    n, horizon = following.shape
+    best, chosen = 1e-12, set()
+    for m in range(1, horizon + 1):
+        for size in range(1, n + 1):
+            for subset in itertools.combinations(range(n), size):
+                if any(room[r] < m for r in subset):
+                    continue
+                value = sum(survival[r] * np.cumprod(following[r, :m]).sum() for r in subset)
+                price = m * step[size] + verify[num_tokens + size * m] - verify[num_tokens]
+                if value - rate * price > best:
+                    best, chosen = value - rate * price, set(subset)
+    return chosen
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_extension_agrees_with_all_subsets(n):
+    rng = np.random.default_rng(n)
+    outcomes = set()
+    for _ in range(60):
+        survival, following = rng.random(n), rng.random((n, 3))
+        room = np.full(n, 5)
+        step, verify = np.concatenate([[0], rng.uniform(0.01, 0.05, n)]), rng.uniform(0.1, 0.2, 40)
+        got = best_extension(survival, following, room, 10.0, step, verify, n + 2)
+        expected = brute_force(survival, following, room, 10.0, step, verify, n + 2)
+        assert set(np.flatnonzero(got).tolist()) == expected
+        outcomes.add(len(expected))
+    assert len(outcomes) == n + 1  # none to all
+
+
+def test_a_cheaper_wider_verification_is_seen_over_a_hill():
+    step, verify = np.array([0, 0.01]), np.array([0, 0.136, 0.145, 0.30, 0.107, 0.107, 0.2])
+    args = np.array([0.9]), np.full((1, 3), 0.3), np.array([5]), 8.0, step
+    assert best_extension(*args, verify, 2)[0]  # 2 -> 3 loses, 2 -> 4 wins
+    assert not best_extension(args[0], args[1][:, :1], *args[2:], verify, 2)[0]
+    assert not best_extension(*args[:2], np.array([1]), *args[3:], verify, 2)[0]  # no room to get there
+    assert not best_extension(*args[:2], np.array([0]), *args[3:], verify, 2)[0]
+
+
+def test_submission_drops_what_is_not_worth_its_row():
+    verify = 0.02 + 0.001 * np.arange(40, dtype=np.float64)
+    got = best_submission(np.array([0.2, 0.9, 0.5, 0.61]), 600.0, verify, 10)
+    assert got.tolist() == [False, True, False, True]
+    assert best_submission(np.array([0.01, 0.0]), 600.0, np.full(40, 0.1), 10).all()  # rows are free
+
+
+def test_stops_early_on_low_scores_and_late_on_high_ones():
+    rule = paper_rule(guarded=False)
+    lengths = []
+    for score in (0.3, 0.8, 0.99):
+        round_ = rule.begin(["a"], [8])
+        while round_.running.any():
+            round_.step(np.array([score]))
+        lengths.append(int(round_.lengths[0]))
+    assert lengths[0] == 1 and lengths[0] < lengths[1] < lengths[2] == 8
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("max_lengths", [[], [0], [0, 3, 1], [1, 1]])
+def test_bounds_hold_for_odd_batches(lag, max_lengths):
+    rule = paper_rule(lag=lag)
+    for _ in range(5):
+        round_ = rule.begin([str(i) for i in range(len(max_lengths))], max_lengths)
+        while round_.running.any():
+            round_.step(np.full(len(max_lengths), np.nan))
+        assert (round_.lengths <= np.array(max_lengths)).all()
+        rule.finish(round_, round_.lengths.tolist(), round_.lengths.tolist(), 0.05, 0.1)
+    assert np.isfinite(rule.tokens_per_second(1))
+
+
+def test_nan_scores_fall_back_on_the_mean_acceptance():
+    rule, rng = paper_rule(), np.random.default_rng(0)
+    lengths = []
+    for _ in range(300):
+        round_ = rule.begin(["a"], [8])
+        while round_.running.any():
+            round_.step(np.array([np.nan]))
+        length = int(round_.lengths[0])
+        wins = int(np.argmin(np.append(rng.random(length) < 0.9, False)))
+        rule.finish(round_, [length], [wins], 0.023 * len(round_.widths), 0.109)
+        lengths.append(length)
+    assert 3 <= np.median(lengths[100:]) <= 7  # the best K is 5
+
+
+def test_the_future_changes_no_decision():
+    rng = np.random.default_rng(4)
+    rule = paper_rule()
+    decided = set()
+    for _ in range(150):
+        scores, other = rng.beta(4, 1, (8, 3)), rng.beta(4, 1, (8, 3))
+        # Candidate k + 1 is decided at step k: with the scores up to k alike, all decisions so far are alike.
+        for k in range(1, 4):
+            one, two = rule_pair(rule)
+            rounds = [r.begin(["a", "b", "c"], [8, 8, 8]) for r in (one, two)]
+            for step in range(8):
+                if not all(r.running.any() for r in rounds):
+                    break
+                rows = (scores[step], scores[step] if step < k else other[step])
+                made = [r.step(row) for r, row in zip(rounds, rows, strict=True)]
+                if step < k:
+                    assert (made[0].submit == made[1].submit).all() and (made[0].go_on == made[1].go_on).all()
+                    decided.add(tuple(made[0].go_on))
+        serve(rule, scores, rng)
+    assert len(decided) >= 4  # the rule did decide
+
+
+def rule_pair(rule):
+    return copy.deepcopy(rule), copy.deepcopy(rule)
+
+
+def serve(rule, scores, rng):
+    round_ = rule.begin(["a", "b", "c"], [8, 8, 8])
+    while round_.running.any():
+        round_.step(scores[len(round_.widths)])
+    accepted = rng.random(scores.shape) < scores
+    wins = [int(np.argmin(np.append(accepted[:n, i], False))) for i, n in enumerate(round_.lengths)]
+    rule.finish(round_, round_.lengths.tolist(), wins, 0.023 * len(round_.widths), 0.109)
+
+
+def test_draft_that_is_never_accepted_is_switched_off_and_found_again():
+    rule, rng = paper_rule(), np.random.default_rng(5)
+
+    def rounds(num, accept):
+        drafted, spent, emitted = 0, 0.0, 0
+        for _ in range(num):
+            round_ = rule.begin(["a"], [8])
+            while round_.running.any():
+                round_.step(np.array([0.9]))
+            length = int(round_.lengths[0])
+            wins = int(np.argmin(np.append(rng.random(length) < accept, False)))
+            rule.finish(round_, [length], [wins], 0.023 * len(round_.widths), 0.109)
+            drafted += length > 0
+            spent, emitted = spent + 0.023 * len(round_.widths) + 0.109, emitted + wins + 1
+        return drafted, emitted / spent
+
+    rounds(300, 0.02)
+    drafted, rate = rounds(500, 0.02)
+    assert drafted < 25 and rate > 0.99 / 0.109
+    rounds(250, 0.9)
+    drafted, rate = rounds(100, 0.9)
+    assert drafted > 95 and rate > 2 / 0.109
+
+
+def test_one_bad_request_in_a_batch_rides_without_drafting():
+    verify = {1: 0.02, 256: 0.02 + 255 * 0.003}  # rows cost
+    rule = CostAwareRule(CostModel({1: 0.003}, {1: 0.003}, verify, max_reqs=8), 4, drop_last=False)
+    rng, drafted = np.random.default_rng(6), np.zeros(4)
+    for turn in range(400):
+        round_ = rule.begin(list("abcd"), [4] * 4)
+        while round_.running.any():
+            round_.step(np.full(4, np.nan))
+        accept = np.array([0.95, 0.95, 0.95, 0.02])
+        wins = [
+            int(np.argmin(np.append(rng.random(n) < p, False))) for n, p in zip(round_.lengths, accept, strict=True)
+        ]
+        rule.finish(round_, round_.lengths.tolist(), wins)
+        drafted += (round_.lengths > 0) * (turn >= 200)
+    assert drafted[:3].min() > 150 and drafted[3] < 40
+
+
+def test_requests_are_forgotten_and_unknown_outcomes_taken():
+    rule = paper_rule()
+    rule.start.max_requests = 10
+    for i in range(50):
+        round_ = rule.begin([f"r{i}", f"s{i}"], [8, 8])
+        while round_.running.any():
+            round_.step(np.array([0.9, 0.9]))
+        rule.finish(round_, [None, int(round_.lengths[1])], [0, int(round_.lengths[1])])
+    assert len(rule.start) <= 10
+    assert rule.tokens_per_second(2) > 2 / 0.109
+
+
+def test_rate_is_never_below_no_speculation_and_moves_with_the_batch():
+    rate = RateEstimate()
+    assert rate.speedup(1) is None
+    for _ in range(400):
+        rate.update(1, 1.0, 0.2, 0.1)
+    assert rate.speedup(1) == 1.0
+    for _ in range(600):
+        rate.update(4, 12.0, 0.15, 0.1)
+    assert rate.speedup(4) == pytest.approx(2.0, rel=0.03) and rate.speedup(3) == rate.speedup(4)
+    assert rate.speedup(1) == 1.0 and rate.speedup(16) == pytest.approx(2.0, rel=0.03)
+
+
+def test_fixed_tokens_counts_and_continues_what_was_cut():
+    following = np.full((3, 4), 0.5)
+    tokens = fixed_tokens(np.array([1, 2, 0]), np.array([3, 2, 1]), following, 4)
+    # Request 0: rejected at 2. Request 1: all of 2 accepted, then 0.5, 0.25 more. Request 2: rejected at once.
+    assert tokens.tolist() == pytest.approx([3.0, 2 + 2 + 1, 2 + 3 + 1, 2 + 3.5 + 1, 2 + 3.75 + 1])
+
+
+def test_guard_yields_to_what_wins_and_comes_back():
+    guard = Guard(3)
+    seconds, rng = np.array([0.1, 0.13, 0.16, 0.19]), np.random.default_rng(0)
+    taken = []
+    for _ in range(300):
+        if guard.tick() is None:  # what K = 2 would emit is 20 % more per second than the rule's
+            guard.update(2 + rng.normal(0, 0.5), 0.16, np.array([1, 1.5, 2.4, 2.5]) + rng.normal(0, 0.3), seconds)
+        taken.append(guard.length)
+    assert taken[0] is None and 2 in taken and set(taken) == {None, 2}
+    assert None in taken[taken.index(2) :]  # tries again
+    quiet = Guard(3)
+    for _ in range(600):
+        assert quiet.tick() is None
+        quiet.update(2.4 + rng.normal(0, 0.5), 0.16, np.array([1, 1.5, 2.4, 2.5]) + rng.normal(0, 0.3), seconds)
+
+
+def test_a_length_below_one_is_refused():
+    with pytest.raises(ValueError, match="^specdecpp: num_speculative_tokens=0"):
+        CostAwareRule(CostModel(*PAPER), 0)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import random
+
+import numpy as np
+import pytest
+
+from vllm_specdecpp.decision.cost_aware.costs import CostCache, CostModel, suggested_widths
+from vllm_specdecpp.decision.cost_aware.curves import Curve
+
+CPU = {1: 0.136, 2: 0.145, 3: 0.112, 6: 0.109, 9: 0.150, 17: 0.199}
+
+
+def test_keeps_a_curve_that_is_not_monotone_and_extends_it():
+    curve = Curve(CPU, 40)
+    assert [curve.at(w) for w in CPU] == pytest.approx(list(CPU.values()))
+    assert curve.at(4) == pytest.approx(0.111)
+    slope = (0.199 - 0.109) / (17 - 6)  # of the upper half, not of the last two points
+    assert curve.at(40) == pytest.approx(0.199 + 23 * slope)
+    assert curve.at(50) == pytest.approx(0.199 + 33 * slope)
+    assert Curve({3: 0.1}, 8).at(8) == Curve({3: 0.1}, 8).at(1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("points", [{}, {0: 1.0}, {1: 0.0}, {1: float("nan")}, {1: -1.0}, {2: float("inf")}])
+def test_refuses_times_that_are_none(points):
+    with pytest.raises(ValueError, match="^specdecpp: .*measure"):
+        Curve(points, 8)
+
+
+def test_follows_real_steps_and_ignores_bursts():
+    rng = random.Random(0)
+    curve = Curve(CPU, 32)
+    for i in range(120):
+        curve.observe(4, 0.14 * rng.lognormvariate(0, 0.05))
+        if i % 20 == 0:
+            assert not curve.observe(4, 3.0)  # compilation
+    assert curve.at(4) == pytest.approx(0.14, rel=0.03)
+    # A width never seen takes part in the drift, most of it.
+    assert curve.at(17) == pytest.approx(0.199 * 0.14 / 0.111, rel=0.08)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        assert not curve.observe(4, bad)
+    assert not curve.observe(0, 0.1) and not curve.observe(999, 0.1)
+
+
+def test_a_lasting_change_of_level_is_no_outlier():
+    curve = Curve(CPU, 32)
+    for _ in range(20):
+        curve.observe(4, 0.5)
+    assert curve.at(4) == pytest.approx(0.5, rel=0.05)
+
+
+def test_wide_steps_learn_from_their_neighbours_and_narrow_ones_do_not():
+    curve = Curve({1: 0.1, 100: 0.2}, 128)
+    for _ in range(30):
+        curve.observe(2, 0.08)
+        curve.observe(3, 0.13)
+        curve.observe(96, 0.25)
+    assert curve.at(2) == pytest.approx(0.08, rel=0.03) and curve.at(3) == pytest.approx(0.13, rel=0.03)
+    assert curve.at(99) == pytest.approx(0.25, rel=0.06)
+
+
+def test_draft_phase_time_goes_to_the_passes_by_share():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, max_reqs=1)
+    for _ in range(200):
+        costs.observe([1, 1, 1, 1], 0.15, 5, 0.1)
+        costs.observe([1], 0.06, 2, 0.1)
+    assert costs.draft_seconds([1]) == pytest.approx(0.06, rel=0.05)
+    assert costs.draft_seconds([1, 1, 1, 1]) == pytest.approx(0.15, rel=0.05)
+    assert costs.draft_seconds([]) == 0
+    costs.observe([], 0.0, 1, 0.1)  # a round without drafting
+
+
+def test_cache_round_trip_other_settings_and_damage(tmp_path, caplog):
+    costs = CostModel({1: 0.04}, {1: 0.02, 4: 0.03}, CPU)
+    cache = CostCache(tmp_path / "costs", {"target": "a", "tp": "1"})
+    assert cache.load() is None
+    assert cache.save(costs.points())
+    loaded = cache.load()
+    assert loaded == {"first": {1: 0.04}, "step": {1: 0.02, 4: 0.03}, "verify": CPU}
+    assert CostCache(tmp_path / "costs", {"target": "b", "tp": "1"}).load() is None
+    assert [p.suffix for p in (tmp_path / "costs").iterdir()] == [".json"]
+    for damage in ("", "{", "[]", '{"format": 1}', cache.path.read_text().replace("0.04", "-1")):
+        cache.path.write_text(damage)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            assert cache.load_or_measure(costs.points) == loaded
+            assert "is damaged" in caplog.text
+        assert cache.load() == loaded  # measured anew, and saved
+
+
+def test_a_disk_that_cannot_be_written_is_logged(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert not CostCache(tmp_path / "file", {}).save(CostModel(CPU, CPU, CPU).points())
+    assert "cannot save" in caplog.text
+
+
+def test_suggested_widths_cover_the_range():
+    assert suggested_widths(1) == [1] and suggested_widths(9) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    widths = suggested_widths(1000)
+    assert widths[-1] == 1000 and len(widths) < 30 and (np.diff(widths) > 0).all()

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, OnlineLogistic, bucket, logit, sigmoid
+
+
+def batch(rng, n, slope, common, shift_at_1=0.0):
+    """Observed candidates whose true log-odds are slope * x + common (+ shift at position 1)."""
+    x = rng.normal(1.5, 2.0, n)
+    buckets = rng.integers(0, 4, n)
+    p = sigmoid(slope * x + common + shift_at_1 * (buckets == 0))
+    return x, buckets, (rng.random(n) < p).astype(float)
+
+
+def log_loss(model, x, buckets, labels):
+    p = np.clip(sigmoid(model.log_odds(x, buckets)), 1e-9, 1 - 1e-9)
+    return -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+
+
+def test_starts_at_the_identity_and_finds_a_miscalibration():
+    rng = np.random.default_rng(0)
+    model = OnlineLogistic()
+    x = np.array([-3.0, 0.0, 2.0])
+    assert model.log_odds(x, np.zeros(3, dtype=int)).tolist() == x.tolist()
+    test = batch(rng, 20000, 0.6, -1.0, 0.7)
+    before = log_loss(model, *test)
+    for _ in range(300):  # rounds
+        model.update(*batch(rng, 4, 0.6, -1.0, 0.7))
+    best = log_loss_of_truth(test)
+    assert before > best + 0.05
+    assert log_loss(model, *test) < best + 0.01
+    assert model.slope == pytest.approx(0.6, abs=0.15)
+    assert model.intercepts[0] - model.intercepts[1] > 0.2
+
+
+def log_loss_of_truth(test):
+    x, buckets, labels = test
+    p = sigmoid(0.6 * x - 1.0 + 0.7 * (buckets == 0))
+    return -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+
+
+def test_follows_a_shift_within_a_few_hundred_rounds():
+    rng = np.random.default_rng(1)
+    model = OnlineLogistic()
+    for _ in range(500):
+        model.update(*batch(rng, 4, 1.0, 0.0))
+    after = batch(rng, 20000, 0.5, -1.5)
+    stale = log_loss(model, *after)
+    for _ in range(300):
+        model.update(*batch(rng, 4, 0.5, -1.5))
+    x, _, labels = after
+    p = sigmoid(0.5 * x - 1.5)
+    best = -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+    assert log_loss(model, *after) < best + 0.2 * (stale - best)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_survives_constant_labels_and_recovers(label):
+    rng = np.random.default_rng(2)
+    model = OnlineLogistic()
+    for _ in range(2000):
+        x, buckets, _ = batch(rng, 4, 1, 0)
+        model.update(x, buckets, np.full(4, label))
+    assert np.isfinite(model.theta).all() and np.abs(model.theta).max() < 12
+    p = sigmoid(model.log_odds(np.array([1.5]), np.array([1])))
+    assert abs(p[0] - label) < 0.05
+    for _ in range(400):
+        model.update(*batch(rng, 4, 1.0, 0.0))
+    assert sigmoid(model.log_odds(np.array([1.5]), np.array([1])))[0] == pytest.approx(sigmoid(np.array(1.5)), abs=0.1)
+
+
+def test_nan_scores_and_empty_batches_change_nothing():
+    model = AcceptanceModel()
+    start = model.this.theta.copy()
+    model.this.update(np.array([np.nan]), np.array([0]), np.array([1.0]))
+    model.update(np.full((2, 3), np.nan), np.full((2, 3), np.nan))
+    model.update(np.zeros((0, 3)), np.zeros((0, 3)))
+    assert (model.this.theta == start).all()
+    # A missing score: the position's mean acceptance, which labels without scores teach too.
+    for _ in range(300):
+        model.update(np.full((1, 2), np.nan), np.array([[1.0, 0.0]]))
+    assert model.accept(np.array([np.nan]), 1)[0] == pytest.approx(0.5, abs=0.02)
+    assert (model.this.theta == start).all()
+
+
+def test_unobserved_candidates_teach_nothing():
+    model, other = AcceptanceModel(), AcceptanceModel()
+    x = np.array([[1.0, 2.0], [-3.0, 0.5]])
+    model.update(x, np.array([[0.0, 1.0], [np.nan, 0.0]]))
+    x[1, 0] = 7.0  # a score after the first rejection
+    other.update(x, np.array([[0.0, 1.0], [np.nan, 0.0]]))
+    assert (model.this.theta == other.this.theta).all() and (model.next.theta == other.next.theta).all()
+
+
+def test_next_predicts_from_the_score_before_and_fades_to_the_mean():
+    rng = np.random.default_rng(3)
+    model = AcceptanceModel()
+    for _ in range(3000):
+        mood = rng.random() < 0.5
+        p = 0.95 if mood else 0.35
+        labels = np.full((6, 1), np.nan)
+        for k in range(6):
+            labels[k] = float(rng.random() < p)
+            if not labels[k, 0]:
+                break
+        model.update(np.full((6, 1), logit(np.array(p))), labels)
+    good = model.following(logit(np.array([0.95])), 2, 3)[0]
+    poor = model.following(logit(np.array([0.35])), 2, 3)[0]
+    assert good[0] == pytest.approx(0.95, abs=0.04) and poor[0] == pytest.approx(0.35, abs=0.12)
+    assert good.shape == (3,)
+    model.next.theta[0] *= 0.3  # scores say little of the next: the second after is closer to the mean than the first
+    good, poor = (model.following(logit(np.array([p])), 2, 3)[0] for p in (0.95, 0.35))
+    assert good[1] - poor[1] < good[0] - poor[0]
+
+
+def test_buckets_and_logits_are_bounded():
+    assert bucket(np.array([1, 2, 5, 6, 7, 15, 5000])).tolist() == [0, 1, 4, 4, 5, 7, 7]
+    out = logit(np.array([0.0, 1.0, 0.5, np.nan]))
+    assert out[:3].tolist() == [-8, 8, 0] and np.isnan(out[3])

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short runs; the whole table comes from `python -m benchmarks.simulate`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import simulate
+from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, make
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+
+
+def rates(costs, stream, tokens=3000, **kwargs):
+    setting = SETTINGS[costs]
+    tokens *= 1 if setting.batch == 1 else 4  # the same number of rounds to learn in, or near it
+    streams = [make(stream, tokens // setting.batch + 400, i) for i in range(setting.batch)]
+    bench = Bench(setting, streams, tokens)
+    rule = CostAwareRule(cost_model(setting, 0, kwargs.pop("scale", 1.0)), DEPTH, **kwargs)
+    fixed = [bench.fixed(k) for k in (0, 1, 2, 3, 5, 8)]
+    return bench.cost_aware(rule, 0)[0], fixed, bench
+
+
+@pytest.mark.parametrize(
+    ("costs", "stream"), [("cpu", "flat"), ("paper", "markov"), ("dear", "markov"), ("b64", "poor")]
+)
+def test_close_to_the_best_fixed_length_or_better(costs, stream):
+    rate, fixed, _ = rates(costs, stream)
+    assert rate > 0.95 * max(fixed)
+    assert rate > 0.97 * fixed[0]
+
+
+def test_costs_measured_wrong_by_half_are_put_right():
+    rate, fixed, _ = rates("paper", "markov", scale=1.5)
+    assert rate > max(fixed)
+
+
+def test_without_calibration_overconfident_scores_cost():
+    live, _, _ = rates("paper", "overconfident", guarded=False)
+    frozen, _, _ = rates("paper", "overconfident", guarded=False, adapt=False)
+    assert live > 1.02 * frozen
+
+
+def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float) -> list[RoundRecord]:
+    columns = {name: torch.full((num_candidates,), top1) for name in ("top1_prob", "entropy", "margin")}
+    return [
+        RoundRecord(
+            request_id=str(prompt), hidden_states=torch.zeros(num_candidates, 4), token_ids=[7] * num_candidates,
+            drawn_logprob=torch.zeros(num_candidates), soft_label=torch.full((num_candidates,), torch.nan),
+            num_accepted=run, num_verified=num_candidates, emitted=1 + 3 * at, temperature=0.0, **columns,
+        )
+        for at, run in enumerate(accepted)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def record(tmp_path):
+    manifest = Manifest(
+        kind="rounds", target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
+        source="on-policy", sampling={}, num_candidates=5, prompts_digest="", num_prompts=2, unit_size=2, versions={},
+        git="", command="", created="",
+    )  # fmt: skip
+    dataset = create_dataset(tmp_path / "data", manifest, False)
+    rounds = rounds_of(0, [2, 5], 5, 0.25) + rounds_of(1, [0], 5, 0.75)
+    prompts = {"0": {"id": "a", "set": "code"}, "1": {"id": "b", "set": "chat"}}
+    write_shard(dataset.shard_path(0), shard_from_rounds(rounds, prompts), manifest)
+    return tmp_path / "data"
+
+
+def test_a_record_starts_at_every_offset_of_an_accepted_run(record):
+    code = simulate.recorded(record, 8, 0, "code")
+    assert code.run.tolist() == [2, 1, 0, 5, 4, 3, 2, 1]
+    assert code.limit.tolist() == [5, 4, 3, 5, 4, 3, 2, 1]
+    assert code.scores[1].tolist() == [0.25] * 4 + [0.5] * (DEPTH - 4)
+    assert set(simulate.recorded(record, 20, 0).scores[:, 0].tolist()) == {0.25, 0.75}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--streams", "nonsense"], "--streams nonsense is unknown"),
+        (["--streams", "recorded"], "needs --record"),
+        (["--streams", "recorded:poetry"], "no round of set 'poetry'"),
+    ],
+)
+def test_user_errors_are_one_line(record, capsys, arguments, message):
+    with_record = [*arguments, "--record", str(record)] if ":" in arguments[1] else arguments
+    assert simulate.main(with_record) == 2
+    assert message in capsys.readouterr().err
