@@ -57,8 +57,8 @@ class CollectOptions(CommandOptions):
     max_tokens: int = Field(default=128, ge=FEWEST_TOKENS)
     """Length of an answer, in tokens."""
 
-    candidates: int = Field(default=6, ge=1, le=128)
-    """Candidates drafted in every round (on-policy)."""
+    candidates: int = Field(default=12, ge=1, le=128)
+    """Candidates drafted in every round (on-policy); `tune` can try no longer ones, fewer give labels faster."""
 
     batch: int = Field(default=8, ge=1)
     """Prompts answered at once."""
