@@ -53,3 +53,8 @@ def test_a_request_that_is_off_does_not_keep_the_draft_model_busy():
     rows = requests.rows([0, 10, 20], [0, 0])
     assert [requests.will_go_on(row, index) for index, row in enumerate(rows)] == [True, False]
     assert lengths(requests, 2) == [0, 0]  # an unfinished prefill drafts nothing
+
+
+def test_a_bad_switch_that_slipped_in_does_not_end_the_engine():
+    requests = requests_of({"extra_args": {"specdecpp": "maybe"}})
+    assert lengths(requests, 1) == [20]

@@ -182,7 +182,7 @@ def _collect_all(
             if stop.requested and bar.n < num_prompts:
                 raise KeyboardInterrupt
     if skipped:
-        _say(f"{skipped} prompts are too long for max_model_len and were left out")
+        _say(f"{skipped} prompts were left out: too long for max_model_len, or answered with nothing (paper)")
 
 
 def _one_by_one(
