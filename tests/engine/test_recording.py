@@ -466,7 +466,7 @@ class TestCollect:
         options = self.options(tiny, tmp_path)
         assert run(options) == 0
         told = capsys.readouterr()
-        assert "1 prompts are too long" in told.err and "labels" in told.out
+        assert "1 prompts were left out: too long" in told.err and "labels" in told.out
         dataset = open_dataset(options.out)
         assert dataset.done_units() == {0, 1, 2}
         assert dataset.manifest.hidden_size == HIDDEN_SIZE
