@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.measure import MeasureOptions, Samples, check_options, report, run, summarize, time_rounds
+from vllm_specdecpp.training.measure import (
+    MeasureOptions,
+    Samples,
+    check_options,
+    default_max_model_len,
+    report,
+    run,
+    summarize,
+    time_rounds,
+)
 
 
 def options(tmp_path: Path, **changes: Any) -> MeasureOptions:
@@ -114,6 +123,24 @@ class TestSummary:
         assert "| 1 | 200.0 (150.0-550.0) | 2000.0 (1500.0-2500.0) | 3 |" in report(costs)
 
 
+class TestLongestSequence:
+    @pytest.mark.parametrize(("target", "draft", "longest"), [(512, 4096, 512), (4096, 700, 700), (4096, 2048, 1024)])
+    def test_default_is_the_models_own_at_most(self, tmp_path: Path, target: int, draft: int, longest: int) -> None:
+        for name, bound in (("target", target), ("draft", draft)):
+            (tmp_path / name).mkdir()
+            config = {"model_type": "llama", "max_position_embeddings": bound}
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+        chosen = options(
+            tmp_path, target=str(tmp_path / "target"), draft=str(tmp_path / "draft"), max_model_len=None
+        )  # fmt: skip
+        assert default_max_model_len(chosen) == longest
+
+    def test_a_model_without_a_config_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="^specdecpp: target=.*cannot be loaded") as error:
+            default_max_model_len(options(tmp_path, target=str(tmp_path / "nothing"), max_model_len=None))
+        assert "\n" not in str(error.value)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "named"),
@@ -139,14 +166,15 @@ class TestRefusals:
 
 
 class TestRealEngine:
-    @pytest.mark.parametrize("batch", [1, 2])
-    def test_costs_of_tiny_models(self, tiny: Any, tmp_path: Path, batch: int) -> None:
+    @pytest.mark.parametrize(("batch", "max_model_len"), [(1, None), (2, 192)])
+    def test_costs_of_tiny_models(self, tiny: Any, tmp_path: Path, batch: int, max_model_len: int | None) -> None:
+        """By default the models' bound, 512 tokens, is kept to."""
         prompts = tmp_path / "prompts.jsonl"
         lines = [{"prompt": "Write a sentence about words."}, {"prompt": "Indent this text, please."}]
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         chosen = options(
             tmp_path, target=tiny.target, draft=tiny.draft_good, prompts=str(prompts), dtype="float32", eager=True,
-            batch=batch, kv_cache_mib=64,
+            batch=batch, kv_cache_mib=64, max_model_len=max_model_len,
         )  # fmt: skip
         assert run(chosen) == 0
         costs = Costs.load(tmp_path / "costs.json")

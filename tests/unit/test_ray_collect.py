@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from vllm_specdecpp.training import ray_collect
 from vllm_specdecpp.training.ray_collect import TRIES, collect_with_ray
@@ -110,6 +112,36 @@ def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path)
         assert one.prompts == other.prompts and len(one.prompts) == 2
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.outcome, other.outcome)
         torch.testing.assert_close(one.read_hidden_states, other.read_hidden_states, atol=2e-4, rtol=1e-3)
+
+
+def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monkeypatch):
+    """A worker has another working directory: it must neither write nor look elsewhere."""
+    from vllm_specdecpp.training.collect import CollectOptions, make_manifest, run
+    from vllm_specdecpp.training.prompts import load_prompts
+    from vllm_specdecpp.training.shards import create_dataset, open_dataset
+    from vllm_specdecpp.training.units import encode, write_responses
+
+    monkeypatch.chdir(tmp_path)
+    Path("models").symlink_to(tiny.root)
+    Path("prompts.txt").write_text("one\ntwo\nthree\n")
+    prompts = load_prompts("prompts.txt")
+    shared: dict[str, Any] = {
+        "target": "models/target", "draft": "models/draft_good", "prompts": "prompts.txt", "source": "paper",
+        "dtype": "float32", "unit": 2,
+    }  # fmt: skip
+    answers = CollectOptions(out=Path("answers"), **shared)
+    create_dataset(answers.out, make_manifest(answers, prompts), False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.target)
+    rows = [
+        {"id": p.id, "set": p.set, "prompt_token_ids": encode(tokenizer, p.text), "token_ids": list(range(9, 19))}
+        for p in prompts
+    ]
+    write_responses(answers.out, 0, rows)
+    assert run(CollectOptions(out=Path("labels"), responses=Path("answers"), ray=2, **shared)) == 0
+    labels = open_dataset(tmp_path / "labels")
+    assert labels.done_units() == {0, 1}
+    assert labels.summary().prompts == 3
+    assert labels.manifest.target == "models/target"
 
 
 def test_a_unit_that_always_loses_its_worker_ends_the_run(tmp_path):

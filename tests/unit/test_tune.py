@@ -21,6 +21,7 @@ from vllm_specdecpp.training.replay import oracle_lengths, step_source, survival
 from vllm_specdecpp.training.shards import Manifest, create_dataset, write_shard
 from vllm_specdecpp.training.tune import TuneOptions, choose, run
 from vllm_specdecpp.training.tune_report import markdown, table_rows, warnings
+from vllm_specdecpp.training.units import write_responses
 
 COSTS = Costs({1: 0.05, 8: 0.36}, {2: 0.20, 9: 0.26}, 0.19, machine="a machine")
 MANIFEST = Manifest(
@@ -52,6 +53,12 @@ def write_head(folder: Path, **metadata: Any) -> Path:
     head.metadata = {"draft": "org/draft", **metadata}
     head.save_pretrained(folder)
     return folder
+
+
+def write_answers(folder: Path, texts: dict[str, list[int]], name: str) -> None:
+    """Responses to some prompts (id → token ids) of a set."""
+    rows = [{"id": i, "set": name, "prompt_token_ids": ids, "token_ids": [1]} for i, ids in texts.items()]
+    write_responses(folder, 0, rows)
 
 
 class Files:
@@ -210,6 +217,27 @@ class TestRefusals:
         again = write_dataset(files.root / "again", seed=7, prefix="t")
         self.refused(files, "--evaluate shares 8 prompts with --data (e.g. 't0p0' of 'a')", evaluate=[again])
         self.refused(files, "given twice", evaluate=[files.train])
+
+    def test_evaluation_among_the_data_that_the_head_saw(self, files: Files) -> None:
+        """Prompts that are left out of the data, since the head was trained on them, are no others either."""
+
+        def num_held_out(unit: int, seed: int) -> int:
+            return sum(split_by_id(f"t{unit}p{i}", 0.5, seed) for i in range(4))
+
+        seed = next(seed for seed in range(999) if num_held_out(0, seed) == 0 and num_held_out(1, seed) > 0)
+        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0.5, "seed": seed}
+        (files.head / "provenance.json").write_text(json.dumps(made))
+        some = write_dataset(
+            files.root / "some", seed=7, prefix="t", num_units=1, manifest=replace(MANIFEST, prompts_digest="some")
+        )
+        self.refused(files, "--evaluate shares 4 prompts with --data", evaluate=[some])
+
+    def test_evaluation_has_the_datas_texts_under_other_ids(self, files: Files) -> None:
+        write_answers(files.train, {"t0p1": [5, 6], "t1p2": [7]}, "a")
+        write_answers(files.held_out, {"e0p0": [7], "e1p3": [5, 6, 7]}, "a")
+        self.refused(files, "shares 1 prompts with --data (e.g. 'e0p0' of 'a', there 't1p2' of 'a')")
+        write_answers(files.held_out, {"e0p0": [6, 5], "e1p3": [5, 6, 7]}, "a")
+        run(files.options())
 
     def test_evaluation_that_the_head_was_trained_on(self, files: Files) -> None:
         made = {"data": [{"manifest": {"prompts_digest": "held out"}}], "validation": 0.1, "seed": 0}

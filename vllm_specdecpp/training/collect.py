@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from vllm_specdecpp.training.model_config import model_config
 from vllm_specdecpp.training.on_policy import FEWEST_TOKENS, OnPolicyCollector
 from vllm_specdecpp.training.options import CommandOptions
 from vllm_specdecpp.training.stop_signal import StopSignal
@@ -135,7 +136,8 @@ def run(options: CollectOptions) -> int:
     todo = {unit: chunk for unit, chunk in units.items() if unit not in done}
     if len(todo) < len(units):
         _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
-    make_collector = functools.partial(_collector_class(options.source), options, manifest)
+    for_collector = options if options.ray is None else with_absolute_paths(options)
+    make_collector = functools.partial(_collector_class(options.source), for_collector, manifest)
     with StopSignal() as stop:
         try:
             _collect_all(options, todo, len(prompts), make_collector, stop)
@@ -145,6 +147,18 @@ def run(options: CollectOptions) -> int:
             raise
     print(f"{options.out}: {describe(dataset.summary())}")
     return 0
+
+
+def with_absolute_paths(options: CollectOptions) -> CollectOptions:
+    """The options with absolute local paths: a Ray worker has another working directory."""
+    changes: dict[str, Any] = {"out": options.out.expanduser().absolute()}
+    if options.responses is not None:
+        changes["responses"] = options.responses.expanduser().absolute()
+    for name in ("target", "draft"):
+        folder = Path(getattr(options, name)).expanduser()
+        if folder.is_dir():  # else a hub id
+            changes[name] = str(folder.absolute())
+    return options.model_copy(update=changes)
 
 
 def _collect_all(
@@ -214,7 +228,7 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
     from vllm_specdecpp.training.provenance import command_line, git_sha, model_label, model_revision, now, versions
     from vllm_specdecpp.training.shards import Manifest
 
-    _model_config(options.target, "target")
+    model_config(options.target, "target")
     sampling: dict[str, Any] = {
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -232,7 +246,7 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
         draft=model_label(options.draft),
         target_revision=model_revision(options.target),
         draft_revision=model_revision(options.draft),
-        hidden_size=_model_config(options.draft, "draft").get_text_config().hidden_size,
+        hidden_size=model_config(options.draft, "draft").get_text_config().hidden_size,
         source=options.source,
         sampling=sampling,
         num_candidates=options.candidates,
@@ -244,18 +258,6 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
         command=command_line(),
         created=now(),
     )
-
-
-def _model_config(name: str, option: str) -> Any:
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise ValueError("specdecpp: collect needs transformers; pip install 'vllm-specdecpp[train]'") from None
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"specdecpp: {option}={name!r} cannot be loaded ({reason}); check the name") from None
 
 
 def describe(summary: Any) -> str:

@@ -26,6 +26,7 @@ from vllm_specdecpp.training.units import encode
 
 _WARM_UP_TOKENS = 8
 _KEPT_STEPS = 100_000
+_MAX_MODEL_LEN = 1024
 
 
 class MeasureOptions(CommandOptions):
@@ -62,8 +63,8 @@ class MeasureOptions(CommandOptions):
     batch: int = Field(default=1, ge=1)
     """Requests that run together."""
 
-    max_model_len: int = Field(default=1024, ge=16)
-    """Longest sequence in tokens, prompt included."""
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Longest sequence in tokens, prompt included; by default 1024, or less if the models' own bound is."""
 
     kv_cache_mib: int | None = Field(default=None, ge=1)
     """Memory of the KV cache; by default vLLM decides."""
@@ -118,6 +119,9 @@ def run(options: MeasureOptions) -> int:
         ValueError: one line: a bad option, unreadable prompts, or an output that exists.
     """
     check_options(options)
+    if options.max_model_len is None:
+        options = options.model_copy(update={"max_model_len": default_max_model_len(options)})
+        check_options(options)
     from vllm_specdecpp.training.prompts import load_prompts
 
     prompts = [prompt.text for prompt in load_prompts(options.prompts, options.num_prompts)]
@@ -152,11 +156,24 @@ def check_options(options: MeasureOptions) -> None:
             f"specdecpp: max_tokens={options.max_tokens} leaves no whole rounds of {max(lengths)} candidates; "
             f"give at least {needed}"
         )
-    if options.max_tokens >= options.max_model_len:
+    if options.max_model_len is not None and options.max_tokens >= options.max_model_len:
         raise ValueError(
             f"specdecpp: max_tokens={options.max_tokens} leaves no room for a prompt in "
             f"max_model_len={options.max_model_len}; lower the first or raise the second"
         )
+
+
+def default_max_model_len(options: MeasureOptions) -> int:
+    """Both models' bound on a sequence, ``_MAX_MODEL_LEN`` at most: a longer one only costs memory here.
+
+    Raises:
+        ValueError: one line: a model's config cannot be read.
+    """
+    from vllm_specdecpp.training.model_config import model_config
+
+    configs = [model_config(getattr(options, name), name).get_text_config() for name in ("target", "draft")]
+    bounds = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([_MAX_MODEL_LEN, *(bound for bound in bounds if bound)])
 
 
 def time_rounds(llm: Any, batches: Sequence[list[list[int]]], options: MeasureOptions) -> dict[int, Samples]:
@@ -287,7 +304,7 @@ def _batches(llm: Any, prompts: Sequence[str], options: MeasureOptions) -> list[
 
     The last prompts that fill no batch are left out; too few prompts for one are repeated.
     """
-    room = options.max_model_len - options.max_tokens - 1
+    room = llm.llm_engine.vllm_config.model_config.max_model_len - options.max_tokens - 1
     ids = [encode(llm.get_tokenizer(), prompt)[-room:] for prompt in prompts]
     while len(ids) < options.batch:
         ids += ids

@@ -18,8 +18,10 @@ from pydantic import Field
 
 from vllm_specdecpp.training.chains import Chains, load_chains, open_rounds
 from vllm_specdecpp.training.costs import Costs
+from vllm_specdecpp.training.held_out import training_data
 from vllm_specdecpp.training.manifest import Manifest, write_whole
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.overlap import refuse_overlap
 from vllm_specdecpp.training.replay import (
     fixed_lengths,
     oracle_lengths,
@@ -104,7 +106,8 @@ def run(options: TuneOptions) -> int:
     if judged is None:
         judged = data
     else:
-        refuse_overlap(data, judged)
+        num = len(options.data)
+        refuse_overlap(datasets[:num], datasets[num:], judged)
     recorded_length = min(data.recorded_length, judged.recorded_length)
     bounds = _bounds(options, recorded_length)
     choices: dict[str, Choice] = {}
@@ -162,19 +165,6 @@ def _walks(
     return walks
 
 
-def refuse_overlap(data: Chains, judged: Chains) -> None:
-    """Tuning on what one reports on flatters the rule.
-
-    Raises:
-        ValueError: a prompt (id and set) of the evaluation is among the data.
-    """
-    if common := sorted(set(data.prompts) & set(judged.prompts)):
-        raise ValueError(
-            f"specdecpp: --evaluate shares {len(common)} prompts with --data (e.g. {common[0][0]!r} of "
-            f"{common[0][1]!r}); report on prompts that nothing was tuned on"
-        )
-
-
 def not_trained_on(options: TuneOptions) -> Callable[[Manifest, str], bool] | None:
     """Leaves of the head's own training data the validation prompts only: it scores what it was fitted to too well.
 
@@ -184,23 +174,15 @@ def not_trained_on(options: TuneOptions) -> Callable[[Manifest, str], bool] | No
     Raises:
         ValueError: the evaluation is the training data.
     """
-    path = None if options.head is None else options.head / "provenance.json"
-    if path is None or not path.is_file():
+    trained = None if options.head is None else training_data(options.head)
+    if trained is None:
         return None
-    from vllm_specdecpp.training.prompts import split_by_id
-
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-        trained = {entry["manifest"]["prompts_digest"] for entry in made["data"]}
-        fraction, seed = float(made["validation"]), int(made["seed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"specdecpp: {path} does not say what the head was trained on ({error}); remove it") from None
     for folder, dataset in zip(options.evaluate, open_rounds(options.evaluate), strict=True):
-        if dataset.manifest.prompts_digest in trained:
+        if trained.covers(dataset.manifest):
             raise ValueError(f"specdecpp: evaluate={folder} has the prompts that the head was trained on; name others")
 
     def keep(manifest: Manifest, prompt_id: str) -> bool:
-        return manifest.prompts_digest not in trained or (fraction > 0 and split_by_id(prompt_id, fraction, seed))
+        return not trained.covers(manifest) or trained.is_validation(prompt_id)
 
     return keep
 
