@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import NATIVE, OFF, PADDING, Method
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+SPEC = "spec"
+"""Name of the speculating engine; the other one is ``OFF``."""
 
 PADDING_METHOD = "_determine_batch_execution_and_padding"
 """The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.target_widths``)."""
@@ -44,6 +47,16 @@ class EngineSettings:
     kv_cache_bytes: int = 512 << 20
     eager: bool = False
     trace_rounds: int = 0
+
+    def speculative_config(self, ours: bool = True, **options: Any) -> dict[str, Any]:
+        """vLLM's option for the speculating engine, with our method and some of its options or with vLLM's own."""
+        shared: dict[str, Any] = {"model": self.draft, "num_speculative_tokens": self.num_speculative_tokens}
+        if self.draft_sample_method is not None:
+            shared["draft_sample_method"] = self.draft_sample_method
+        if not ours:
+            return {"method": NATIVE, **shared}
+        head = {} if self.head is None else {"head": self.head}
+        return {"method": "specdecpp", **shared, "trace_rounds": self.trace_rounds, **head, **options}
 
 
 @dataclass(frozen=True)
@@ -141,29 +154,16 @@ class Engines:
     def start(self) -> None:
         """Start what is needed; the speculating engine last, because vLLM's metrics belong to the newest engine."""
         self.check()
+        if self._needs_off:
+            self.start_engine(OFF, None)
+        if self._needs_native or self._needs_rules:
+            self.start_engine(SPEC, self.settings.speculative_config(ours=self._needs_rules))
+
+    def start_engine(self, name: str, speculative_config: dict[str, Any] | None) -> None:
+        """Start one engine, in a process of its own."""
         # A function is sent to the worker by pickle; both ends are ours.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-        if self._needs_off:
-            self._start("off", None)
-        if self._needs_native or self._needs_rules:
-            self._start("spec", self._speculative_config())
-
-    def _speculative_config(self) -> dict[str, Any]:
-        shared: dict[str, Any] = {
-            "model": self.settings.draft,
-            "num_speculative_tokens": self.settings.num_speculative_tokens,
-        }
-        if self.settings.draft_sample_method is not None:
-            shared["draft_sample_method"] = self.settings.draft_sample_method
-        if not self._needs_rules:
-            return {"method": "draft_model", **shared}
-        ours: dict[str, Any] = {"trace_rounds": self.settings.trace_rounds}
-        if self.settings.head is not None:
-            ours["head"] = self.settings.head
-        return {"method": "specdecpp", **shared, **ours}
-
-    def _start(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         from vllm import LLM
 
         compiled = "eager" if self.settings.eager else "compiled: takes minutes"
@@ -198,7 +198,11 @@ class Engines:
 
     def spec_rpc(self, method: str | Callable[..., Any], **kwargs: Any) -> Any:
         """Call the speculating engine's worker; returns the first rank's answer."""
-        return self._llms["spec"].collective_rpc(method, kwargs=kwargs)[0]
+        return self.rpc(SPEC, method, **kwargs)
+
+    def rpc(self, name: str, method: str | Callable[..., Any], **kwargs: Any) -> Any:
+        """Call one engine's worker; returns the first rank's answer."""
+        return self._llms[name].collective_rpc(method, kwargs=kwargs)[0]
 
     def select(self, method: Method) -> None:
         """Switch the speculating engine to ``method``, outside any timed section."""
@@ -234,10 +238,24 @@ class Engines:
         seed: int = 0,
     ) -> Generation:
         """Generate for one batch of token-id prompts with ``method``; the clock covers prefill and decoding."""
+        self.select(method)
+        before = self._counters() if method.name != OFF else {}
+        result = self.answer(OFF if method.name == OFF else SPEC, prompts, max_tokens, temperature, top_k, seed)
+        after = self._counters() if method.name != OFF else {}
+        return replace(result, counters={key: after.get(key, 0) - before.get(key, 0) for key in COUNTERS})
+
+    def answer(
+        self,
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> Generation:
+        """Generate for one batch of token-id prompts with one engine as it is; nothing is counted."""
         from vllm import SamplingParams
 
-        self.select(method)
-        llm = self._llms["off" if method.name == OFF else "spec"]
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -245,25 +263,22 @@ class Engines:
             seed=seed if temperature > 0 else None,
         )
         inputs: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        before = self._counters() if method.name != OFF else {}
         start = time.perf_counter()
-        outputs = llm.generate(inputs, params, use_tqdm=False)
+        outputs = self._llms[name].generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        after = self._counters() if method.name != OFF else {}
         return Generation(
             token_ids=[list(output.outputs[0].token_ids) for output in outputs],
             seconds=seconds,
-            counters={key: after.get(key, 0) - before.get(key, 0) for key in COUNTERS},
             texts=[output.outputs[0].text for output in outputs],
         )
 
     def _counters(self) -> dict[str, int]:
-        metrics = self._llms["spec"].get_metrics()
+        metrics = self._llms[SPEC].get_metrics()
         values = {metric.name: int(metric.value) for metric in metrics if metric.name in COUNTERS.values()}
         return {key: values[name] for key, name in COUNTERS.items()}
 
     def close(self) -> None:
-        """End both engine processes."""
+        """End the engines' processes."""
         for llm in self._llms.values():
             llm.llm_engine.engine_core.shutdown(timeout=20)
         self._llms.clear()

@@ -99,9 +99,9 @@ class RawFile:
         self._append(row)
         self.rows.append(row)
 
-    def done(self) -> set[tuple[str, str]]:
-        """The (unit, method) pairs measured already."""
-        return {(row["prompt"], row["method"]) for row in self.rows}
+    def done(self, *keys: str) -> set[tuple[Any, ...]]:
+        """The (unit, method) pairs measured already, with the values of some more keys of their rows."""
+        return {(row["prompt"], row["method"], *(row[key] for key in keys)) for row in self.rows}
 
     def _append(self, row: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ def method_order(raw: RawFile) -> list[str]:
     return list(raw.runs[-1]["methods"])
 
 
-def result_rows(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def result_rows(
+    cells: Sequence[Cell], runs: Sequence[dict[str, Any]], temperature: float, batch: int
+) -> list[dict[str, Any]]:
     """One row a cell with the keys that every benchmark of this project uses."""
     last = runs[-1]
     commits = list(dict.fromkeys(run["git"] for run in runs))
@@ -33,8 +35,8 @@ def result_rows(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> list[d
         {
             "pair": last["settings"]["pair"],
             "set": cell.set,
-            "temperature": last["settings"]["temperature"],
-            "batch": last["settings"]["batch"],
+            "temperature": temperature,
+            "batch": batch,
             "method": cell.method,
             "tokens_per_second": round(cell.tokens_per_second.value, 4),
             "low": round(cell.tokens_per_second.low, 4),
@@ -58,42 +60,51 @@ def markdown(cells: Sequence[Cell], runs: Sequence[dict[str, Any]]) -> str:
     last = runs[-1]
     settings = last["settings"]
     lines = [
-        f"Pair {settings['pair']}, {_sampling(settings)}, batch {settings['batch']}, "
-        f"up to {settings['max_tokens']} new tokens, {'eager' if settings['eager'] else 'compiled'}. "
-        f"{last['versions'].get('hardware', '')}.",
+        heading(last, f"temperature {settings['temperature']:g}", f"batch {settings['batch']}"),
         "Brackets: 95 % bootstrap interval over prompts; ratios are paired by prompt.",
         "",
         "| set | method | prompts | tokens/s | over off | over best fixed K | candidates | acceptance | equal to off |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        best = "" if cell.over_best_fixed_k is None else f"{_spread(cell.over_best_fixed_k)} (K={cell.best_fixed_k})"
+        best = "" if cell.over_best_fixed_k is None else f"{spread(cell.over_best_fixed_k)} (K={cell.best_fixed_k})"
         equal = (
             "" if cell.equal_outputs is None or settings["temperature"] > 0 else f"{cell.equal_outputs}/{cell.units}"
         )
         length = "" if cell.mean_candidate_length is None else f"{cell.mean_candidate_length:.2f}"
         acceptance = "" if cell.acceptance is None else f"{100 * cell.acceptance:.1f} %"
         lines.append(
-            f"| {cell.set} | {cell.method} | {cell.units * settings['batch']} | {_spread(cell.tokens_per_second)} "
-            f"| {_spread(cell.over_off)} | {best} | {length} | {acceptance} | {equal} |"
+            f"| {cell.set} | {cell.method} | {cell.units * settings['batch']} | {spread(cell.tokens_per_second)} "
+            f"| {spread(cell.over_off)} | {best} | {length} | {acceptance} | {equal} |"
         )
-    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if name != "hardware")
-    commits = ", ".join(dict.fromkeys(run["git"] for run in runs))
-    return "\n".join([*lines, "", f"`{last['command']}`", "", f"{versions}; git {commits}", ""])
+    return "\n".join([*lines, *origin(runs)])
 
 
-def _sampling(settings: dict[str, Any]) -> str:
-    """Temperature, and what else was said about sampling; older runs have no other keys."""
-    parts = [f"temperature {settings['temperature']:g}"]
+def heading(run: dict[str, Any], temperature: str, batch: str) -> str:
+    """The first line of a table: what was measured, and on what."""
+    settings = run["settings"]
+    parts = [f"Pair {settings['pair']}", temperature]
+    # Older runs do not have these keys.
     if settings.get("top_k") is not None:
         parts.append(f"top-k {settings['top_k']}")
     if settings.get("draft_sample_method") is not None:
         parts.append(f"{settings['draft_sample_method']} drafting")
-    return ", ".join(parts)
+    compiled = "eager" if settings["eager"] else "compiled"
+    parts += [batch, f"up to {settings['max_tokens']} new tokens", compiled]
+    return f"{', '.join(parts)}. {run['versions'].get('hardware', '')}."
 
 
-def _spread(spread: Spread | None) -> str:
-    return "" if spread is None else f"{spread.value:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
+def origin(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The last lines of a table: command, versions, commits."""
+    last = runs[-1]
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if name != "hardware")
+    commits = ", ".join(dict.fromkeys(run["git"] for run in runs))
+    return ["", f"`{last['command']}`", "", f"{versions}; git {commits}", ""]
+
+
+def spread(found: Spread | None) -> str:
+    """A value with its interval; empty where there is none."""
+    return "" if found is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def plot(cells: Sequence[Cell], title: str, path: Path) -> None:
@@ -140,15 +151,14 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     Raises:
         ValueError: ``out`` exists and ``force`` is off, or no prompt is finished by all methods.
     """
-    if out.exists() and not force:
-        raise ValueError(f"--out {out} is there already; choose another name or pass --force to write it anew")
+    check_free(out, force)
     methods = method_order(raw)
+    settings = raw.runs[-1]["settings"]
+    if "temperature" not in settings:
+        raise ValueError(f"{raw.path} holds several temperatures and batches; use python -m benchmarks.matrix_report")
     cells = aggregate(raw.rows, methods)
     table = markdown(cells, raw.runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(row) + "\n" for row in result_rows(cells, raw.runs)), encoding="utf-8")
-    out.with_suffix(".md").write_text(table, encoding="utf-8")
-    settings = raw.runs[-1]["settings"]
+    write_files(out, result_rows(cells, raw.runs, settings["temperature"], settings["batch"]), table)
     title = f"{settings['pair']}, T={settings['temperature']:g}, batch {settings['batch']}"
     plot(cells, title, out.with_suffix(".png"))
     partial = len({row["prompt"] for row in raw.rows}) - len(complete_units(raw.rows, methods))
@@ -157,22 +167,41 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: see the module's docstring."""
-    summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=summary)
+def check_free(out: Path, force: bool) -> None:
+    """ValueError where a report would be overwritten."""
+    if out.exists() and not force:
+        raise ValueError(f"--out {out} is there already; choose another name or pass --force to write it anew")
+
+
+def write_files(out: Path, rows: Sequence[dict[str, Any]], table: str) -> None:
+    """The result rows, and beside them the table."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+
+
+def report_command(
+    module: str, summary: str, write: Callable[[RawFile, Path, bool], str], argv: list[str] | None
+) -> int:
+    """The command line of a report: raw rows in, what ``write`` makes of them out."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
     parser.add_argument("raw", type=Path, help="X.raw.jsonl of a run, finished or not")
     parser.add_argument("--out", type=Path, required=True, help="X.jsonl; X.md and X.png are written beside it")
     parser.add_argument("--force", action="store_true", help="replace a report that is there already")
     args = parser.parse_args(argv)
     try:
         if not args.raw.exists():
-            raise ValueError(f"{args.raw} is missing; measure first with python -m benchmarks.run")
-        print(write_report(RawFile(args.raw), args.out, args.force))
+            raise ValueError(f"{args.raw} is missing; measure first with python -m benchmarks.run or benchmarks.matrix")
+        print(write(RawFile(args.raw), args.out, args.force))
     except ValueError as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
+        print(f"{module}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: see the module's docstring."""
+    return report_command("benchmarks.report", (__doc__ or "").splitlines()[0], write_report, argv)
 
 
 if __name__ == "__main__":

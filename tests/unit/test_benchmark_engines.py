@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines' methods: vLLM's own proposer, and what is refused before a start; and the command of a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engines import Engines, EngineSettings, restore_proposer
+from benchmarks.methods import parse_method, parse_methods
+from benchmarks.provenance import command_line
+
+
+def test_the_proposer_is_vllms_own_and_comes_back() -> None:
+    from benchmarks.engines import use_native_proposer, use_padding
+
+    draft_model = pytest.importorskip("vllm.v1.spec_decode.draft_model")
+
+    class Ours(draft_model.DraftModelProposer):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.weights = object()
+
+        def propose(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("our propose ran")
+
+        def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("our sampling ran")
+
+    class Runner:
+        def __init__(self) -> None:
+            self.drafter: Any = Ours()
+
+        def _determine_batch_execution_and_padding(self) -> str:
+            return "vLLM's"
+
+    class Worker:
+        model_runner = Runner()
+
+    worker, ours = Worker(), Worker.model_runner.drafter
+    worker.model_runner._determine_batch_execution_and_padding = lambda: "ours"  # type: ignore[method-assign]
+    for k in (2, 4):
+        use_native_proposer(worker, k)
+        assert worker.model_runner._determine_batch_execution_and_padding() == "vLLM's"
+        native = worker.model_runner.drafter
+        assert native.weights is ours.weights and not isinstance(native, Ours)
+        assert type(native)._sample_draft_tokens is draft_model.DraftModelProposer._sample_draft_tokens
+        # vLLM's propose notes the K it was given before it fails on our missing arguments.
+        with pytest.raises(AttributeError):
+            native.propose(20, *[None] * 7)
+        assert ours.num_speculative_tokens == k
+    restore_proposer(worker)
+    assert worker.model_runner.drafter is ours
+    assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
+    use_padding(worker, False)
+    use_padding(worker, False)
+    assert worker.model_runner._determine_batch_execution_and_padding() == "vLLM's"
+    restore_proposer(worker)
+    assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("draft_model:8", "raise --max-candidates"),
+        ("confidence:num_speculative_tokens=8", "raise --max-candidates"),
+        ("confidense", "rule='confidense' must be one of"),
+        ("confidence:threshold=1.5", "strictly between 0 and 1"),
+        ("threshold", "needs an acceptance head"),
+        ("fixed:threshold=0.5", "no meaning with rule='fixed'"),
+    ],
+)
+def test_a_method_that_cannot_run_is_refused_before_the_engine_starts(method: str, message: str) -> None:
+    settings = EngineSettings("T", "D", num_speculative_tokens=4)
+    with pytest.raises(ValueError, match=message):
+        Engines(settings, [parse_method(method)]).start()
+    good = ["off", "draft_model:4", "confidence:num_speculative_tokens=4,min_speculative_tokens=2", "fixed", "entropy"]
+    Engines(settings, parse_methods(good)).check()
+
+
+def test_the_command_line_holds_no_machine_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "repo").mkdir()
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "repo")
+    argv = ["--pair", str(tmp_path / "home/m 1"), "org/draft", "--data", str(tmp_path / "data")]
+    expected = "python -m benchmarks.run --pair ~/'m 1' org/draft --data ../data"
+    assert command_line(argv, "benchmarks.run") == expected
