@@ -1,25 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataset folders: written whole, resumed, and refused when damaged, foreign or of other settings."""
+"""Shards: what they hold, written whole or not at all, and refused when damaged or foreign."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_specdecpp.training.manifest import MANIFEST_FILE, read_manifest, write_whole
+from tests.dataset_files import (
+    HIDDEN_SIZE,
+    PROMPTS,
+    files_in,
+    make_dataset,
+    make_manifest,
+    make_round,
+    make_rounds,
+    make_shard,
+    refused,
+)
+from vllm_specdecpp.training.manifest import write_whole
 from vllm_specdecpp.training.shards import (
-    Manifest,
-    RoundRecord,
-    Shard,
     create_dataset,
     empty_shard,
     open_dataset,
@@ -28,65 +34,11 @@ from vllm_specdecpp.training.shards import (
     write_shard,
 )
 
-HIDDEN_SIZE = 5
-SETTINGS: dict[str, Any] = {
-    "kind": "rounds", "target": "org/target", "draft": "org/draft", "target_revision": None, "draft_revision": "abc",
-    "hidden_size": HIDDEN_SIZE, "source": "on-policy", "sampling": {"temperature": 0.0, "top_k": 0},
-    "num_candidates": 6, "prompts_digest": "d", "num_prompts": 7, "unit_size": 2, "versions": {"torch": "1"},
-    "git": "g", "command": "c", "created": "t",
-}  # fmt: skip
-
-
-def _manifest(**changes: Any) -> Manifest:
-    return Manifest(**{**SETTINGS, **changes})
-
-
-def _round(
-    rnd: random.Random, request_id: str, drafted: int, verified: int, accepted: int, **changes: Any
-) -> RoundRecord:
-    torch.manual_seed(rnd.randrange(1 << 30))
-    fields: dict[str, Any] = {
-        "request_id": request_id,
-        "hidden_states": torch.randn(drafted, HIDDEN_SIZE).bfloat16(),
-        "token_ids": [rnd.randrange(100) for _ in range(drafted)],
-        **{name: torch.rand(drafted) for name in ("top1_prob", "entropy", "margin", "drawn_logprob", "soft_label")},
-        "num_accepted": accepted, "num_verified": verified, "emitted": rnd.randrange(50), "temperature": 0.5,
-    }  # fmt: skip
-    return RoundRecord(**{**fields, **changes})
-
-
-ROUNDS = [("b", 3, 3, 1), ("a", 6, 4, 4), ("b", 1, 1, 0), ("b", 2, 0, 0), ("x", 2, 2, 1), ("a", 5, 5, 2)]
-PROMPTS = {"a": {"id": "a-1", "set": "alpaca", "more": "left out"}, "b": {"id": "b-1", "set": "gsm8k"}}
-
-
-def _rounds() -> list[RoundRecord]:
-    rnd = random.Random(1)
-    return [_round(rnd, *shape) for shape in ROUNDS]
-
-
-def _shard() -> Shard:
-    return shard_from_rounds(_rounds(), PROMPTS)
-
-
-def _dataset(folder: Path, units: int = 1, **changes: Any):
-    dataset = create_dataset(folder, _manifest(**changes), False)
-    for unit in range(units):
-        write_shard(dataset.shard_path(unit), _shard(), dataset.manifest)
-    return dataset
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _refused(match: str):
-    return pytest.raises(ValueError, match=f"^specdecpp: [^\n]*{match}[^\n]*$")
-
 
 def test_rounds_against_a_plain_loop():
-    shard = _shard()
+    shard = make_shard()
     steps, rounds = [], []
-    for record in _rounds():
+    for record in make_rounds():
         if record.num_verified == 0 or record.request_id not in PROMPTS:
             continue
         rounds.append((record.num_accepted, "ba".index(record.request_id), record.emitted))
@@ -111,46 +63,46 @@ def test_rounds_against_a_plain_loop():
 
 def test_two_requests_of_one_prompt_stay_apart():
     rnd = random.Random(0)
-    rounds = [_round(rnd, "a", 1, 1, 0), _round(rnd, "b", 1, 1, 0)]
+    rounds = [make_round(rnd, "a", 1, 1, 0), make_round(rnd, "b", 1, 1, 0)]
     shard = shard_from_rounds(rounds, {"a": PROMPTS["a"], "b": PROMPTS["a"]})
     assert shard.prompt_index.tolist() == [0, 1] and shard.prompts[0] == shard.prompts[1]
 
 
 def test_written_and_read(tmp_path):
-    dataset = _dataset(tmp_path / "d")
-    shard, found = _shard(), dataset.shard(0)
+    dataset = make_dataset(tmp_path / "d")
+    shard, found = make_shard(), dataset.shard(0)
     for name, value in vars(shard).items():
         if isinstance(value, torch.Tensor):
             assert getattr(found, name).dtype == value.dtype and torch.equal(getattr(found, name), value), name
     assert found.prompts == shard.prompts and found.read_hidden_states is None
-    assert open_dataset(str(tmp_path / "d")).manifest == _manifest()
+    assert open_dataset(str(tmp_path / "d")).manifest == make_manifest()
 
 
 def test_tensors_that_share_memory_are_written(tmp_path):
-    shard = _shard()
+    shard = make_shard()
     block = torch.rand(2, shard.num_steps)
-    write_shard(tmp_path / "s", replace(shard, entropy=block[0], margin=block[1]), _manifest())
-    assert torch.equal(read_shard(tmp_path / "s", _manifest()).margin, block[1])
+    write_shard(tmp_path / "s", replace(shard, entropy=block[0], margin=block[1]), make_manifest())
+    assert torch.equal(read_shard(tmp_path / "s", make_manifest()).margin, block[1])
 
 
 def test_positions_have_the_state_that_read(tmp_path):
-    manifest = _manifest(kind="positions", source="paper")
+    manifest = make_manifest(kind="positions", source="paper")
     rnd = random.Random(2)
-    shard = shard_from_rounds([_round(rnd, "a", 1, 1, i % 2) for i in range(4)], PROMPTS)
-    with _refused("read_hidden_states is missing"):
+    shard = shard_from_rounds([make_round(rnd, "a", 1, 1, i % 2) for i in range(4)], PROMPTS)
+    with refused("read_hidden_states is missing"):
         write_shard(tmp_path / "s", shard, manifest)
     shard.read_hidden_states = torch.randn(4, HIDDEN_SIZE)
     write_shard(tmp_path / "s", shard, manifest)
     found = read_shard(tmp_path / "s", manifest)
     assert found.read_hidden_states is not None and torch.equal(found.read_hidden_states, shard.read_hidden_states)
-    longer = replace(_shard(), read_hidden_states=_shard().hidden_states)
-    with _refused("rounds of length 1"):
+    longer = replace(make_shard(), read_hidden_states=make_shard().hidden_states)
+    with refused("rounds of length 1"):
         write_shard(tmp_path / "s", longer, manifest)
 
 
 @pytest.mark.parametrize("kind", ["rounds", "positions"])
 def test_a_unit_without_a_round_counts_as_done(tmp_path, kind):
-    dataset = create_dataset(tmp_path / "d", _manifest(kind=kind), False)
+    dataset = create_dataset(tmp_path / "d", make_manifest(kind=kind), False)
     write_shard(dataset.shard_path(3), empty_shard(dataset.manifest, [PROMPTS["a"]]), dataset.manifest)
     assert dataset.done_units() == {3}
     assert dataset.shard(3).num_rounds == dataset.shard(3).num_steps == len(dataset.shard(3).position) == 0
@@ -159,22 +111,22 @@ def test_a_unit_without_a_round_counts_as_done(tmp_path, kind):
 
 @pytest.mark.parametrize(("verified", "accepted"), [(4, 1), (2, 3), (2, -1)])
 def test_impossible_rounds_are_refused(verified, accepted):
-    with _refused("num_accepted"):
-        shard_from_rounds([_round(random.Random(0), "a", 3, verified, accepted)], PROMPTS)
+    with refused("num_accepted"):
+        shard_from_rounds([make_round(random.Random(0), "a", 3, verified, accepted)], PROMPTS)
 
 
 def test_nothing_recorded_is_no_shard():
-    with _refused("no verified round"):
-        shard_from_rounds([_round(random.Random(0), "unknown", 3, 3, 1)], PROMPTS)
+    with refused("no verified round"):
+        shard_from_rounds([make_round(random.Random(0), "unknown", 3, 3, 1)], PROMPTS)
 
 
 def test_summary(tmp_path):
-    dataset = _dataset(tmp_path / "d", units=2)
+    dataset = make_dataset(tmp_path / "d", units=2)
     found = dataset.summary()
     # A unit: rounds of 3, 4, 1 and 5 steps with 1, 4, 0 and 2 accepted; observed are these and the first rejections.
     assert (found.steps, found.observed, found.accepted, found.rounds) == (2 * 13, 2 * 10, 2 * 7, 2 * 4)
     assert found.prompts == 2, "the same prompts in both units"
-    assert found.bytes == sum(len(data) for name, data in _files(tmp_path / "d").items() if name.startswith("shards"))
+    assert found.bytes == sum(len(data) for name, data in files_in(tmp_path / "d").items() if name.startswith("shards"))
 
 
 def _truncate(path: Path) -> None:
@@ -225,24 +177,24 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_refused_by_name_and_counts_as_not_done(tmp_path, damage, caplog):
-    dataset = _dataset(tmp_path / "d", units=3)
+    dataset = make_dataset(tmp_path / "d", units=3)
     path = dataset.shard_path(1)
     spoil, message = DAMAGES[damage]
     spoil(path)
-    with _refused(message) as failure:
+    with refused(message) as failure:
         dataset.shard(1)
     assert str(path) in str(failure.value)
     assert dataset.done_units() == {0, 2}
     if damage != "missing":
         assert [record for record in caplog.records if str(path) in record.getMessage()], "it is reported"
-        with _refused(message):
+        with refused(message):
             list(dataset.shards())
-    write_shard(path, _shard(), dataset.manifest)
+    write_shard(path, make_shard(), dataset.manifest)
     assert dataset.done_units() == {0, 1, 2}, "made anew"
 
 
 def test_every_cut_is_noticed(tmp_path):
-    dataset = _dataset(tmp_path / "d")
+    dataset = make_dataset(tmp_path / "d")
     path = dataset.shard_path(0)
     content = path.read_bytes()
     for cut in [*range(0, len(content), 61), len(content) - 1]:
@@ -251,34 +203,34 @@ def test_every_cut_is_noticed(tmp_path):
 
 
 def test_a_shard_of_another_pair_names_both(tmp_path):
-    theirs = _dataset(tmp_path / "theirs", draft="org/other")
-    ours = _dataset(tmp_path / "ours")
+    theirs = make_dataset(tmp_path / "theirs", draft="org/other")
+    ours = make_dataset(tmp_path / "ours")
     os.replace(theirs.shard_path(0), ours.shard_path(0))
-    with _refused("org/target / org/other, but its dataset of org/target / org/draft"):
+    with refused("org/target / org/other, but its dataset of org/target / org/draft"):
         ours.shard(0)
     assert ours.done_units() == set()
 
 
 def test_a_shard_of_another_kind(tmp_path):
-    shard = _shard()
-    write_shard(tmp_path / "s", shard, _manifest())
-    with _refused(r"kind \(positions\)"):
-        read_shard(tmp_path / "s", _manifest(kind="positions"))
+    shard = make_shard()
+    write_shard(tmp_path / "s", shard, make_manifest())
+    with refused(r"kind \(positions\)"):
+        read_shard(tmp_path / "s", make_manifest(kind="positions"))
 
 
 def test_a_wrong_shard_is_not_written(tmp_path):
-    dataset = _dataset(tmp_path / "d")
-    before = _files(tmp_path / "d")
-    with _refused("would be wrong: entropy"):
-        write_shard(dataset.shard_path(0), replace(_shard(), entropy=torch.rand(1)), dataset.manifest)
-    assert _files(tmp_path / "d") == before
+    dataset = make_dataset(tmp_path / "d")
+    before = files_in(tmp_path / "d")
+    with refused("would be wrong: entropy"):
+        write_shard(dataset.shard_path(0), replace(make_shard(), entropy=torch.rand(1)), dataset.manifest)
+    assert files_in(tmp_path / "d") == before
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call, code):
-    dataset = _dataset(tmp_path / "d", units=2)
-    before = _files(tmp_path / "d")
+    dataset = make_dataset(tmp_path / "d", units=2)
+    before = files_in(tmp_path / "d")
 
     def full(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -286,15 +238,15 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call, code):
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
         for unit in (1, 2):
-            with _refused("disk is full; free space and run the same command again"):
-                write_shard(dataset.shard_path(unit), _shard(), dataset.manifest)
-        with _refused("disk is full"):
-            create_dataset(tmp_path / "new", _manifest(), False)
-    assert _files(tmp_path / "d") == before, "no .part, and the earlier shards as they were"
+            with refused("disk is full; free space and run the same command again"):
+                write_shard(dataset.shard_path(unit), make_shard(), dataset.manifest)
+        with refused("disk is full"):
+            create_dataset(tmp_path / "new", make_manifest(), False)
+    assert files_in(tmp_path / "d") == before, "no .part, and the earlier shards as they were"
     assert dataset.done_units() == {0, 1}
-    write_shard(dataset.shard_path(2), _shard(), dataset.manifest)
+    write_shard(dataset.shard_path(2), make_shard(), dataset.manifest)
     assert dataset.done_units() == {0, 1, 2}
-    assert create_dataset(tmp_path / "new", _manifest(), False).done_units() == set()
+    assert create_dataset(tmp_path / "new", make_manifest(), False).done_units() == set()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
@@ -302,9 +254,9 @@ def test_a_device_that_is_full(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     (tmp_path / f"file.{os.getpid()}.part").symlink_to("/dev/full")
-    with _refused("disk is full"):
+    with refused("disk is full"):
         write_whole(path, b"new" * 99)
-    assert _files(tmp_path) == {"file": b"old"}
+    assert files_in(tmp_path) == {"file": b"old"}
 
 
 def test_another_error_is_not_called_a_full_disk(tmp_path, monkeypatch):
@@ -312,7 +264,7 @@ def test_another_error_is_not_called_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with _refused("cannot be written \\(Input/output error\\)"):
+    with refused("cannot be written \\(Input/output error\\)"):
         write_whole(tmp_path / "file", b"new")
 
 
@@ -323,130 +275,20 @@ def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "file", b"new")
-    assert _files(tmp_path) == {}
+    assert files_in(tmp_path) == {}
 
 
 def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
     (tmp_path / "file.999999.part").write_bytes(b"half")
     write_whole(tmp_path / "file", b"new")
-    assert _files(tmp_path) == {"file": b"new"}
-
-
-def test_the_same_settings_go_on(tmp_path):
-    _dataset(tmp_path / "d", units=2)
-    before = _files(tmp_path / "d")
-    again = _manifest(
-        versions={"torch": "2"}, git="other", command="other", created="later", sampling=SETTINGS["sampling"]
-    )
-    dataset = create_dataset(tmp_path / "d", again, False)
-    assert dataset.done_units() == {0, 1}
-    assert _files(tmp_path / "d") == before
-    assert dataset.manifest.created == "t", "the folder's own manifest"
-
-
-def test_tuples_in_the_settings_go_on(tmp_path):
-    create_dataset(tmp_path / "d", _manifest(sampling={"stop": (1, 2)}), False)
-    create_dataset(tmp_path / "d", _manifest(sampling={"stop": (1, 2)}), False)
-
-
-OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "draft": ({"draft": "org/other"}, "draft='org/draft', not 'org/other'"),
-    "revision": ({"draft_revision": None}, "draft_revision='abc', not None"),
-    "temperature": ({"sampling": {"temperature": 1.0, "top_k": 0}}, "sampling.temperature=0.0, not 1.0"),
-    "new option": ({"sampling": {"temperature": 0.0, "top_k": 0, "seed": 1}}, "sampling.seed=None, not 1"),
-    "prompts": ({"prompts_digest": "e"}, "prompts_digest='d', not 'e'"),
-    "unit": ({"unit_size": 3, "versions": {}}, "unit_size=2, not 3"),
-}
-
-
-@pytest.mark.parametrize("change", OTHER_SETTINGS)
-def test_other_settings_are_refused_and_named(tmp_path, change):
-    _dataset(tmp_path / "d", units=2)
-    before = _files(tmp_path / "d")
-    changes, message = OTHER_SETTINGS[change]
-    with _refused(message):
-        create_dataset(tmp_path / "d", _manifest(**changes), False)
-    assert _files(tmp_path / "d") == before
-
-
-def test_force_starts_anew_and_deletes_only_its_own(tmp_path):
-    dataset = _dataset(tmp_path / "d", units=2)
-    (tmp_path / "d" / "responses").mkdir()
-    (tmp_path / "d" / "responses" / "00000.jsonl").write_text("{}\n")
-    (tmp_path / "d" / "shards" / "00002.safetensors.1.part").write_bytes(b"half")
-    (tmp_path / "d" / ".recording").write_bytes(b"")
-    dataset = create_dataset(tmp_path / "d", _manifest(unit_size=3), True)
-    assert dataset.manifest.unit_size == 3 and dataset.units() == []
-    assert sorted(_files(tmp_path / "d")) == [".recording", MANIFEST_FILE]
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "shards/notes.txt", "responses/00000.safetensors"])
-@pytest.mark.parametrize("with_manifest", [True, False])
-def test_other_files_are_never_deleted(tmp_path, name, with_manifest):
-    if with_manifest:
-        _dataset(tmp_path / "d")
-    path = tmp_path / "d" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("mine")
-    before = _files(tmp_path / "d")
-    with _refused(f"holds other files \\({path.name}\\)"):
-        create_dataset(tmp_path / "d", _manifest(unit_size=3), True)
-    assert _files(tmp_path / "d") == before
-
-
-def test_data_without_a_manifest_is_kept_unless_forced(tmp_path):
-    dataset = _dataset(tmp_path / "d")
-    (tmp_path / "d" / MANIFEST_FILE).unlink()
-    with _refused(f"without {MANIFEST_FILE}"):
-        create_dataset(tmp_path / "d", _manifest(), False)
-    assert dataset.shard_path(0).exists()
-    assert create_dataset(tmp_path / "d", _manifest(), True).units() == []
-
-
-def test_a_folder_that_is_a_file(tmp_path):
-    (tmp_path / "d").write_text("mine")
-    for force in (False, True):
-        with _refused("is a file"):
-            create_dataset(tmp_path / "d", _manifest(), force)
-    assert (tmp_path / "d").read_text() == "mine"
-
-
-def _edited(**changes: Any) -> str:
-    return json.dumps({"format": 1, **SETTINGS, **changes})
-
-
-MANIFESTS = {
-    "cut": (_edited()[:100], "is damaged"),
-    "format": (_edited(format=2), "format=2 is not 1"),
-    "list": ("[]", "format=None"),
-    "kind": (_edited(kind="tokens"), "'kind'"),
-    "type": (_edited(hidden_size="5"), "'hidden_size'"),
-    "unknown": (_edited(surprise=1), "'surprise'"),
-    "missing": (json.dumps({"format": 1, "kind": "rounds"}), "'target'"),
-}
-
-
-@pytest.mark.parametrize("case", MANIFESTS)
-def test_a_damaged_manifest(tmp_path, case):
-    text, message = MANIFESTS[case]
-    (tmp_path / MANIFEST_FILE).write_text(text)
-    with _refused(message):
-        open_dataset(tmp_path)
-    (tmp_path / MANIFEST_FILE).write_text(_edited())
-    assert read_manifest(tmp_path) == _manifest()
-
-
-def test_no_dataset(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with _refused("is no dataset"):
-            open_dataset(folder)
+    assert files_in(tmp_path) == {"file": b"new"}
 
 
 def test_shards_come_by_unit_and_files_of_other_names_are_none(tmp_path):
-    dataset = _dataset(tmp_path / "d")
+    dataset = make_dataset(tmp_path / "d")
     rnd = random.Random(0)
     for unit in (12, 2, 100_000):
-        shard = shard_from_rounds([_round(rnd, "a", 1, 1, 1, emitted=unit)], PROMPTS)
+        shard = shard_from_rounds([make_round(rnd, "a", 1, 1, 1, emitted=unit)], PROMPTS)
         write_shard(dataset.shard_path(unit), shard, dataset.manifest)
     (tmp_path / "d" / "shards" / "copy.safetensors").write_bytes(b"")
     (tmp_path / "d" / "shards" / "7.safetensors").write_bytes(b"")
