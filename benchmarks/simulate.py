@@ -2,10 +2,14 @@
 """Simulates serving with any acceptance process and any costs: is cost_aware near the best rule that knows them?
 
     python -m benchmarks.simulate --costs cpu paper --streams markov shift
-    python -m benchmarks.simulate --costs cpu --streams recorded --record data/train
+    python -m benchmarks.simulate --costs cpu --streams recorded --record data/eval --train data/train
 
-A stream fixes, for every output position, whether the draft's token there is accepted, so all rules meet the same text.
-Seconds in the table are the true costs without noise; what cost_aware observes of them is noisy (5 %, and 1 % spikes).
+All rules meet the same text. Seconds are the true costs without noise; what cost_aware observes of them is noisy (5 %,
+and 1 % spikes), and so is what it measured at start-up (3 % a width). The rules that know the costs:
+
+* fixed candidate lengths, and thresholds on the score or on the product of scores, the best of each chosen afterwards;
+* ``informed``: cost_aware's own comparison with the true costs, a calibration learnt beforehand on other text
+  (``--train``), and rho found by trying: it learns nothing and wastes nothing on learning.
 """
 
 from __future__ import annotations
@@ -13,32 +17,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import simulate_report
+from benchmarks.provenance import command_line
+from benchmarks.simulated_streams import DEPTH, STREAMS, Array, Stream, make, recorded
 from vllm_specdecpp.decision.cost_aware.costs import CostModel, suggested_widths
-from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.training.shards import open_dataset
+from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRound, CostAwareRule
 
-Array = NDArray[np.float64]
-HEADER = "costs      stream          K=0    best fixed     best threshold  cost_aware  /best  2nd half  /K=0   us/round"
-DEPTH = 16
 FIXED_KS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-STREAMS = ("markov", "overconfident", "underconfident", "flat", "nan", "poor", "rich", "shift", "inverted")
-
-
-@dataclass
-class Stream:
-    """Text of one or more requests, end to end."""
-
-    scores: Array  # [num_positions, DEPTH] score of candidate j drawn in a round that starts at the position
-    run: NDArray[np.int64]  # [num_positions] candidates accepted from the position on, at most limit
-    limit: NDArray[np.int64]  # [num_positions] candidates that the record knows of
+INFORMED_TRIES = 3
+"""Runs of the informed rule, each with the rate of the one before as its rho; they hardly move after the second."""
 
 
 @dataclass
@@ -76,115 +72,15 @@ SETTINGS = {
 }
 
 
-def windows(accept: Array, score: Array) -> Stream:
-    """From one acceptance and one score per position."""
-    size = len(accept)
-    run = np.zeros(size + DEPTH + 1, dtype=np.int64)
-    for i in range(size - 1, -1, -1):
-        run[i] = run[i + 1] + 1 if accept[i] else 0
-    padded = np.concatenate([score, np.full(DEPTH, 0.5)])
-    scores = np.lib.stride_tricks.sliding_window_view(padded, DEPTH)[:size]
-    return Stream(scores, run[:size], np.full(size, DEPTH))
-
-
-def markov(rng: np.random.Generator, n: int, good: float, bad: float, stay: float) -> Array:
-    """Acceptance probability per position: two moods, and a spread within each."""
-    state = np.cumsum(rng.random(n) > stay) % 2
-    return sigmoid(np.where(state == 0, _logit(good), _logit(bad)) + rng.normal(0, 1.0, n))
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def _logit(p: Array | float) -> Array:
-    return np.log(p / (1 - np.asarray(p)))
-
-
-def make(name: str, n: int, seed: int) -> Stream:
-    """A stream of ``n`` positions."""
-    rng = np.random.default_rng(seed)
-    if name == "markov":  # informative, calibrated up to noise
-        p = markov(rng, n, 0.95, 0.4, 0.85)
-        score = sigmoid(_logit(p) + rng.normal(0, 0.7, n))
-    elif name == "overconfident":
-        p = markov(rng, n, 0.95, 0.4, 0.85)
-        score = sigmoid(2.0 * _logit(p) + 1.5 + rng.normal(0, 1.0, n))
-    elif name == "underconfident":  # a head trained with w_rej = 6
-        p = markov(rng, n, 0.95, 0.4, 0.85)
-        score = sigmoid(0.7 * _logit(p) - 1.8 + rng.normal(0, 0.7, n))
-    elif name == "flat":  # scores say nothing
-        p, score = np.full(n, 0.75), rng.random(n)
-    elif name == "nan":  # no scores
-        p, score = np.full(n, 0.75), np.full(n, np.nan)
-    elif name == "poor":
-        p = markov(rng, n, 0.25, 0.05, 0.8)
-        score = sigmoid(_logit(p) + 3 + rng.normal(0, 1.0, n))  # and says that it is good
-    elif name == "rich":
-        p = markov(rng, n, 0.99, 0.9, 0.9)
-        score = sigmoid(_logit(p) + rng.normal(0, 0.7, n))
-    elif name == "shift":  # three workloads, calibrated differently
-        third = n // 3
-        parts = [markov(rng, third, 0.97, 0.7, 0.9), markov(rng, third, 0.3, 0.05, 0.8)]
-        parts.append(markov(rng, n - 2 * third, 0.93, 0.4, 0.85))
-        p = np.concatenate(parts)
-        bias = np.repeat([0.0, 2.5, -1.0], [third, third, n - 2 * third])
-        score = sigmoid(_logit(p) + bias + rng.normal(0, 0.7, n))
-    elif name == "inverted":  # a broken estimator: the surer, the worse
-        p = markov(rng, n, 0.95, 0.4, 0.85)
-        score = sigmoid(-_logit(p))
-    else:
-        raise ValueError(f"specdecpp: --streams {name} is unknown; choose among {', '.join(STREAMS)}, recorded")
-    return windows((rng.random(n) < p).astype(float), score)
-
-
-def recorded(folder: Path, n: int, seed: int, which: str | None = None) -> Stream:
-    """A dataset of ``vllm-specdecpp collect``, prompts in random order over and over, scored by the draft's confidence.
-
-    A round may start inside an accepted run.
-
-    Args:
-        folder: of the dataset.
-        n: positions, at least.
-        seed: of the order.
-        which: only the prompts of this set.
-
-    Raises:
-        ValueError: no dataset there, or no round of that set.
-    """
-    rounds: dict[tuple[int, int], list[tuple[list[float], int]]] = {}  # (shard, prompt) -> (scores, accepted)
-    for number, shard in enumerate(open_dataset(folder).shards()):
-        top1, starts = shard.top1_prob.tolist(), shard.round_starts.tolist()
-        for at, prompt in enumerate(shard.prompt_index.tolist()):
-            if which in (None, shard.prompts[prompt]["set"]):
-                scores = top1[starts[at] : starts[at + 1]]
-                rounds.setdefault((number, prompt), []).append((scores, int(shard.num_accepted[at])))
-    if not rounds:
-        raise ValueError(f"specdecpp: {folder} has no round of set {which!r}; name another set, or collect more")
-    rng = np.random.default_rng(seed)
-    prompts = list(rounds.values())
-    table: list[list[float]] = []
-    runs: list[int] = []
-    limits: list[int] = []
-    while len(runs) < n:
-        for i in rng.permutation(len(prompts)):
-            for scores, run in prompts[i]:
-                for start in range(min(run + 1, len(scores))):
-                    table.append((scores[start:] + [0.5] * DEPTH)[:DEPTH])
-                    runs.append(run - start)
-                    limits.append(len(scores) - start)
-    return Stream(np.array(table), np.array(runs), np.array(limits))
-
-
 class Bench:
-    """Serves ``batch`` requests from one stream each, until ``tokens`` are out."""
+    """Serves one stream for each request of the batch, until ``tokens`` are out."""
 
     def __init__(self, setting: Setting, streams: list[Stream], tokens: int) -> None:
         self.setting, self.tokens = setting, tokens
         size = min(len(s.run) for s in streams)
         self.scores = np.stack([s.scores[:size] for s in streams])  # [batch, size, DEPTH]
         self.run = np.stack([s.run[:size] for s in streams])
-        self.limit = np.stack([s.limit[:size] for s in streams])
+        self.limit = np.minimum(np.stack([s.limit[:size] for s in streams]), DEPTH)
         self.size, self.rows = size, np.arange(len(streams))
 
     def serve(
@@ -195,8 +91,7 @@ class Bench:
         at = np.zeros(len(self.rows), dtype=np.int64)
         tokens, seconds, trace = 0, 0.0, []
         while tokens < self.tokens:
-            limit = np.minimum(self.limit[self.rows, at], DEPTH)
-            lengths, widths = draft(self.scores[self.rows, at], limit)
+            lengths, widths = draft(self.scores[self.rows, at], self.limit[self.rows, at])
             wins = np.minimum(self.run[self.rows, at], lengths)
             seconds += self.setting.round(widths, len(at) + int(lengths.sum()))
             tokens += int(wins.sum()) + len(at)
@@ -206,22 +101,33 @@ class Bench:
             trace.append((tokens, seconds))
         return tokens / seconds, trace
 
+    def planned(self, lengths: NDArray[np.int64]) -> float:
+        """Tokens per second where a round from each position of each stream has this length: [batch, size]."""
+        step = np.minimum(self.run, lengths) + 1  # [batch, size]
+        at = np.zeros(len(self.rows), dtype=np.int64)
+        known: dict[tuple[int, ...], float] = {}  # widths -> seconds: few differ
+        tokens, seconds = 0, 0.0
+        while tokens < self.tokens:
+            here = lengths[self.rows, at]
+            counts = np.bincount(here)
+            widths = tuple((len(at) - np.cumsum(counts)[:-1]).tolist())  # of pass k: requests longer than k - 1
+            if widths not in known:
+                known[widths] = self.setting.round(list(widths), len(at) + int(here.sum()))
+            emitted = step[self.rows, at]
+            seconds += known[widths]
+            tokens += int(emitted.sum())
+            at = (at + emitted) % self.size
+        return tokens / seconds
+
     def fixed(self, length: int) -> float:
-        def draft(scores: Array, limit: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
-            lengths = np.minimum(limit, length)
-            return lengths, [int((lengths >= k).sum()) for k in range(1, int(lengths.max(initial=0)) + 1)]
+        return self.planned(np.minimum(self.limit, length))
 
-        return self.serve(draft)[0]
-
-    def threshold(self, h: float, cumulative: bool) -> float:
-        def draft(scores: Array, limit: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
-            known = np.nan_to_num(scores)
-            low = (np.cumprod(known, axis=1) if cumulative else known) < h
-            stop = np.where(low.any(axis=1), low.argmax(axis=1) + 1, DEPTH)
-            lengths = np.minimum(limit, stop)
-            return lengths, [int((lengths >= k).sum()) for k in range(1, int(lengths.max()) + 1)]
-
-        return self.serve(draft)[0]
+    def threshold(self, h: float, cumulative: bool, lag: int = 0) -> float:
+        """Stops after the first candidate whose score, or the product of scores up to it, is below ``h``; with lag 1
+        one candidate later, as the paper does."""
+        known = np.nan_to_num(self.scores)
+        low = (np.cumprod(known, axis=2) if cumulative else known) < h
+        return self.planned(np.minimum(self.limit, np.where(low.any(axis=2), low.argmax(axis=2) + 1 + lag, DEPTH)))
 
     def cost_aware(self, rule: CostAwareRule, seed: int) -> tuple[float, list[tuple[int, float]], float]:
         """Also returns the seconds a round that the rule itself took."""
@@ -235,7 +141,7 @@ class Bench:
             start = time.perf_counter()
             round_ = rule.begin(ids, limit.tolist())
             while round_.running.any():
-                round_.step(scores[:, len(round_.widths)])
+                round_.step(self.seen(scores, len(round_.widths), rule.lag))
             clock[0] += time.perf_counter() - start
             return round_.lengths, list(round_.widths)
 
@@ -251,6 +157,47 @@ class Bench:
         rate, trace = self.serve(draft, after)
         return rate, trace, clock[0] / clock[1]
 
+    def seen(self, scores: Array, num_drawn: int, lag: int) -> Array | None:
+        """What an estimator of this lag gives at the step after ``num_drawn`` candidates: [batch]."""
+        if num_drawn < lag:
+            return None
+        return scores[:, num_drawn - lag]
+
+
+class Informed(CostAwareRule):
+    """Knows costs, calibration and rho, and learns nothing."""
+
+    rho = 0.0
+
+    def begin(self, request_ids: Sequence[str], max_lengths: Sequence[int]) -> CostAwareRound:
+        limits = np.minimum(np.asarray(max_lengths, dtype=np.int64), self.max_length)
+        return CostAwareRound(self, list(request_ids), limits, limits > 0, self.rho, False, False)
+
+    def finish(self, *args: object) -> None:
+        """Learns nothing."""
+
+
+def informed_rate(bench: Bench, costs: CostModel, acceptance: AcceptanceModel, start: float, lag: int = 0) -> float:
+    """Tokens per second of the informed rule on a bench, the best of a few rho."""
+    rule = Informed(costs, DEPTH, lag=lag, acceptance=acceptance)
+    rates = [start]
+    for _ in range(INFORMED_TRIES):
+        rule.rho = rates[-1]
+        rates.append(bench.cost_aware(rule, 0)[0])
+    return max(rates[1:])
+
+
+def calibrated(streams: list[Stream], lag: int = 0) -> AcceptanceModel:
+    """A calibration from streams served with the longest candidate lengths; nothing is forgotten."""
+    model = AcceptanceModel(memory=1e9)
+    for stream in streams:
+        at = 0
+        while at < len(stream.run):
+            verified, accepted = int(min(stream.limit[at], DEPTH)), int(stream.run[at])
+            model.update_run(logit(stream.scores[at]).tolist(), min(accepted, verified), verified)
+            at += accepted + 1
+    return model
+
 
 def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:
     """What start-up would measure: every width a bit off, all by ``scale``."""
@@ -264,6 +211,14 @@ def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:
     return CostModel(*tables, max_reqs=setting.batch, max_tokens=most)
 
 
+def true_costs(setting: Setting) -> CostModel:
+    """Every width as it is."""
+    most = setting.batch * (DEPTH + 1)
+    first, step = ({w: f(w) for w in range(1, setting.batch + 1)} for f in (setting.first, setting.step))
+    verify = {w: setting.verify(w) for w in range(1, most + 1)}
+    return CostModel(first, step, verify, max_reqs=setting.batch, max_tokens=most)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary = (__doc__ or "").splitlines()[0]
@@ -273,57 +228,95 @@ def make_parser() -> argparse.ArgumentParser:
         "--streams", nargs="+", default=["markov"], help=f"{', '.join(STREAMS)}, recorded, or recorded:SET"
     )
     parser.add_argument("--record", type=Path, help="dataset folder of vllm-specdecpp collect, for recorded streams")
+    parser.add_argument("--train", type=Path, help="another dataset, for the informed rule's calibration")
     parser.add_argument("--tokens", type=int, default=6000, help="tokens that each rule emits; three times for batches")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="so many runs, with seed, seed + 1, ...; rates are means")
     parser.add_argument("--scale", type=float, default=1.0, help="how far off the cost model starts, as a factor")
     parser.add_argument("--no-guard", action="store_true", help="leave out the watch over the adaptive rule")
+    parser.add_argument("--out", type=Path, help="result rows (JSONL), with a page (.md) and a plot (.png) beside them")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
     return parser
 
 
-def streams_of(name: str, setting: Setting, options: argparse.Namespace) -> list[Stream]:
+def streams_of(name: str, setting: Setting, options: argparse.Namespace, seed: int) -> list[Stream]:
     """One stream a request; ValueError for a name that is unknown, or a record that is missing."""
     tokens = options.tokens * (1 if setting.batch == 1 else 3)
     size = max(int(tokens / setting.batch * (1.02 if name == "shift" else 1)), 400)
+    seeds = [1000 * seed + i for i in range(setting.batch)]
     kind, _, which = name.partition(":")
     if kind != "recorded":
-        return [make(name, size, options.seed + i) for i in range(setting.batch)]
+        return [make(name, size, seed) for seed in seeds]
     if options.record is None:
         raise ValueError(f"specdecpp: --streams {name} needs --record DATASET")
-    return [recorded(options.record, size, options.seed + i, which or None) for i in range(setting.batch)]
+    return [recorded(options.record, size, seed, which or None) for seed in seeds]
 
 
-def row(cost_name: str, name: str, options: argparse.Namespace) -> str:
-    """One line of the table."""
+def training_streams(name: str, options: argparse.Namespace) -> list[Stream]:
+    """Other text than :func:`streams_of` gives: another seed, or the ``--train`` dataset."""
+    if name.partition(":")[0] != "recorded":
+        return [make(name, 6000, 999_999)]
+    if options.train is None:
+        raise ValueError(f"specdecpp: --streams {name} needs --train DATASET, for the informed rule's calibration")
+    return [recorded(options.train, 6000, 999_999)]
+
+
+def measure(cost_name: str, name: str, options: argparse.Namespace) -> dict[str, object]:
+    """One cell: tokens per second of each rule, means over the seeds."""
     setting = SETTINGS[cost_name]
-    bench = Bench(setting, streams_of(name, setting, options), options.tokens * (1 if setting.batch == 1 else 3))
-    fixed = [(bench.fixed(k), k) for k in FIXED_KS]
-    known = [(bench.threshold(h, c), f"{'cum' if c else 'one'} {h}") for h in THRESHOLDS for c in (True, False)]
-    rule = CostAwareRule(cost_model(setting, options.seed, options.scale), DEPTH, guarded=not options.no_guard)
-    rate, trace, spent = bench.cost_aware(rule, options.seed)
-    half = len(trace) // 2
-    late = (trace[-1][0] - trace[half][0]) / (trace[-1][1] - trace[half][1])
-    best_fixed, best_known = max(fixed), max(known)
-    best = max(best_fixed[0], best_known[0])
-    return (
-        f"{cost_name:10s} {name:14s} {fixed[0][0]:6.2f}  {best_fixed[0]:7.2f} (K={best_fixed[1]:2d})"
-        f" {best_known[0]:7.2f} ({best_known[1]:8s}) {rate:7.2f}  {rate / best:6.3f}  {late / best:6.3f}"
-        f"  {rate / fixed[0][0]:6.3f}  {spent * 1e6:6.0f}"
-    )
+    tokens = options.tokens * (1 if setting.batch == 1 else 3)
+    acceptance = calibrated(training_streams(name, options))
+    fixed, known = np.zeros(len(FIXED_KS)), np.zeros((len(THRESHOLDS), 2))
+    informed, rates, late, spent = [], [], [], []
+    for seed in range(options.seed, options.seed + options.seeds):
+        bench = Bench(setting, streams_of(name, setting, options, seed), tokens)
+        here = np.array([bench.fixed(k) for k in FIXED_KS])
+        fixed += here / options.seeds
+        known += [[bench.threshold(h, c) / options.seeds for c in (True, False)] for h in THRESHOLDS]
+        informed.append(informed_rate(bench, true_costs(setting), acceptance, float(here.max())))
+        rule = CostAwareRule(cost_model(setting, seed, options.scale), DEPTH, guarded=not options.no_guard)
+        rate, trace, seconds = bench.cost_aware(rule, seed)
+        half = trace[len(trace) // 2]
+        rates.append(rate)
+        late.append((trace[-1][0] - half[0]) / (trace[-1][1] - half[1]))
+        spent.append(seconds)
+    at = np.unravel_index(int(known.argmax()), known.shape)
+    return {
+        "costs": cost_name,
+        "batch": setting.batch,
+        "stream": name,
+        "off": round(float(fixed[0]), 3),
+        "fixed": round(float(fixed.max()), 3),
+        "fixed_k": FIXED_KS[int(fixed.argmax())],
+        "threshold": round(float(known.max()), 3),
+        "threshold_h": f"{'product' if at[1] == 0 else 'score'} < {THRESHOLDS[at[0]]}",
+        "informed": round(float(np.mean(informed)), 3),
+        "cost_aware": round(float(np.mean(rates)), 3),
+        "cost_aware_second_half": round(float(np.mean(late)), 3),
+        "rule_us_per_round": round(float(np.mean(spent)) * 1e6, 1),
+        "tokens": tokens,
+        "seeds": options.seeds,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table: tokens per second of each rule, and cost_aware's ratio to the best that knows the costs."""
     options = make_parser().parse_args(argv)
-    print(
-        "costs      stream          K=0    best fixed     best threshold  cost_aware  /best  2nd half  /K=0   us/round"
-    )
+    rows = []
     try:
+        if options.out is not None:
+            simulate_report.check_free(options.out, options.force)
+        print(simulate_report.HEADER)
         for cost_name in options.costs:
             for name in options.streams:
-                print(row(cost_name, name, options), flush=True)
+                rows.append(measure(cost_name, name, options))
+                print(simulate_report.line(rows[-1]), flush=True)
     except ValueError as error:
         print(f"benchmarks.simulate: {error}", file=sys.stderr)
         return 2
+    if options.out is not None:
+        command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate")
+        simulate_report.write(rows, options.out, command)
     return 0
 
 

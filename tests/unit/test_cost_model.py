@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from vllm_specdecpp.decision.cost_aware import curves
 from vllm_specdecpp.decision.cost_aware.costs import CostCache, CostModel, suggested_widths
 from vllm_specdecpp.decision.cost_aware.curves import Curve
 
@@ -51,6 +52,24 @@ def test_a_lasting_change_of_level_is_no_outlier():
     assert curve.at(4) == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_width_that_is_seen_now_and_then_is_put_right_alone():
+    curve = Curve(CPU, 32)
+    for i in range(60):
+        curve.observe(2, 0.145)
+        if i % 6 == 0:
+            curve.observe(5, 0.4)
+    assert curve.at(5) == pytest.approx(0.4, rel=0.25) and curve.at(2) == pytest.approx(0.145, rel=0.05)
+
+
+def test_after_a_change_of_all_no_width_stays_behind():
+    curve = Curve(CPU, 32)
+    for factor in (0.01, 1.0):  # a clock in other units, and back
+        for i in range(100):
+            width = (2, 3, 4, 5)[i % 4]
+            curve.observe(width, factor * CPU.get(width, 0.11))
+    assert curve.at(5) == pytest.approx(0.11, rel=0.05) and curve.at(9) == pytest.approx(0.15, rel=0.15)
+
+
 def test_wide_steps_learn_from_their_neighbours_and_narrow_ones_do_not():
     curve = Curve({1: 0.1, 100: 0.2}, 128)
     for _ in range(30):
@@ -59,6 +78,59 @@ def test_wide_steps_learn_from_their_neighbours_and_narrow_ones_do_not():
         curve.observe(96, 0.25)
     assert curve.at(2) == pytest.approx(0.08, rel=0.03) and curve.at(3) == pytest.approx(0.13, rel=0.03)
     assert curve.at(99) == pytest.approx(0.25, rel=0.06)
+
+
+def test_the_price_of_a_row_survives_noisy_steps():
+    rng = np.random.default_rng(0)
+    start = {w: (0.02 + 0.0006 * w) * float(np.exp(rng.normal(0, 0.03))) for w in suggested_widths(1088)}
+    curve = Curve(start, 1088)
+    for _ in range(300):
+        width = int(rng.integers(80, 240))
+        curve.observe(width, (0.02 + 0.0006 * width) * float(np.exp(rng.normal(0, 0.05))))
+    rows = np.diff(curve.many(np.arange(96, 225, 16))) / 16
+    assert rows == pytest.approx(np.full(8, 0.0006), rel=0.35)
+    assert rows.mean() == pytest.approx(0.0006, rel=0.08)
+    steps = np.diff(curve.table()[96:225])
+    assert np.abs(steps - 0.0006).max() < 0.0006  # no cliffs between bins
+
+
+def test_what_neighbours_have_of_each_other_is_kept_up_to_date(monkeypatch):
+    rng = np.random.default_rng(1)
+    monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
+    kept = Curve(CPU, 200)
+    monkeypatch.setattr(curves, "_TIDY_EVERY", 1)  # all neighbours from scratch, each time
+    fresh = Curve(CPU, 200)
+    for i in range(400):
+        width, seconds = int(rng.integers(1, 200)), float(rng.lognormal(-2, 0.2)) * (30 if 200 < i < 215 else 1)
+        monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
+        kept.observe(width, seconds)
+        monkeypatch.setattr(curves, "_TIDY_EVERY", 1)
+        fresh.observe(width, seconds)
+    assert kept.table() == pytest.approx(fresh.table(), rel=1e-6)
+    assert kept.many(np.array([[1, 30], [200, 260]])).tolist() == [
+        [kept.at(1), kept.at(30)], [kept.at(200), pytest.approx(kept.at(260))],
+    ]  # fmt: skip
+
+
+def test_no_time_is_too_strange():
+    curve = Curve(CPU, 32)
+    for seconds in [1e300] * 12 + [1e-300] * 12:
+        curve.observe(5, seconds)
+        assert (np.isfinite(curve.table()[1:]) & (curve.table()[1:] > 0)).all()
+    for i in range(200):  # ever further off, each time just short of an outlier
+        curve.nudge(3, 6 * 0.05 * 1.1 ** min(i, 60))
+    assert not curve.nudge(3, 2.0)
+    assert not curve.nudge(3, float("nan")) and not curve.nudge(33, 0.1) and not curve.nudge(0, 0.1)
+    for _ in range(200):
+        curve.observe(5, 0.12)
+    assert curve.at(5) == pytest.approx(0.12, rel=0.05)
+
+
+def test_rounds_of_each_length_for_requests_with_different_room():
+    costs = CostModel({1: 0.04, 2: 0.06}, {1: 0.02, 2: 0.03}, {1: 0.1, 10: 0.19}, max_reqs=2, max_tokens=10)
+    expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 1], 5)]
+    assert costs.capped_seconds(2, np.array([2, 1, 0])) == pytest.approx([*expected, expected[-1]])
+    assert costs.capped_seconds(2, np.array([2, 2])) == pytest.approx(costs.fixed_seconds(2, 2))
 
 
 def test_draft_phase_time_goes_to_the_passes_by_share():

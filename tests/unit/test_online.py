@@ -120,3 +120,88 @@ def test_buckets_and_logits_are_bounded():
     assert bucket(np.array([1, 2, 5, 6, 7, 15, 5000])).tolist() == [0, 1, 4, 4, 5, 7, 7]
     out = logit(np.array([0.0, 1.0, 0.5, np.nan]))
     assert out[:3].tolist() == [-8, 8, 0] and np.isnan(out[3])
+
+
+def dense_update(theta, prior, precision, x, buckets, labels, memory=1500.0):
+    """The Newton step with its whole precision matrix."""
+    weights = np.array([20.0, 2.0] + [4.0] * 8)
+    phi = np.zeros((len(x), 10))
+    phi[:, 0], phi[:, 1] = x, 1.0
+    phi[np.arange(len(x)), 2 + buckets] = 1.0
+    p = sigmoid(phi @ theta)
+    keep = np.exp(-len(x) / memory)
+    precision = keep * precision + (phi.T * np.maximum(p * (1 - p), 1e-4)) @ phi + (1 - keep) * np.diag(weights)
+    step = np.linalg.solve(precision, phi.T @ (labels - p) + (1 - keep) * weights * (prior - theta))
+    theta = theta + np.clip(step, -0.5, 0.5)
+    theta[0] = np.clip(theta[0], 0, 4)
+    return theta, precision
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_the_short_solve_is_the_newton_step(n):
+    rng = np.random.default_rng(n)
+    model = OnlineLogistic(0.8, 0.2, rng.normal(0, 0.3, 8))
+    theta, prior = model.theta, model.theta
+    precision = np.diag([20.0, 2.0] + [4.0] * 8)
+    for _ in range(60):
+        x, labels = rng.normal(1, 3, n), (rng.random(n) < 0.7).astype(float)
+        buckets = rng.integers(0, 8, n)
+        model.update(x, buckets, labels)
+        theta, precision = dense_update(theta, prior, precision, x, buckets, labels)
+        assert model.theta == pytest.approx(theta, abs=1e-9)
+    assert np.abs(theta - prior).max() > 0.2  # it moved
+
+
+def chain(model, x, position, num):
+    """Acceptance of the candidates after one scored x, step by step."""
+    this, after, out = model.this.theta, model.next.theta, []
+    for j in range(num):
+        y = after[0] * x + after[1] + after[2 + bucket(position + j)]
+        out.append(float(sigmoid(np.array(y))))
+        x = np.clip((y - this[1] - this[2 + bucket(position + j + 1)]) / max(this[0], 0.1), -8, 8)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_ways_to_look_ahead_agree(seed):
+    rng = np.random.default_rng(seed)
+    model = AcceptanceModel()
+    # Slopes far apart: the chain runs into its bounds.
+    model.this.theta = np.concatenate([[rng.uniform(0, 2)], rng.normal(0, 1, 9)])
+    model.next.theta = np.concatenate([[rng.uniform(0, 4)], rng.normal(0, 1, 9)])
+    x = np.append(rng.uniform(-8, 8, 6), np.nan)
+    for position in (0, 1, 3, 14, 2000):
+        expected = np.array([chain(model, value, position, 7) for value in x[:-1]])
+        many = model.walk_many(x, np.full(7, position), 7)
+        for got in (model.following(x, position, 7), many, np.array([model.walk(v, position, 7) for v in x])):
+            assert got[:-1] == pytest.approx(expected, abs=1e-6)
+            assert got[-1].tolist() == pytest.approx(model.mean(bucket(position + np.arange(1, 8))).tolist())
+        if position:
+            one = [model.accept_one(value, position) for value in x]
+            assert one == pytest.approx(model.accept(x, position).tolist())
+    assert model.following(np.zeros(0), 1, 3).shape == (0, 3)
+
+
+def test_one_request_and_a_batch_teach_the_same():
+    rng = np.random.default_rng(0)
+    one, batch = AcceptanceModel(), AcceptanceModel()
+    for _ in range(100):
+        verified = int(rng.integers(0, 8))
+        accepted = int(rng.integers(0, verified + 1))
+        x = np.where(rng.random(verified) < 0.1, np.nan, rng.normal(1, 2, verified))
+        one.update_run(x.tolist(), accepted, verified)
+        labels = np.full((verified, 1), np.nan)
+        labels[:accepted] = 1.0
+        labels[accepted : accepted + 1] = 0.0
+        batch.update(x[:, None], labels)
+    assert one.this.theta == pytest.approx(batch.this.theta) and one.next.theta == pytest.approx(batch.next.theta)
+    assert one.mean(np.arange(8)) == pytest.approx(batch.mean(np.arange(8)))
+    assert one.this.theta[0] != 1.0
+
+
+def test_what_follows_is_thought_better_of_while_only_first_candidates_are_seen():
+    model = AcceptanceModel()
+    before = model.following(np.array([2.0]), 1, 1)[0, 0]
+    for _ in range(200):
+        model.update_run([2.0], 1, 1)
+    assert model.following(np.array([2.0]), 1, 1)[0, 0] > before + 0.03

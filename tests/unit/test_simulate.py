@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import simulate
-from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, make
+from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, informed_rate, make
+from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
@@ -29,6 +33,53 @@ def test_close_to_the_best_fixed_length_or_better(costs, stream):
     rate, fixed, _ = rates(costs, stream)
     assert rate > 0.95 * max(fixed)
     assert rate > 0.97 * fixed[0]
+
+
+def test_finds_its_way_back_after_a_workload_that_was_not_worth_drafting():
+    rate, fixed, _ = rates("cpu", "shift", tokens=5000)
+    assert rate > 1.02 * max(fixed)
+
+
+def test_drafting_that_never_pays_costs_next_to_nothing():
+    for costs in ("paper", "cpu_b4"):
+        rate, fixed, _ = rates(costs, "poor", tokens=4000)
+        assert rate > 0.99 * fixed[0] == 0.99 * max(fixed)
+
+
+def test_a_lagged_score_does_what_it_can():
+    setting, tokens = SETTINGS["paper"], 5000
+    bench = Bench(setting, [make("markov", tokens, 0)], tokens)
+    rule = CostAwareRule(cost_model(setting, 0), DEPTH, lag=1)
+    rate, _, _ = bench.cost_aware(rule, 0)
+    lagged = max(bench.threshold(h, cumulative, lag=1) for h in simulate.THRESHOLDS for cumulative in (True, False))
+    fixed = max(bench.fixed(k) for k in (0, 1, 2, 3, 5, 8))
+    model = simulate.calibrated([make("markov", tokens, 99)])
+    informed = informed_rate(bench, simulate.true_costs(setting), model, fixed, lag=1)
+    assert informed > 1.02 * fixed  # a lagged score is worth something
+    assert rate > 0.97 * max(informed, lagged) and rate > 1.02 * fixed
+    prompt, _, _ = bench.cost_aware(CostAwareRule(cost_model(setting, 0), DEPTH), 0)
+    assert prompt > 1.01 * rate  # and one in time worth more
+
+
+def test_the_informed_rule_is_the_better_for_what_it_knows():
+    setting, tokens = SETTINGS["paper"], 4000
+    bench = Bench(setting, [make("overconfident", tokens, 0)], tokens)
+    costs = simulate.true_costs(setting)
+    assert costs.round_seconds([1, 1], 3) == pytest.approx(setting.round([1, 1], 3))
+    model = simulate.calibrated([make("overconfident", tokens, 99)])
+    rate = informed_rate(bench, costs, model, bench.fixed(2))
+    assert rate > 1.02 * informed_rate(bench, costs, AcceptanceModel(), bench.fixed(2))
+    assert rate > bench.fixed(2)
+
+
+def test_planned_rounds_cost_what_served_ones_do():
+    setting = SETTINGS["cpu_b4"]
+    bench = Bench(setting, [make("markov", 500, i) for i in range(4)], 1500)
+
+    def draft(scores, limit):
+        return np.minimum(limit, 3), [4, 4, 4]
+
+    assert bench.fixed(3) == pytest.approx(bench.serve(draft)[0])
 
 
 def test_costs_measured_wrong_by_half_are_put_right():
@@ -80,11 +131,35 @@ def test_a_record_starts_at_every_offset_of_an_accepted_run(record):
     ("arguments", "message"),
     [
         (["--streams", "nonsense"], "--streams nonsense is unknown"),
-        (["--streams", "recorded"], "needs --record"),
-        (["--streams", "recorded:poetry"], "no round of set 'poetry'"),
+        (["--streams", "recorded:code"], "needs --train"),
+        (["--streams", "recorded:poetry", "--train", "DATA"], "no round of set 'poetry'"),
     ],
 )
 def test_user_errors_are_one_line(record, capsys, arguments, message):
     with_record = [*arguments, "--record", str(record)] if ":" in arguments[1] else arguments
-    assert simulate.main(with_record) == 2
+    assert simulate.main([str(record) if word == "DATA" else word for word in with_record]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_recorded_stream_needs_its_record(capsys):
+    assert simulate.main(["--streams", "recorded"]) == 2
+    assert "needs --" in capsys.readouterr().err
+
+
+def test_writes_rows_a_page_and_a_plot(record, tmp_path, capsys):
+    out = tmp_path / "results" / "x.jsonl"
+    command = ["--costs", "paper", "b64", "--streams", "recorded:code", "flat", "--tokens", "300"]
+    command += ["--record", str(record), "--train", str(record), "--out", str(out)]
+    assert simulate.main(command) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["costs"], row["stream"]) for row in rows] == [
+        ("paper", "recorded:code"), ("paper", "flat"), ("b64", "recorded:code"), ("b64", "flat"),
+    ]  # fmt: skip
+    assert all(row["cost_aware"] > 0 and row["informed"] > 0 and row["git"] for row in rows)
+    page = out.with_suffix(".md").read_text()
+    assert page.count("\n| ") == 5 and "geometric mean" in page and "python -m benchmarks.simulate" in page
+    assert out.with_suffix(".png").stat().st_size > 5000
+    capsys.readouterr()
+    assert simulate.main(command) == 2  # nothing is overwritten
+    assert "--force" in capsys.readouterr().err
+    assert simulate.main([*command, "--force"]) == 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.curves import Array, Curve
 
@@ -66,11 +67,24 @@ class CostModel:
 
     def fixed_seconds(self, num_reqs: int, max_length: int) -> Array:
         """[max_length + 1] seconds of a round with candidate length 0, 1, ... for every request."""
-        step, verify = self.step.at(num_reqs), self.verify
-        costs = [verify.at(num_reqs)]
-        first = self.first.at(num_reqs)
-        costs += [first + (k - 1) * step + verify.at(num_reqs * (k + 1)) for k in range(1, max_length + 1)]
-        return np.asarray(costs)
+        seconds = self.verify.many(num_reqs * np.arange(1, max_length + 2))
+        drafts = self.first.at(num_reqs) + self.step.at(num_reqs) * np.arange(max_length)
+        seconds[1:] += drafts
+        return seconds
+
+    def capped_seconds(self, num_reqs: int, widths: NDArray[np.int64]) -> Array:
+        """[num_passes + 1] seconds of a round after 0, 1, ... draft passes.
+
+        Args:
+            num_reqs: in the batch.
+            widths: [num_passes] requests in each pass; 0 once nobody may draft on.
+        """
+        seconds = self.verify.many(num_reqs + np.concatenate([[0], np.add.accumulate(widths)]))
+        if len(widths):
+            drafts = self.step.many(widths)
+            drafts[0] = self.first.at(int(widths[0]))
+            seconds[1:] += np.add.accumulate(drafts)
+        return seconds
 
     def observe(self, widths: Sequence[int], draft_seconds: float, num_tokens: int, verify_seconds: float) -> None:
         """Take in a real round. Leave out rounds with a prefill in them; bursts and compilation are seen as outliers.
@@ -85,15 +99,27 @@ class CostModel:
         expected = self.draft_seconds(widths)
         if expected <= 0 or not (math.isfinite(draft_seconds) and draft_seconds > 0):
             return
-        # Only the sum is timed: what it is off by goes to the passes by their share of it.
-        residual = math.log(draft_seconds / expected)
-        self.first.nudge(widths[0], residual, self.first.at(widths[0]) / expected)
-        for width in set(widths[1:]):
-            self.step.nudge(width, residual, min(1.0, widths[1:].count(width) * self.step.at(width) / expected))
+        # Only the sum is timed: each pass gets the same share of what it is off by, in seconds. Rounds of different
+        # lengths then tell the first pass from the others, however wrong both are.
+        share = 1 / len(widths)
+        excess = share * (draft_seconds - expected)
+        first = self.first.at(widths[0])
+        self.first.nudge(widths[0], _log_ratio(excess, first), share, expected=first)
+        counts: dict[int, int] = {}
+        for width in widths[1:]:
+            counts[width] = counts.get(width, 0) + 1
+        passes = [(width, count * share, self.step.at(width)) for width, count in counts.items()]
+        for width, weight, step in passes:
+            self.step.nudge(width, _log_ratio(excess, step), weight, expected=step)
 
     def points(self) -> dict[str, dict[int, float]]:
         """The curves as they are now: name -> width -> seconds."""
         return {name: getattr(self, name).points() for name in CURVES}
+
+
+def _log_ratio(excess: float, expected: float) -> float:
+    """Log of real over expected seconds; an excess that would leave next to nothing leaves a fifth."""
+    return math.log(max(1 + excess / expected, 0.2))
 
 
 def suggested_widths(max_width: int) -> list[int]:

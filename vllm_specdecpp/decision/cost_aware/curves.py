@@ -17,12 +17,20 @@ _SHRINK = 2.0
 """How many steps of its own a width needs to weigh as much as its neighbours; and these as much as all widths."""
 _FADE = 0.998
 """What a width's own steps still weigh after each later step: an old estimate gives way to the common drift."""
-_EXACT, _RATIO, _REACH = 24, 1.03, 0.08
-"""Widths up to 24 stand alone; wider ones share bins 3 % wide, which share with bins within about 8 %."""
+_EXACT, _RATIO, _REACH, _WIDE_REACH = 24, 1.03, 0.08, 0.15
+"""Widths up to 24 stand alone, next to bins within about 8 %; wider ones are one smooth curve over bins 3 % wide: what
+is asked of it is the price of a few more rows, a difference that the noise of single bins would drown."""
 _OUTLIER, _SPREADS = 0.5, 6.0
 """A log-ratio beyond both of these is no news of the width: compilation, a prefill, another process's burst."""
 _LEVEL_SHIFT = 10
 """So many outliers in a row, all on one side, are a new level."""
+_BIN_SHIFT, _OLD_LEVEL = 5, 0.05
+"""So many in a row of one bin are a new level of that bin; and what steps before a new level of all still weigh."""
+_MAX_SPREAD = 0.25
+_FURTHEST = 6.0
+"""Log-ratio to the start's that a broken clock can bring about at most."""
+_TIDY_EVERY, _FORGOTTEN = 1024, 1e-9
+"""So often, weights that have faded to nothing are set to it, before they are so small that processors stumble."""
 
 
 class Curve:
@@ -55,25 +63,39 @@ class Curve:
         self._bin = np.searchsorted(edges, np.arange(self.max_width + 1))  # width -> bin; bins end at their edge
         ends = np.array(edges, dtype=np.float64)
         distance = np.abs(np.log(ends[:, None] / ends[None]))
-        self._near = np.exp(-0.5 * (distance / _REACH) ** 2) * (distance > 0)  # [num_bins, num_bins]
-        self._log_ratio = np.zeros(len(edges))  # per bin: log of real seconds over the start's
-        self._weight = np.zeros(len(edges))  # per bin: steps seen, faded
+        wide = ends > _EXACT
+        reach = np.where(wide[:, None] & wide, _WIDE_REACH, _REACH)
+        self._near = np.exp(-0.5 * (distance / reach) ** 2) * (distance > 0)  # [num_bins, num_bins]
+        self._wide = wide.astype(np.float64)
+        # Between two bins' ends the log-ratio is linear.
+        place = np.interp(np.arange(self.max_width + 1), ends, np.arange(len(edges)))
+        self._below = np.minimum(place.astype(np.int64), max(len(edges) - 2, 0))
+        self._above = np.minimum(self._below + 1, len(edges) - 1)
+        self._share = place - self._below
+        # Of a bin's own steps, and of its neighbours': steps, and steps times log of real seconds over the start's.
+        self._state = np.zeros((2, 2, len(edges)))
         self._spread = 0.05  # typical |log-ratio| of a step
         self._outliers: list[tuple[int, float]] = []  # width, residual
+        self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
         self._table: Array | None = None
+        self._num_nudges = 0
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
         if self._table is None:
-            own = self._weight * self._log_ratio
-            drift = own.sum() / (self._weight.sum() + _SHRINK)
-            nearby = (self._near @ own + _SHRINK * drift) / (self._near @ self._weight + _SHRINK)
-            self._table = self._start * np.exp((own + _SHRINK * nearby) / (self._weight + _SHRINK))[self._bin]
+            (weight, own), (near_weight, near) = self._state
+            drift = float(own.sum()) / (float(weight.sum()) + _SHRINK)
+            nearby = (near + _SHRINK * drift) / (near_weight + _SHRINK)
+            shrink = _SHRINK + self._wide * near_weight
+            ratio = (own + shrink * nearby) / (weight + shrink)
+            ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
+            below = ratio[self._below]
+            self._table = self._start * np.exp(below + self._share * (ratio[self._above] - below))
         return self._table
 
     def freshness(self, width: int) -> float:
         """Steps of this width, or close to it, that the estimate rests on; old ones count less."""
-        return float(self._weight[self._bin[min(width, self.max_width)]])
+        return float(self._state[0, 0, self._bin[min(width, self.max_width)]])
 
     def at(self, width: int) -> float:
         """Seconds of one step; beyond ``max_width`` the last slope goes on."""
@@ -82,53 +104,98 @@ class Curve:
             return float(table[width])
         return float(table[-1] + (table[-1] - table[-2]) * (width - self.max_width))
 
+    def many(self, widths: NDArray[np.int64]) -> Array:
+        """:meth:`at` of each width, in the widths' shape."""
+        table, last = self.table(), self.max_width
+        if int(widths.max(initial=0)) <= last:
+            return table[widths]
+        beyond = np.maximum(widths - last, 0)
+        return table[np.minimum(widths, last)] + beyond * (table[-1] - table[-2])
+
     def observe(self, width: int, seconds: float) -> bool:
         """Take in a real step. Returns whether it counted; an outlier does not."""
         if not 1 <= width <= self.max_width or not (math.isfinite(seconds) and seconds > 0):
             return False
-        return self.nudge(width, math.log(seconds / self.at(width)))
+        expected = self.at(width)
+        return self.nudge(width, math.log(seconds / expected), expected=expected)
 
-    def nudge(self, width: int, residual: float, weight: float = 1.0) -> bool:
-        """Take in that a step took exp(residual) times what the curve says.
+    def nudge(self, width: int, residual: float, weight: float = 1.0, *, expected: float | None = None) -> bool:
+        """Take in that a step took exp(residual) times what the curve says. Returns whether it counted.
 
         Args:
-            width: of the step.
+            width: of the step; one wider than the curve teaches nothing.
             residual: log of real over expected seconds.
             weight: up to 1; less where the time was shared with other steps.
+            expected: what the curve said; None: what it says.
         """
+        if not 1 <= width <= self.max_width or not math.isfinite(residual):
+            return False
         if abs(residual) > max(_OUTLIER, _SPREADS * self._spread):
             if self._outliers and (residual > 0) != (self._outliers[-1][1] > 0):
                 self._outliers.clear()
             self._outliers.append((width, residual))
             if len(self._outliers) >= _LEVEL_SHIFT:
                 self._shift_level()
+            else:
+                self._shift_bin(width, residual)
             return False
         self._outliers.clear()
-        self._spread += 0.02 * (abs(residual) - self._spread)
+        self._bin_outliers.pop(int(self._bin[width]), None)
+        self._spread = min(self._spread + 0.02 * (abs(residual) - self._spread), _MAX_SPREAD)
         bound = max(3 * self._spread, 0.02)
-        self._weight *= _FADE
         # Huber: a residual far out moves the estimate no more than one at the bound.
-        target = math.log(float(self.table()[width]) / float(self._start[width])) + min(max(residual, -bound), bound)
+        log_ratio = math.log(expected / float(self._start[width])) if expected else self._log_ratio(width)
+        target = log_ratio + min(max(residual, -bound), bound)
+        self._state *= _FADE
         bin_ = self._bin[width]
-        self._weight[bin_] = min(self._weight[bin_] + weight, _MEMORY)
-        self._log_ratio[bin_] += weight * (target - self._log_ratio[bin_]) / self._weight[bin_]
-        self._table = None
+        steps, total = self._state[0, :, bin_].tolist()
+        ratio = total / steps if steps else 0.0
+        steps = min(steps + weight, _MEMORY)
+        self._set(bin_, steps, ratio + weight * (target - ratio) / steps)
         return True
+
+    def _set(self, bin_: int, steps: float, ratio: float) -> None:
+        """Give a bin its own estimate, and its neighbours their share in it."""
+        now = np.array([steps, steps * ratio])
+        own, nearby = self._state
+        nearby += (now - own[:, bin_])[:, None] * self._near[bin_]
+        own[:, bin_] = now
+        self._table = None
+        self._num_nudges += 1
+        if self._num_nudges % _TIDY_EVERY == 0:
+            own[:, own[0] < _FORGOTTEN] = 0.0
+            nearby[:] = own @ self._near
 
     def _shift_level(self) -> None:
         """What looked like outliers is how things are now; widths that were not among them follow by the drift."""
-        table = self.table()
-        for width in {w for w, _ in self._outliers}:
-            residual = float(np.median([r for w, r in self._outliers if w == width]))
-            bin_ = self._bin[width]
-            self._log_ratio[bin_] = math.log(float(table[width]) / float(self._start[width])) + residual
-            self._weight[bin_] = _MEMORY / 2
+        seen: dict[int, list[float]] = {}
+        for width, residual in self._outliers:
+            seen.setdefault(width, []).append(residual)
+        ratios = {width: self._log_ratio(width) + float(np.median(rs)) for width, rs in seen.items()}
         self._outliers.clear()
-        self._table = None
+        self._bin_outliers.clear()
+        self._state *= _OLD_LEVEL
+        for width, ratio in ratios.items():
+            self._set(self._bin[width], _MEMORY / 2, min(max(ratio, -_FURTHEST), _FURTHEST))
+
+    def _shift_bin(self, width: int, residual: float) -> None:
+        """A width that is seen now and then, and each time far off on one side, is out of date alone."""
+        bin_ = int(self._bin[width])
+        seen = self._bin_outliers.setdefault(bin_, [])
+        if seen and (residual > 0) != (seen[-1] > 0):
+            seen.clear()
+        seen.append(residual)
+        if len(seen) >= _BIN_SHIFT:
+            del self._bin_outliers[bin_]
+            ratio = self._log_ratio(width) + float(np.median(seen))
+            self._set(bin_, _MEMORY / 4, min(max(ratio, -_FURTHEST), _FURTHEST))
+
+    def _log_ratio(self, width: int) -> float:
+        return math.log(self.at(width) / float(self._start[width]))
 
     def points(self) -> dict[int, float]:
         """The curve as it is now, at the measured widths and those seen often since."""
-        ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._weight >= 3)]
+        ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]
         return {width: self.at(width) for width in sorted({*self.widths, *ends})}
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,8 +14,10 @@ _MEMORY = 160.0
 _MIN_ROUNDS = 64.0
 _MARGIN = 0.03
 _SIGMAS = 2.0
-_HOLD, _MAX_HOLD = 64, 2048
+_HOLD, _MAX_HOLD, _MAX_HOLD_OFF = 64, 2048, 256
 """Rounds that the better length is used for; doubled each time that the adaptive rule loses again."""
+_JUDGE_EVERY = 8
+"""Rounds between two comparisons."""
 
 
 class Guard:
@@ -23,8 +27,9 @@ class Guard:
     were accepted and K > L, A is censored: the calibrated acceptance of what would have followed continues it. Seconds
     are the cost model's for both sides. A length must win by 3 % and by two standard errors, over a hundred rounds.
 
-    While a length is held, rounds are drafted with it; afterwards the adaptive rule starts with a clean record. If the
-    hold ends without another loss in its first window, its length shrinks back.
+    While a length is held, rounds are drafted with it, and compared with the other lengths in the same way: once one of
+    them wins, or the time is up, the adaptive rule starts with a clean record. A length that is held again is held
+    twice as long; a full window without a loss shortens that. K = 0 shows nothing of the others and is never held long.
 
     Args:
         max_length: the largest K compared.
@@ -34,15 +39,15 @@ class Guard:
         self.max_length = max_length
         self._hold = _HOLD
         self._left = 0
+        self._updates = 0
         self._length: int | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._rounds = 0.0
         self._tokens = self._seconds = 0.0
-        shape = self.max_length + 1
-        self._alt_tokens, self._alt_seconds = np.zeros(shape), np.zeros(shape)
-        self._gain, self._square = np.zeros(shape), np.zeros(shape)
+        # Of each length, faded sums: tokens, seconds, gain over the adaptive rule, gain squared.
+        self._sums = np.zeros((4, self.max_length + 1))
 
     @property
     def length(self) -> int | None:
@@ -54,12 +59,15 @@ class Guard:
         if self._length is not None:
             self._left -= 1
             if self._left < 0:
-                self._length = None
-                self._clear()
+                self._release()
         return self._length
 
+    def _release(self) -> None:
+        self._length = None
+        self._clear()
+
     def update(self, tokens: float, seconds: float, alt_tokens: Array, alt_seconds: Array) -> None:
-        """Take in a round that the adaptive rule drafted.
+        """Take in a round that was drafted, by the adaptive rule or with the length held.
 
         Args:
             tokens: emitted.
@@ -67,53 +75,65 @@ class Guard:
             alt_tokens: [max_length + 1] what candidate length 0, 1, ... would have emitted.
             alt_seconds: [max_length + 1] the cost model's for them.
         """
-        if self._length is not None:
-            return
         keep = 1 - 1 / _MEMORY
         self._rounds = keep * self._rounds + 1
         self._tokens = keep * self._tokens + tokens
         self._seconds = keep * self._seconds + seconds
-        self._alt_tokens = keep * self._alt_tokens + alt_tokens
-        self._alt_seconds = keep * self._alt_seconds + alt_seconds
         # Tokens that the other would have won in the seconds it takes, at the adaptive rule's own rate.
         rate = self._tokens / self._seconds
         gain = alt_tokens - rate * alt_seconds - (tokens - rate * seconds)
-        self._gain = keep * self._gain + gain
-        self._square = keep * self._square + gain * gain
-        if self._rounds >= _MIN_ROUNDS:
+        self._sums *= keep
+        self._sums += (alt_tokens, alt_seconds, gain, gain * gain)
+        self._updates += 1
+        if self._rounds >= _MIN_ROUNDS and self._updates % _JUDGE_EVERY == 0:
             self._judge(rate)
 
+    def rival(self) -> int | None:
+        """The best of the fixed lengths from 1 on; None before there is much to say, or while one is held."""
+        if self._length is not None or self._rounds < _MIN_ROUNDS:
+            return None
+        return 1 + int((self._sums[0, 1:] / self._sums[1, 1:]).argmax())
+
     def _judge(self, rate: float) -> None:
-        mean = self._gain / self._rounds
-        error = np.sqrt(np.maximum(self._square / self._rounds - mean * mean, 0) / self._rounds)
-        rates = self._alt_tokens / self._alt_seconds
+        alt_tokens, alt_seconds, gain, square = self._sums
+        mean = gain / self._rounds
+        error = np.sqrt(np.maximum(square / self._rounds - mean * mean, 0) / self._rounds)
+        rates = alt_tokens / alt_seconds
         better = (rates > (1 + _MARGIN) * rate) & (mean > _SIGMAS * error)
         if better.any():
+            if self._length is not None:
+                self._release()
+                return
             self._length = int(np.where(better, rates, 0).argmax())
-            self._left = self._hold
+            self._left = self._hold if self._length else min(self._hold, _MAX_HOLD_OFF)
             self._hold = min(2 * self._hold, _MAX_HOLD)
-        elif self._rounds >= 0.75 * _MEMORY:  # a full window without a loss
-            self._hold = max(_HOLD, self._hold - 1)
+            self._clear()
+        elif self._length is None and self._rounds >= 0.75 * _MEMORY:  # a full window without a loss
+            self._hold = max(_HOLD, self._hold - _JUDGE_EVERY)
 
 
-def fixed_tokens(accepted: Array, verified: Array, following: Array, max_length: int) -> Array:
+def fixed_tokens(
+    accepted: Sequence[int], verified: Sequence[int], censored: Sequence[int], following: Array, limits: Sequence[int]
+) -> Array:
     """Tokens that fixed candidate lengths would have emitted on these rounds.
 
     Args:
         accepted: [n] accepted candidates.
         verified: [n] verified ones.
-        following: [n, max_length] acceptance of the candidates after the last verified one, each given those before.
-        max_length: the largest K.
+        censored: [m] requests, all of whose candidates were accepted.
+        following: [m, max_length] acceptance of the candidates that would have come next, each given those before.
+        limits: [n] candidates that the request could have had.
 
     Returns:
         [max_length + 1], summed over the n requests; index 0 is n.
     """
-    lengths = np.arange(max_length + 1)
-    tokens = np.minimum(accepted[:, None], lengths) + 1.0  # [n, max_length + 1]
-    censored = accepted >= verified
-    if censored.any():
-        extra = np.cumprod(following, axis=1).cumsum(axis=1)  # [n, max_length]
-        more = np.clip(lengths - verified[:, None], 0, max_length).astype(np.int64)  # [n, max_length + 1]
-        bonus = np.where(more > 0, np.take_along_axis(extra, np.maximum(more - 1, 0), axis=1), 0.0)
-        tokens = tokens + np.where(censored[:, None], bonus, 0.0)
-    return tokens.sum(axis=0)
+    max_length = following.shape[1]
+    wins = np.bincount(accepted, minlength=max_length + 1)  # [longest + 1] requests with so many accepted
+    more = (len(accepted) - np.add.accumulate(wins) + wins)[: max_length + 1].astype(np.float64)  # at least so many
+    if len(censored):
+        ahead = np.arange(1, max_length + 1)
+        position = np.array([verified[i] for i in censored])[:, None] + ahead
+        room = np.array([limits[i] for i in censored])[:, None]
+        survival = np.multiply.accumulate(following, axis=1) * (position <= room)
+        more += np.bincount(position.ravel(), survival.ravel(), minlength=max_length + 1)[: max_length + 1]
+    return np.add.accumulate(more)

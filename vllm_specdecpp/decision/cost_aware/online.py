@@ -8,100 +8,54 @@ before it, whose scores and outcomes came first.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from vllm_specdecpp.decision.cost_aware.logistic import (
+    BUCKET_OF,
+    BUCKETS,
+    LAST,
+    MAX_LOGIT,
+    NUM_BUCKETS,
+    Array,
+    OnlineLogistic,
+    bucket,
+    logit,
+    logit_one,
+    sigmoid,
+    sigmoid_one,
+)
 
-BUCKET_ENDS = (1, 2, 3, 4, 6, 9, 14)
-"""Last position of each bucket but the last."""
-NUM_BUCKETS = len(BUCKET_ENDS) + 1
-_BUCKET_OF = np.searchsorted(BUCKET_ENDS, np.arange(1025))  # position -> bucket
-MAX_LOGIT = 8.0
-"""Scores beyond are taken as this sure: float32 tells them apart no better, and one of them would rule the slope."""
-_PRIOR_PRECISION = np.array([20.0, 2.0] + [4.0] * NUM_BUCKETS)
-"""Of slope, common intercept, bucket intercepts: each worth about 20-40 observed candidates."""
-_MIN_SLOPE, _MAX_SLOPE = 0.0, 4.0
-_MAX_STEP = 0.5
+__all__ = ["AcceptanceModel", "Ahead", "OnlineLogistic", "bucket", "logit", "sigmoid"]
 
-
-def logit(scores: Array) -> Array:
-    """Log-odds of scores in [0, 1], bounded; NaN stays NaN."""
-    p = np.clip(scores, 1e-7, 1 - 1e-7)
-    return np.clip(np.log(p / (1 - p)), -MAX_LOGIT, MAX_LOGIT)
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
-
-
-def bucket(positions: Array | int) -> NDArray[np.int64]:
-    """The bucket of 1-based positions."""
-    return _BUCKET_OF[np.minimum(positions, len(_BUCKET_OF) - 1)]
+_MEAN, _MEAN_WEIGHT = 0.75, 4.0
+"""Acceptance of a candidate before anything was seen, and how many candidates that is worth."""
+_CARRIES = 0.25
+"""Share of a score's log-odds that the next candidate inherits, before it was learnt: 0.1 to 0.15 with the greedy Qwen
+pair, more where good and bad stretches are long."""
 
 
-class OnlineLogistic:
-    """P(y = 1) = sigmoid(slope * x + common + intercept[bucket]), by damped Newton steps with forgetting.
+@dataclass
+class Ahead:
+    """Acceptance of the candidates after a scored one, ready for many scores: sigmoid(clip(slope * x + common))."""
 
-    The precision matrix decays towards the prior's, so old rounds fade and a parameter that nothing speaks of any more
-    returns to where it started. Steps are bounded; a batch that would give NaN is left out.
+    slope: Array  # [num]
+    common: Array  # [num]
+    low: Array  # [num]
+    high: Array  # [num]
+    mean: Array  # [num] where there is no score
 
-    Args:
-        slope, common: start and prior mean.
-        intercepts: [NUM_BUCKETS] start and prior mean of the bucket's own part; None: 0.
-        memory: observations after which an old one counts 1/e.
-    """
-
-    def __init__(
-        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, memory: float = 1500.0
-    ) -> None:
-        own = np.zeros(NUM_BUCKETS) if intercepts is None else np.asarray(intercepts, dtype=np.float64)
-        self.theta = np.concatenate([[slope, common], own])  # [2 + NUM_BUCKETS]
-        self._prior = self.theta.copy()
-        self._precision = np.diag(_PRIOR_PRECISION)
-        self._memory = memory
-
-    @property
-    def slope(self) -> float:
-        return float(self.theta[0])
-
-    @property
-    def intercepts(self) -> Array:
-        """[NUM_BUCKETS] common part included."""
-        return self.theta[1] + self.theta[2:]
-
-    def log_odds(self, x: Array, buckets: NDArray[np.int64]) -> Array:
-        """Of the label 1: [n]."""
-        return self.theta[0] * x + self.theta[1] + self.theta[2:][buckets]
-
-    def update(self, x: Array, buckets: NDArray[np.int64], labels: Array) -> None:
-        """Learn from observed candidates; rows with NaN are ignored.
-
-        Args:
-            x: [n] log-odds of the scores.
-            buckets: [n].
-            labels: [n] 1 accepted, 0 rejected.
-        """
-        good = np.isfinite(x) & np.isfinite(labels)
-        if not good.any():
-            return
-        x, buckets, labels = x[good], buckets[good], labels[good]
-        n = len(x)
-        phi = np.zeros((n, len(self.theta)))
-        phi[:, 0], phi[:, 1] = x, 1.0
-        phi[np.arange(n), 2 + buckets] = 1.0
-        p = sigmoid(phi @ self.theta)
-        keep = np.exp(-n / self._memory)
-        # The part of the past that fades is replaced by the prior.
-        pull = (1 - keep) * _PRIOR_PRECISION * (self._prior - self.theta)
-        precision = keep * self._precision + (phi.T * np.maximum(p * (1 - p), 1e-4)) @ phi
-        precision[np.diag_indices_from(precision)] += (1 - keep) * _PRIOR_PRECISION
-        step = np.linalg.solve(precision, phi.T @ (labels - p) + pull)
-        if not np.isfinite(step).all():
-            return
-        self._precision = precision
-        self.theta = self.theta + np.clip(step, -_MAX_STEP, _MAX_STEP)
-        self.theta[0] = min(max(self.theta[0], _MIN_SLOPE), _MAX_SLOPE)
+    def __call__(self, x: Array) -> Array:
+        """[num_reqs] log-odds, NaN: no score -> [num_reqs, num]."""
+        log_odds = np.minimum(np.maximum(x[:, None] * self.slope + self.common, self.low), self.high)
+        out = sigmoid(log_odds)
+        missing = np.isnan(x)
+        if missing.any():
+            out[missing] = self.mean
+        return out
 
 
 class AcceptanceModel:
@@ -116,24 +70,32 @@ class AcceptanceModel:
 
     Args:
         slope, common, intercepts: start of ``this``: the identity, or a calibration that came with the head.
+        memory: observed candidates after which an old one counts 1/e.
     """
 
-    def __init__(self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None) -> None:
-        self.this = OnlineLogistic(slope, common, intercepts)
-        # Before anything was seen: half way back to an acceptance of 0.7.
-        self.next = OnlineLogistic(0.5 * slope, 0.5 * common + 0.4, None if intercepts is None else 0.5 * intercepts)
-        self._accepted = np.full(NUM_BUCKETS, 0.7 * 4)
-        self._observed = np.full(NUM_BUCKETS, 4.0)
+    def __init__(
+        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, *, memory: float = 1500.0
+    ) -> None:
+        self._memory = memory
+        self.this = OnlineLogistic(slope, common, intercepts, memory)
+        # Before anything was seen: most of the way back to the mean acceptance, which _recentre follows.
+        self._centre = logit_one(_MEAN)
+        own = None if intercepts is None else _CARRIES * np.asarray(intercepts, dtype=np.float64)
+        start = _CARRIES * common + (1 - _CARRIES) * self._centre
+        self.next = OnlineLogistic(_CARRIES * slope, start, own, memory)
+        # Per bucket, faded: observed candidates, and accepted ones.
+        self._observed, self._accepted = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
+        self._mean = np.full(NUM_BUCKETS, _MEAN)
 
     def mean(self, buckets: NDArray[np.int64]) -> Array:
         """Mean acceptance lately at these buckets, given that all before were accepted."""
-        return self._accepted[buckets] / self._observed[buckets]
+        return self._mean[buckets]
 
     def accept(self, x: Array, position: int) -> Array:
         """[num_reqs] acceptance of the scored candidates at ``position``."""
-        b = int(_BUCKET_OF[min(position, 1024)])
+        b = int(BUCKET_OF[min(position, LAST)])
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
-        return np.where(np.isnan(p), self._accepted[b] / self._observed[b], p)
+        return np.where(np.isnan(p), self._mean[b], p)
 
     def following(self, x: Array, position: int, num: int) -> Array:
         """Acceptance of the ``num`` candidates after the one scored x at ``position``, each given those before.
@@ -146,18 +108,67 @@ class AcceptanceModel:
         Returns:
             [num_reqs, num].
         """
-        this, after = self.this.theta, self.next.theta
-        buckets = _BUCKET_OF[np.minimum(np.arange(position, position + num + 1), 1024)]
-        known = np.isfinite(x)
-        log_odds = np.empty((len(x), num))
-        expected = np.where(known, x, 0.0)
-        slope = max(float(this[0]), 0.1)
+        return self.ahead(position, num)(x)
+
+    def ahead(self, position: int, num: int) -> Ahead:
+        """:meth:`following` for any scores at ``position``, until the next update.
+
+        One step on is y_j = s e_j + c_j, with e_{j+1} = clip((y_j - d_{j+1}) / s'): a chain of increasing, clipped
+        lines, which is one clipped line of x.
+        """
+        this, after = self.this.theta.tolist(), self.next.theta.tolist()
+        buckets = [BUCKETS[min(position + j, LAST)] for j in range(num + 1)]
+        fade = max(this[0], 0.1)
+        a, b, low, high = 1.0, 0.0, -MAX_LOGIT, MAX_LOGIT
+        rows = []
         for j in range(num):
-            y = after[0] * expected + (after[1] + after[2 + buckets[j]])
-            log_odds[:, j] = y
-            expected = np.clip((y - (this[1] + this[2 + buckets[j + 1]])) / slope, -MAX_LOGIT, MAX_LOGIT)
-        out = sigmoid(log_odds)
-        return out if known.all() else np.where(known[:, None], out, self.mean(buckets[1:])[None])
+            bias = after[1] + after[2 + buckets[j]]
+            a, b, low, high = after[0] * a, after[0] * b + bias, after[0] * low + bias, after[0] * high + bias
+            rows.append((a, b, low, high))
+            bias = this[1] + this[2 + buckets[j + 1]]
+            a, b = a / fade, (b - bias) / fade
+            low = min(max((low - bias) / fade, -MAX_LOGIT), MAX_LOGIT)
+            high = min(max((high - bias) / fade, -MAX_LOGIT), MAX_LOGIT)
+        slope, common, lows, highs = np.array(rows).reshape(num, 4).T
+        return Ahead(slope, common, lows, highs, self.mean(np.array(buckets[1:], dtype=np.int64)))
+
+    def walk(self, x: float, position: int, num: int) -> list[float]:
+        """:meth:`following` for one request, in floats."""
+        buckets = [BUCKETS[min(position + j, LAST)] for j in range(num + 1)]
+        if x != x:
+            mean = self._mean.tolist()
+            return [mean[b] for b in buckets[1:]]
+        this, after = self.this.theta.tolist(), self.next.theta.tolist()
+        fade, out = max(this[0], 0.1), []
+        for j in range(num):
+            y = after[0] * x + after[1] + after[2 + buckets[j]]
+            out.append(sigmoid_one(y))
+            x = min(max((y - this[1] - this[2 + buckets[j + 1]]) / fade, -MAX_LOGIT), MAX_LOGIT)
+        return out
+
+    def walk_many(self, x: Array, positions: NDArray[np.int64], num: int) -> Array:
+        """:meth:`following` for requests at different ``positions`` [num_reqs]: [num_reqs, num]."""
+        this, after = self.this.theta, self.next.theta
+        buckets = BUCKET_OF[np.minimum(positions[:, None] + np.arange(num + 1), LAST)]  # [num_reqs, num + 1]
+        known = ~np.isnan(x)
+        expected, fade = np.where(known, x, 0.0), max(float(this[0]), 0.1)
+        gain, bias = after[1] + after[2:][buckets[:, :-1]], this[1] + this[2:][buckets[:, 1:]]  # [num_reqs, num]
+        out = np.empty((len(x), num))
+        for j in range(num):
+            out[:, j] = y = after[0] * expected + gain[:, j]
+            expected = np.minimum(np.maximum((y - bias[:, j]) / fade, -MAX_LOGIT), MAX_LOGIT)
+        out = sigmoid(out)
+        if not known.all():
+            out[~known] = self.mean(buckets[~known, 1:])
+        return out
+
+    def accept_one(self, x: float, position: int) -> float:
+        """:meth:`accept` for one request, in floats."""
+        b = BUCKETS[min(position, LAST)]
+        if x != x:
+            return float(self._mean[b])
+        slope, common = self.this.theta[:2].tolist()
+        return sigmoid_one(slope * x + common + float(self.this.theta[2 + b]))
 
     def update(self, x: Array, labels: Array) -> None:
         """Learn from one verified batch.
@@ -168,16 +179,53 @@ class AcceptanceModel:
         """
         if not labels.size:
             return
-        buckets = np.broadcast_to(_BUCKET_OF[1 : len(labels) + 1, None], labels.shape)
+        buckets = np.broadcast_to(BUCKET_OF[1 : len(labels) + 1, None], labels.shape)
         seen = np.isfinite(labels)
         if not seen.any():
             return
-        fade = np.exp(-seen.sum() / 1500.0)
+        fade = np.exp(-seen.sum() / self._memory)
         per_bucket = np.bincount(buckets[seen], minlength=NUM_BUCKETS)
         accepted = np.bincount(buckets[seen], weights=labels[seen], minlength=NUM_BUCKETS)
-        # The prior's four candidates stay, so that a bucket is never without a mean.
-        self._accepted = 2.8 + fade * (self._accepted - 2.8) + accepted
-        self._observed = 4.0 + fade * (self._observed - 4.0) + per_bucket
+        self._accepted = fade * self._accepted + accepted
+        self._observed = fade * self._observed + per_bucket
         self.this.update(x[seen], buckets[seen], labels[seen])
         pairs = seen[1:]
         self.next.update(x[:-1][pairs], buckets[:-1][pairs], labels[1:][pairs])
+        self._recentre()
+
+    def _recentre(self) -> None:
+        """The means anew: a bucket's own is drawn to that of all, and this to the start.
+
+        ``next`` moves with the mean acceptance of first candidates. It learns only where drafts are long: while they
+        are short for its sake alone, the mean still tells it of a better time.
+        """
+        common = (float(self._accepted.sum()) + _MEAN_WEIGHT * _MEAN) / (float(self._observed.sum()) + _MEAN_WEIGHT)
+        self._mean = (self._accepted + _MEAN_WEIGHT * common) / (self._observed + _MEAN_WEIGHT)
+        centre = logit_one(float(self._mean[0]))
+        self.next.shift((1 - _CARRIES) * (centre - self._centre))
+        self._centre = centre
+
+    def update_run(self, x: list[float], accepted: int, verified: int) -> None:
+        """:meth:`update` from one request's round.
+
+        Args:
+            x: log-odds of candidate 1, 2, ...; NaN: none.
+            accepted: candidates accepted.
+            verified: candidates verified.
+        """
+        num = min(accepted + 1, verified, len(x))
+        if num <= 0:
+            return
+        buckets = [BUCKETS[min(k, LAST)] for k in range(1, num + 1)]
+        labels = [1.0 if k < accepted else 0.0 for k in range(num)]
+        fade = math.exp(-num / self._memory)
+        self._accepted *= fade
+        self._observed *= fade
+        for b, label in zip(buckets, labels, strict=True):
+            self._accepted[b] += label
+            self._observed[b] += 1.0
+        known = [k for k in range(num) if x[k] == x[k]]
+        self.this.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k] for k in known])
+        known = [k for k in known if k + 1 < num]
+        self.next.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k + 1] for k in known])
+        self._recentre()

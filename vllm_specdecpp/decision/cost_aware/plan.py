@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,25 +36,45 @@ def best_extension(
         [n] bool.
     """
     n, horizon = following.shape
-    allowed = np.arange(1, horizon + 1) <= room[:, None]
-    value = (survival[:, None] * np.cumprod(following, axis=1) * allowed).cumsum(axis=1)  # [n, horizon]
     if n == 1:
-        tokens = num_tokens + np.arange(1, horizon + 1)
-        prices = np.arange(1, horizon + 1) * step_table[1] + _at(verify_table, tokens) - _at(verify_table, num_tokens)
-        return ((value[0] - rate * prices) * allowed[0]).max(keepdims=True) > 0
-    order = np.argsort(-value, axis=0)  # [n, horizon]
-    best = np.take_along_axis(value, order, axis=0).cumsum(axis=0)  # [n, horizon] of the best 1, 2, ... requests
-    counts, ahead = np.arange(1, n + 1)[:, None], np.arange(1, horizon + 1)[None]
-    prices = ahead * step_table[1 : n + 1, None]
-    prices = prices + _at(verify_table, num_tokens + counts * ahead) - _at(verify_table, num_tokens)
-    gain = best - rate * prices
+        verify = entries(verify_table, num_tokens, horizon + 1)
+        args = following[0].tolist(), int(room[0]), rate, float(step_table[1]), verify
+        return np.array([extends(float(survival[0]), *args)])
+    ahead = np.arange(1, horizon + 1)
+    value = survival[:, None] * np.multiply.accumulate(following, axis=1)
+    value[ahead > room[:, None]] = 0.0
+    value = np.add.accumulate(value, axis=1)  # [n, horizon]
+    best = np.add.accumulate(-np.sort(-value, axis=0), axis=0)  # [n, horizon] of the best 1, 2, ... requests
+    counts = np.arange(1, n + 1)[:, None]
+    prices = ahead * _at(step_table, counts) + _at(verify_table, num_tokens + counts * ahead)
+    gain = best - rate * (prices - entries(verify_table, num_tokens, 1)[0])
     flat = int(gain.argmax())
     chosen = np.zeros(n, dtype=np.bool_)
     if gain.flat[flat] > 0:
         row, column = divmod(flat, horizon)
-        chosen[order[: row + 1, column]] = True
+        # Of equal values the first requests: the order is the same on every machine.
+        chosen[np.argsort(-value[:, column], kind="stable")[: row + 1]] = True
         chosen &= room > 0
     return chosen
+
+
+def extends(
+    survival: float, following: Sequence[float], room: int, rate: float, step_seconds: float, verify: Sequence[float]
+) -> bool:
+    """:func:`best_extension` for one request, in floats.
+
+    Args:
+        survival, following, room, rate: of the request.
+        step_seconds: of a draft step of one request.
+        verify: seconds of a verification of num_tokens, num_tokens + 1, ... tokens: one more than ``following``.
+    """
+    value, last = 0.0, verify[0]
+    for m, accept in enumerate(following[: max(room, 0)], 1):
+        survival *= accept
+        value += survival
+        if value - rate * (m * step_seconds + verify[m] - last) > 0:
+            return True
+    return False
 
 
 def best_submission(value: Array, rate: float, verify_table: Array, num_tokens: int) -> Mask:
@@ -67,7 +89,7 @@ def best_submission(value: Array, rate: float, verify_table: Array, num_tokens: 
     Returns:
         [n] bool.
     """
-    order = np.argsort(-value)
+    order = np.argsort(-value, kind="stable")
     counts = np.arange(len(value) + 1)
     gain = np.concatenate([[0.0], value[order].cumsum()]) - rate * _at(verify_table, num_tokens + counts)
     chosen = np.zeros(len(value), dtype=np.bool_)
@@ -76,8 +98,18 @@ def best_submission(value: Array, rate: float, verify_table: Array, num_tokens: 
     return chosen
 
 
-def _at(table: Array, index: NDArray[np.int64] | int) -> Array:
+def _at(table: Array, index: NDArray[np.int64]) -> Array:
     """The table's entries; beyond its end the last slope goes on."""
     last = len(table) - 1
-    beyond = np.maximum(np.asarray(index) - last, 0)
+    if int(index.max()) <= last:
+        return table[index]
+    beyond = np.maximum(index - last, 0)
     return table[np.minimum(index, last)] + beyond * (table[-1] - table[-2])
+
+
+def entries(table: Array, start: int, num: int) -> list[float]:
+    """``num`` entries of a table from ``start`` on; beyond its end the last slope goes on."""
+    out: list[float] = table[start : start + num].tolist()
+    if len(out) < num:
+        out += _at(table, np.arange(start + len(out), start + num)).tolist()
+    return out

@@ -24,36 +24,30 @@ only through the cost model's state from past rounds. The same holds for greedy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
-from vllm_specdecpp.decision.cost_aware.plan import Mask, best_extension, best_submission
+from vllm_specdecpp.decision.cost_aware.logistic import Array
+from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
+from vllm_specdecpp.decision.cost_aware.plan import Mask
 from vllm_specdecpp.decision.cost_aware.rate import RateEstimate
 from vllm_specdecpp.decision.cost_aware.start import StartGate
 
-Array = NDArray[np.float64]
+__all__ = ["CostAwareRound", "CostAwareRule", "Decision"]
 
-_HORIZON = 6
-"""Candidates looked ahead: as many as a step of the verification's cost is wide on the machines measured."""
-_EXPLORE_SHARE = 0.004
+_FEW = 3
+"""Up to so many requests a loop over floats is faster than arrays."""
+_EXPLORE_SHARE = 0.003
 """Of all time, spent on candidates that do not pay, to learn what follows low scores, and on timing K = 0."""
 
-
-@dataclass(frozen=True)
-class Decision:
-    """About candidate k, which nobody has drawn yet."""
-
-    submit: Mask
-    """[num_reqs] requests that draw and submit candidate k."""
-
-    go_on: Mask
-    """[num_reqs] those of them that will draw candidate k + 1 too."""
+_TRIAL_EVERY, _FRESH = 32, 6.0
+"""Drafted rounds between two that try out another length, and steps after which a width's time is known."""
 
 
 class CostAwareRule:
@@ -94,6 +88,7 @@ class CostAwareRule:
         self.rate = RateEstimate()
         self.start = StartGate()
         self.guard = Guard(max_length) if guarded else None
+        self._since_trial = 0
         self.explore_seconds = 0.0  # saved up for candidates that do not pay
 
     def tokens_per_second(self, num_reqs: int) -> float:
@@ -116,6 +111,7 @@ class CostAwareRule:
         limits = np.minimum(np.asarray(max_lengths, dtype=np.int64), self.max_length)
         allowed = limits > 0
         rate = self.tokens_per_second(len(limits)) if len(limits) else 0.0
+        caps = limits
         held = self.guard.tick() if self.guard and allowed.any() else None
         probe = False
         if held is not None:
@@ -125,7 +121,14 @@ class CostAwareRule:
             allowed = np.zeros_like(allowed)
         elif allowed.any():
             allowed, probe = self.start.choose(request_ids, allowed, rate, self.costs)
-        return CostAwareRound(self, list(request_ids), limits, allowed, rate, held is not None, probe)
+            trial = None if probe else self._trial(limits, allowed)
+            if probe:
+                limits = np.minimum(limits, self.start.probe_length)
+            elif trial is not None:
+                limits, held, probe = np.minimum(limits, trial), trial, True
+        round_ = CostAwareRound(self, list(request_ids), limits, allowed, rate, held is not None, probe)
+        round_.caps = caps
+        return round_
 
     def _should_time_off(self, num_reqs: int) -> bool:
         """Whether to leave drafting out once, since what a round without it takes is not known from real rounds lately:
@@ -138,6 +141,21 @@ class CostAwareRule:
             return False
         self.explore_seconds -= loss
         return True
+
+    def _trial(self, limits: NDArray[np.int64], drafts: Mask) -> int | None:
+        """Now and then the guard's best fixed length for a round, if its verification was not timed lately.
+
+        The rule settles where its costs are known: a width that was measured too dear at start-up would never be tried.
+        """
+        rival = self.guard.rival() if self.guard is not None and drafts.any() else None
+        if rival is None:
+            return None
+        self._since_trial += 1
+        if self._since_trial < _TRIAL_EVERY:
+            return None
+        self._since_trial = 0
+        num_tokens = len(limits) + int(np.minimum(limits[drafts], rival).sum())
+        return rival if self.costs.verify.freshness(num_tokens) < _FRESH else None
 
     def finish(
         self,
@@ -161,150 +179,90 @@ class CostAwareRule:
         if not num_reqs:
             return
         costs = self.costs
-        known = np.array([v is not None for v in verified])
-        lengths = np.array([v or 0 for v in verified])
-        wins = np.where(known, np.minimum(np.asarray(accepted), lengths), 0)  # [num_reqs]
-        num_tokens = num_reqs + int(round_.lengths.sum())
+        known = [v is not None for v in verified]
+        submitted = round_.lengths.tolist()
+        lengths = [max(0, min(int(v or 0), most)) for v, most in zip(verified, submitted, strict=True)]
+        wins = [max(0, min(int(a), v)) if k else 0 for k, v, a in zip(known, lengths, accepted, strict=True)]
+        num_tokens = num_reqs + sum(submitted)
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
         # An outcome that is not known counts as what was expected of it.
-        tokens = np.where(known, wins + 1.0, 1.0 + round_.expected)
-        rate = round_.rate
+        expected = round_.expected.tolist()
+        tokens = num_reqs + sum(won if k else e for k, won, e in zip(known, wins, expected, strict=True))
         if round_.widths:
-            self._learn(round_, known, lengths, wins, seconds, tokens)
-            drafted = known & round_.drafts & (lengths == round_.lengths)
+            drafts = round_.drafts.tolist()
+            if self.guard is not None and not round_.probe:
+                index = [i for i in range(num_reqs) if known[i] and drafts[i]]
+                if 2 * len(index) > sum(drafts):
+                    self._compare(self.guard, round_, index, lengths, wins, seconds)
+            if self.adapt:
+                self._learn(round_, known, lengths, wins)
             if not round_.held:
-                price = rate * (seconds - off_seconds) / max(1, int(round_.drafts.sum()))
-                index = np.flatnonzero(drafted)
+                price = round_.rate * (seconds - off_seconds) / max(1, sum(drafts))
+                index = [i for i in range(num_reqs) if known[i] and drafts[i] and lengths[i] == submitted[i]]
                 self.start.update(
-                    [round_.request_ids[i] for i in index], wins[index].astype(np.float64),
-                    lengths[index].astype(np.float64), price, len(round_.widths), round_.probe,
+                    [round_.request_ids[i] for i in index], [wins[i] for i in index], [lengths[i] for i in index],
+                    price, len(round_.widths), round_.probe,
                 )  # fmt: skip
-        self.rate.update(num_reqs, float(tokens.sum()), seconds, off_seconds)
+        self.rate.update(num_reqs, tokens, seconds, off_seconds)
         self.explore_seconds = min(self.explore_seconds + _EXPLORE_SHARE * seconds, seconds)
         if verify_seconds is not None and draft_seconds is not None:
             costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
 
-    def _learn(
-        self, round_: CostAwareRound, known: Mask, lengths: NDArray[np.int64], wins: NDArray[np.int64], seconds: float,
-        tokens: Array,
-    ) -> None:  # fmt: skip
-        """Labels for the calibration, and the guard's comparison."""
-        num_reqs, depth = len(known), int(round_.lengths.max(initial=0))
-        scores = np.full((depth, num_reqs), np.nan)  # of candidate k in row k - 1
-        for k, column in enumerate(round_.scores[self.lag : self.lag + depth]):
-            scores[k] = column
-        if self.adapt:
-            positions = np.arange(1, depth + 1)[:, None]
-            seen = known & (positions <= np.minimum(wins + 1, lengths))
-            self.acceptance.update(scores, np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan))
-        if self.guard is None or round_.held or not (known & round_.drafts).all():
+    def _learn(self, round_: CostAwareRound, known: list[bool], lengths: list[int], wins: list[int]) -> None:
+        """Labels for the calibration: of the accepted candidates and the first rejected one."""
+        depth = max(lengths)
+        columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
+        if len(known) == 1:
+            x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
+            self.acceptance.update_run(x, wins[0], lengths[0])
             return
-        # What would have followed the last verified candidate: from its score, or better from that of the one dropped.
-        following = np.empty((num_reqs, self.max_length))
-        seen_columns = np.array([*round_.scores[self.lag :], np.full(num_reqs, np.nan)])  # [num_steps, num_reqs]
-        for length in np.unique(lengths).tolist():
-            rows = np.flatnonzero(lengths == length)
-            x = seen_columns[max(length - 1, 0), rows] if length else np.full(len(rows), np.nan)
-            following[rows] = self.acceptance.following(x, length, self.max_length)
-            dropped = seen_columns[length, rows] if length < len(seen_columns) else np.full(len(rows), np.nan)
-            rows, dropped = rows[np.isfinite(dropped)], dropped[np.isfinite(dropped)]
-            if len(rows):
-                following[rows, 0] = self.acceptance.accept(dropped, length + 1)
-                following[rows, 1:] = self.acceptance.following(dropped, length + 1, self.max_length - 1)
-        alternatives = fixed_tokens(wins.astype(np.float64), lengths.astype(np.float64), following, self.max_length)
-        costs = self.costs.fixed_seconds(num_reqs, self.max_length)
-        self.guard.update(float(tokens.sum()), seconds, alternatives, costs)
+        scores = np.full((depth, len(known)), np.nan)
+        scores[: len(columns)] = np.reshape(columns, (len(columns), len(known)))
+        positions = np.arange(1, depth + 1)[:, None]
+        accepted = np.array(wins)
+        seen = (positions <= np.minimum(accepted + 1, lengths)) & known
+        self.acceptance.update(scores, np.where(seen, np.where(positions <= accepted, 1.0, 0.0), np.nan))
 
-
-class CostAwareRound:
-    """One drafting phase.
-
-    Attributes:
-        running: [num_reqs] requests that draw another candidate.
-        lengths: [num_reqs] candidates submitted.
-        survival: [num_reqs] estimated probability that all scored candidates are accepted.
-        expected: [num_reqs] estimated number of accepted candidates.
-        widths: requests in each draft pass so far.
-    """
-
-    def __init__(
-        self, rule: CostAwareRule, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, rate: float,
-        held: bool, probe: bool,
+    def _compare(
+        self, guard: Guard, round_: CostAwareRound, index: list[int], lengths: list[int], wins: list[int],
+        seconds: float,
     ) -> None:  # fmt: skip
-        self.rule, self.request_ids, self.limits = rule, request_ids, limits
-        self.drafts, self.rate, self.held, self.probe = drafts, rate, held, probe
-        self.running = drafts.copy()
-        self.lengths = np.zeros(len(request_ids), dtype=np.int64)
-        self.survival = np.ones(len(request_ids))
-        self.expected = np.zeros(len(request_ids))
-        self.widths: list[int] = []
-        self.scores: list[Array] = []  # per step: [num_reqs] log-odds as given, NaN: none
+        """What fixed lengths would have emitted, for the guard.
 
-    def step(self, scores: Array | None) -> Decision:
-        """Decide about candidate k and k + 1 of every running request, before candidate k is drawn.
-
-        Args:
-            scores: [num_reqs] in [0, 1], read where running: acceptance of candidate k (lag 0) or k - 1 (lag 1); NaN or
-                None: no score.
+        Both sides leave out the tokens of requests that did not draft, or whose outcome is not known; not their rows.
         """
-        rule, running = self.rule, self.running
-        position = len(self.widths) + 1
-        index = np.flatnonzero(running)
-        self.widths.append(len(index))
-        x = np.full(len(running), np.nan)
-        if scores is not None and position > rule.lag:
-            x[index] = logit(np.asarray(scores, dtype=np.float64)[index])
-        self.scores.append(x)
-        room = self.limits[index] - self.lengths[index] - 1
-        # One more than the horizon for a lagged score, which says nothing of candidate k itself.
-        following = rule.acceptance.following(x[index], position - rule.lag, _HORIZON + rule.lag)
-        if rule.lag:
-            if position > 1:
-                self._settle(index, rule.acceptance.accept(x[index], position - 1))
-            now, following = following[:, 0], following[:, 1:]
-            reach = self.survival[index] * now
-        else:
-            self._settle(index, rule.acceptance.accept(x[index], position))
-            reach = self.survival[index]
-        submit, go_on = running.copy(), np.zeros_like(running)
-        if self.held:
-            go_on[index] = room > 0
-        else:
-            num_tokens = len(running) + int(self.lengths.sum())
-            verify, step = rule.costs.verify.table(), rule.costs.step.table()
-            chosen = best_extension(reach, following, room, self.rate, step, verify, num_tokens + len(index))
-            if not chosen.any():
-                chosen = self._explore(reach, room)
-            stops = index[~chosen]
-            if rule.drop_last and len(stops):
-                base = num_tokens + int(chosen.sum())
-                submit[stops] = best_submission(reach[~chosen], self.rate, verify, base)
-                if self.probe and position == 1 and not submit.any():
-                    submit[stops[reach[~chosen].argmax()]] = True  # a probe that submits nothing would teach nothing
-            go_on[index[chosen]] = True
-        self.lengths = self.lengths + submit
-        if rule.lag:
-            self.expected[index] += reach * submit[index]
-        else:
-            self.expected[index] += self.survival[index] * submit[index]
-        self.running = go_on
-        return Decision(submit, go_on)
+        caps = round_.caps.tolist()
+        censored = [at for at, i in enumerate(index) if lengths[i] <= wins[i] and lengths[i] < caps[i]]
+        following = self._following(round_, [index[at] for at in censored], lengths)
+        won, verified = [wins[i] for i in index], [lengths[i] for i in index]
+        limits = [caps[i] for i in index]
+        alternatives = fixed_tokens(won, verified, censored, following, limits)
+        widths = np.add.reduce(np.array(limits)[:, None] > np.arange(self.max_length), axis=0)  # [max_length]
+        costs = self.costs.capped_seconds(len(lengths), widths)
+        guard.update(float(sum(won) + len(index)), seconds, alternatives, costs)
 
-    def end(self, ended: Mask) -> None:
-        """Requests whose draft ended with the candidate just drawn (a stop token)."""
-        self.running = self.running & ~ended
-
-    def _settle(self, index: NDArray[np.int64], accept: Array) -> None:
-        self.survival[index] *= accept
-
-    def _explore(self, reach: Array, room: NDArray[np.int64]) -> Mask:
-        """Now and then one request goes on though it does not pay: the calibration would else never see what follows
-        low scores. Paid from a fixed share of the time."""
-        chosen = np.zeros(len(reach), dtype=np.bool_)
-        best = int(np.where(room > 0, reach, -1.0).argmax())
-        price = self.rule.costs.step.at(1)
-        if room[best] > 0 and self.rule.explore_seconds >= price:
-            self.rule.explore_seconds -= price
-            chosen[best] = True
-        return chosen
+    def _following(self, round_: CostAwareRound, index: list[int], lengths: list[int]) -> Array:
+        """[n, max_length] acceptance of what would have followed the last verified candidate of each request."""
+        columns, model = round_.scores[self.lag :], self.acceptance  # columns: of candidate 1, 2, ...
+        num = self.max_length + self.lag
+        x, positions = [], []
+        for i in index:
+            # From the score of the candidate that was dropped, or the last that was scored.
+            position = min(lengths[i] + 1, len(columns))
+            if position and position > lengths[i] and columns[position - 1][i] != columns[position - 1][i]:
+                position -= 1
+            x.append(float(columns[position - 1][i]) if position else math.nan)
+            positions.append(position)
+        if len(index) > _FEW:
+            walks = model.walk_many(np.array(x), np.array(positions), num).tolist()
+        else:
+            walks = [model.walk(score, position, num) for score, position in zip(x, positions, strict=True)]
+        out = np.empty((len(index), self.max_length))
+        for row, i in enumerate(index):
+            ahead = lengths[i] - positions[row]
+            if ahead < 0:
+                out[row] = [model.accept_one(x[row], positions[row]), *walks[row]][: self.max_length]
+            else:
+                out[row] = walks[row][ahead : ahead + self.max_length]
+        return out

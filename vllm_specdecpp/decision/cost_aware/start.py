@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +16,25 @@ from vllm_specdecpp.decision.cost_aware.plan import Mask
 
 Array = NDArray[np.float64]
 
-_REQUEST_WEIGHT = 8.0
+_REQUEST_WEIGHT = 16.0
 """Rounds of its own after which a request counts as much as all the others."""
 _REQUEST_MEMORY = 32.0
-_GLOBAL_MEMORY = 64.0
-_MARGIN = 0.02
+_GLOBAL_MEMORY, _FAST_MEMORY = 384.0, 64.0
+"""Requests' rounds that the means remember, and that a faster mean does: once that is three standard errors off, the
+workload has changed and the means start from it."""
+_SIGMAS, _CHANGED_WEIGHT = 3.0, 16.0
+_MARGIN = 0.01
 """Drafting goes on until it loses this much of a round, and comes back once it gains as much."""
 _PROBE_SHARE = 0.004
 """Of all time, at most, that probes may lose."""
 _PROBE_MARGIN = 0.1
 """The mean, not one lucky probe, must pay by this much before probes come closer together."""
+_PROBE_STEP = 0.15
+_LIKELY = 0.6
+"""Acceptance that a probe's length is chosen for."""
+_MAX_PROBE_LENGTH = 4
+_RETURN_WEIGHT = 12.0
+"""Requests' rounds that the means count as when drafting comes back."""
 _FIRST_INTERVAL, _MAX_INTERVAL = 2.0, 4096.0
 _MAX_REQUEST_INTERVAL = 64.0
 """A single request's probe costs little more than its rows."""
@@ -37,6 +47,7 @@ class _Request:
     weight: float = 0.0
     skipped: int = 0
     interval: float = _FIRST_INTERVAL
+    probed: bool = False
 
 
 class StartGate:
@@ -47,8 +58,12 @@ class StartGate:
     acceptance says. Each request's mean is shrunk to that of all; what the engine forgets is a request, not a rate.
 
     A request that is left out while others draft is probed after 2, 4, 8, ... skipped rounds; if nobody drafts, all are
-    probed together, since most of a probe's price is the pass itself. A probe that pays quarters its interval. The
+    probed together, since most of a probe's price is the pass itself, with the candidate length that shows most for its
+    price: a calibration that is out of date by then would draft too many. A probe that pays quarters its interval. The
     longest interval follows from costs: probes may lose 0.4 % of the time.
+
+    Attributes:
+        probe_length: candidates of a request in a probe of the whole batch, at most.
 
     Args:
         max_requests: how many requests are remembered; the one seen longest ago is forgotten.
@@ -59,9 +74,11 @@ class StartGate:
         self._requests: OrderedDict[str, _Request] = OrderedDict()
         # Before anything was seen: hopeful, so that drafting is tried.
         self._accepted, self._drafted, self._passes = 2.0, 3.0, 3.0
+        self._fast, self._variance = self._accepted, 2.0
         self._drafting = True
         self._seen = 4.0  # requests' rounds that the means rest on
         self._skipped, self._interval = 0, _FIRST_INTERVAL  # rounds in which nobody drafted
+        self.probe_length = 1
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -79,43 +96,56 @@ class StartGate:
             [num_reqs] bool, and whether the round is a probe only.
         """
         states = [self._get(request_id) for request_id in request_ids]
-        accepted = np.array([self._shrunk(s.accepted, s.weight, self._accepted) for s in states])
-        drafted = np.array([self._shrunk(s.drafted, s.weight, self._drafted) for s in states])
         verify, num_reqs = costs.verify, len(states)
-        slope = (verify.at(2 * num_reqs) - verify.at(num_reqs)) / num_reqs
-        order = np.argsort(-np.where(allowed, accepted - rate * max(slope, 0.0) * drafted, -np.inf))
-        best, best_gain = 0, 0.0
-        gained = rows = 0.0
-        margin = (_MARGIN if not self._drafting else -_MARGIN) * rate * verify.at(num_reqs)
-        for count in range(1, int(allowed.sum()) + 1):
-            index = order[count - 1]
-            gained += accepted[index]
-            rows += drafted[index]
-            price = costs.first.at(count) + max(self._passes - 1, 0.0) * costs.step.at(count)
-            price += _between(costs, num_reqs + rows) - verify.at(num_reqs)
-            gain = gained - rate * price - margin
-            if gain > best_gain:
-                best, best_gain = count, gain
+        off = verify.at(num_reqs)
+        slope = rate * max(verify.at(2 * num_reqs) - off, 0.0) / num_reqs
+        worth = []  # of the requests that may draft: gain but for the passes, accepted, drafted, index
+        for i in np.flatnonzero(allowed).tolist():
+            accepted = self._shrunk(states[i].accepted, states[i].weight, self._accepted)
+            drafted = self._shrunk(states[i].drafted, states[i].weight, self._drafted)
+            worth.append((accepted - slope * drafted, accepted, drafted, i))
+        worth.sort(key=lambda entry: -entry[0])
+        gained = np.add.accumulate([entry[1] for entry in worth])  # [num_allowed] of the best 1, 2, ... requests
+        rows = np.add.accumulate([entry[2] for entry in worth])
+        counts = np.arange(1, len(worth) + 1)
+        draft = costs.first.many(counts) + max(self._passes - 1, 0.0) * costs.step.many(counts)
+        wider = _between(costs, num_reqs + rows)  # [num_allowed]
+        margin = (_MARGIN if not self._drafting else -_MARGIN) * rate * off
+        gain = gained - rate * (draft + wider - off) - margin
+        best = int(gain.argmax()) + 1 if gain.max() > 0 else 0
+        order = [entry[3] for entry in worth]
         chosen = np.zeros(num_reqs, dtype=np.bool_)
         chosen[order[:best]] = True
+        if best and not self._drafting:
+            self._seen = _RETURN_WEIGHT  # what comes now says more than the probes did
         self._drafting = best > 0
         if self._drafting:
             self._skipped = 0
             for index in np.flatnonzero(allowed & ~chosen):
                 state = states[index]
                 state.skipped += 1
-                chosen[index] = state.skipped >= state.interval
+                if state.skipped >= state.interval:
+                    chosen[index] = state.probed = True
+                    state.skipped = 0
             return chosen, False
         self._skipped += 1
-        price = costs.draft_seconds([num_reqs] * max(1, round(self._passes))) + _between(costs, num_reqs + rows)
-        longest = (price / verify.at(num_reqs) - 1) / _PROBE_SHARE
+        self.probe_length, price = _cheapest_look(costs, num_reqs)
+        longest = price / off / _PROBE_SHARE
         self._interval = min(self._interval, max(longest, _FIRST_INTERVAL))
         if self._skipped < self._interval:
             return chosen, False
+        # From the launch, not from the outcome, which may come late or never.
+        self._skipped = 0
         return allowed.copy(), True
 
     def update(
-        self, request_ids: Sequence[str], accepted: Array, drafted: Array, price: float, passes: int, probe: bool
+        self,
+        request_ids: Sequence[str],
+        accepted: Sequence[int],
+        drafted: Sequence[int],
+        price: float,
+        passes: int,
+        probe: bool,
     ) -> None:
         """Take in the verified requests that drafted.
 
@@ -127,27 +157,38 @@ class StartGate:
             passes: draft passes of the round.
             probe: whether the round was a probe.
         """
-        if not len(accepted):
+        num = len(accepted)
+        if not num:
             return
         # A probe speaks for all the rounds skipped before it.
-        self._seen = min(self._seen + len(accepted), _GLOBAL_MEMORY)
-        step = min(0.25, max(0.15 if probe else 0.0, len(accepted) / self._seen))
-        self._accepted += step * (float(accepted.mean()) - self._accepted)
-        self._drafted += step * (float(drafted.mean()) - self._drafted)
-        self._passes += min(0.1, step) * (passes - self._passes)
+        self._seen = min(self._seen + num, _GLOBAL_MEMORY)
+        step = min(0.25, max(_PROBE_STEP if probe else 0.0, num / self._seen))
+        mean = sum(accepted) / num
+        self._variance += step * (sum((won - self._accepted) ** 2 for won in accepted) / num - self._variance)
+        self._accepted += step * (mean - self._accepted)
+        self._drafted += step * (sum(drafted) / num - self._drafted)
+        self._passes += (step if probe else min(0.1, step)) * (passes - self._passes)
+        self._notice_change(mean, num, max(step, min(0.25, num / _FAST_MEMORY)), probe)
         if probe:
-            self._skipped = 0
             self._interval = _next_interval(self._interval, self._accepted >= (1 + _PROBE_MARGIN) * price)
         elif self._drafting:
             self._interval = _FIRST_INTERVAL
         for request_id, won, spent in zip(request_ids, accepted, drafted, strict=True):
             state = self._get(request_id)
-            state.weight = min(state.weight + 1, _REQUEST_WEIGHT if probe or state.skipped else _REQUEST_MEMORY)
-            state.accepted += (float(won) - state.accepted) / state.weight
-            state.drafted += (float(spent) - state.drafted) / state.weight
-            if state.skipped:
-                interval = _next_interval(state.interval, bool(won >= price))
-                state.skipped, state.interval = 0, min(interval, _MAX_REQUEST_INTERVAL)
+            state.weight = min(state.weight + 1, _REQUEST_WEIGHT if probe or state.probed else _REQUEST_MEMORY)
+            state.accepted += (won - state.accepted) / state.weight
+            state.drafted += (spent - state.drafted) / state.weight
+            if state.probed:
+                interval = _next_interval(state.interval, won >= price)
+                state.probed, state.interval = False, min(interval, _MAX_REQUEST_INTERVAL)
+
+    def _notice_change(self, mean: float, num: int, step: float, probe: bool) -> None:
+        self._fast += step * (mean - self._fast)
+        error = math.sqrt(max(self._variance, 0.05) * step / (2 - step) / num)
+        if probe:
+            self._fast = self._accepted
+        elif abs(self._fast - self._accepted) > _SIGMAS * error:
+            self._accepted, self._seen = self._fast, min(self._seen, _CHANGED_WEIGHT)
 
     def _get(self, request_id: str) -> _Request:
         state = self._requests.get(request_id)
@@ -168,6 +209,17 @@ def _next_interval(interval: float, paid: bool) -> float:
     return max(interval / 4, 1.0) if paid else min(interval * 2, _MAX_INTERVAL)
 
 
-def _between(costs: CostModel, tokens: float) -> float:
-    low = int(tokens)
-    return costs.verify.at(low) + (tokens - low) * (costs.verify.at(low + 1) - costs.verify.at(low))
+def _between(costs: CostModel, tokens: Array) -> Array:
+    """Seconds of verifications of fractional widths."""
+    low = tokens.astype(np.int64)
+    seconds = costs.verify.many(low)
+    return seconds + (tokens - low) * (costs.verify.many(low + 1) - seconds)
+
+
+def _cheapest_look(costs: CostModel, num_reqs: int) -> tuple[int, float]:
+    """The candidate length whose outcome tells most a second, and its seconds beyond those of a round without."""
+    prices = costs.fixed_seconds(num_reqs, _MAX_PROBE_LENGTH)
+    prices = np.maximum(prices[1:] - prices[0], 1e-3 * prices[0])  # [_MAX_PROBE_LENGTH]
+    seen = np.add.accumulate(_LIKELY ** np.arange(_MAX_PROBE_LENGTH))  # candidates with an outcome
+    best = int((seen / prices).argmax())
+    return best + 1, float(prices[best])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What deciding costs: seconds that the cost-aware rule itself takes of a round, by part.
+
+    python -m benchmarks.overhead --batches 1 16 --passes 5
+
+A round is `begin`, a `step` for each draft pass and `finish`. Between two calls a few MiB are read, since a model's
+pass leaves none of the rule in the processor's caches; ``--warm`` leaves that out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import provenance
+from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+
+PARTS = ("begin", "step", "finish")
+MAX_LENGTH = 16
+FIRST, STEP, VERIFY = 0.040, 0.036, {1: 0.156, 4: 0.130, 9: 0.170, 17: 0.219, 1024: 4.0}
+"""Seconds, measured with the Qwen pair on two cores."""
+
+
+def measure(
+    batch: int, passes: int, rounds: int, cold: bool = True, seed: int = 0
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
+    """Time rounds that take about ``passes`` draft passes.
+
+    Args:
+        batch: requests.
+        passes: the most passes; some rounds end sooner, as the rule decides.
+        rounds: timed ones, after as many as 50 that are not.
+        cold: read a few MiB before each call.
+        seed: of scores and outcomes.
+
+    Returns:
+        Part -> [rounds] seconds (of `step`: the sum of a round), and [rounds] passes.
+    """
+    rng = np.random.default_rng(seed)
+    costs = CostModel({1: FIRST}, {1: STEP}, VERIFY, max_reqs=max(batch, 1), max_tokens=batch * (MAX_LENGTH + 1))
+    rule = CostAwareRule(costs, MAX_LENGTH)
+    ids, limits = [f"request-{i}" for i in range(batch)], [passes] * batch
+    ballast = np.ones(1 << 20 if cold else 1)  # 8 MiB
+    spent = {part: np.zeros(rounds) for part in PARTS}
+    num_passes = np.zeros(rounds, dtype=np.int64)
+    for turn in range(-min(50, rounds), rounds):
+        accept = rng.beta(12, 0.6, (passes, batch))  # [passes, batch], mostly high, so that rounds are long
+        clock = dict.fromkeys(PARTS, 0.0)
+        ballast.sum()
+        start = time.perf_counter()
+        round_ = rule.begin(ids, limits)
+        clock["begin"] = time.perf_counter() - start
+        while round_.running.any():
+            ballast.sum()
+            start = time.perf_counter()
+            round_.step(accept[len(round_.widths)])
+            clock["step"] += time.perf_counter() - start
+        lengths = round_.lengths.tolist()
+        drawn = rng.random((passes, batch)) < accept
+        wins = [int(np.argmin(np.append(drawn[:length, i], False))) for i, length in enumerate(lengths)]
+        noise = np.exp(rng.normal(0, 0.05, 2))
+        draft_seconds = costs.draft_seconds(round_.widths) * noise[0]
+        verify_seconds = costs.verify.at(batch + sum(lengths)) * noise[1]
+        ballast.sum()
+        start = time.perf_counter()
+        rule.finish(round_, lengths, wins, draft_seconds, verify_seconds)
+        clock["finish"] = time.perf_counter() - start
+        if turn >= 0:
+            num_passes[turn] = len(round_.widths)
+            for part in PARTS:
+                spent[part][turn] = clock[part]
+    return spent, num_passes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print microseconds a round by part, and as the last line all of it as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="requests in the batch")
+    parser.add_argument("--passes", type=int, default=5, help="draft passes a round, at most")
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("--round-ms", type=float, default=250.0, help="length of a round that the share is of")
+    parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
+    options = parser.parse_args(argv)
+    if min(*options.batches, options.passes, options.rounds) < 1:
+        print("benchmarks.overhead: --batches, --passes and --rounds must be 1 or more", file=sys.stderr)
+        return 2
+    print(
+        f"{'batch':>5} {'passes':>6} {'begin':>8} {'step':>8} {'finish':>8} {'sum':>8} {'p95':>8}   share  (us a round)"
+    )
+    results = []
+    for batch in options.batches:
+        spent, num_passes = measure(batch, options.passes, options.rounds, not options.warm)
+        total = sum(spent.values(), np.zeros(options.rounds))
+        row = {part: round(float(np.median(spent[part])) * 1e6, 1) for part in PARTS}
+        row |= {"sum": round(float(np.median(total)) * 1e6, 1), "p95": round(float(np.quantile(total, 0.95)) * 1e6, 1)}
+        share = row["sum"] / (options.round_ms * 1e3)
+        print(
+            f"{batch:5d} {num_passes.mean():6.2f} {row['begin']:8.0f} {row['step']:8.0f} {row['finish']:8.0f}"
+            f" {row['sum']:8.0f} {row['p95']:8.0f}  {share:6.2%}"
+        )
+        results.append({"batch": batch, "passes": round(float(num_passes.mean()), 2), **row, "share": round(share, 5)})
+    print(json.dumps({"rows": results, "round_ms": options.round_ms, "cold": not options.warm} | provenance.versions()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
