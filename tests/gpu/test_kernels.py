@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels, compiled, on a GPU: the comparisons that ``tests/v2/kernels`` makes under the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if not (torch.cuda.is_available() and torch.version.cuda):
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from kernels.cost_aware_params import CostAwareParams
+from kernels.cost_aware_tail import cost_aware_tail, cost_aware_tail_torch
+from kernels.head_block import head_block, head_block_torch
+from kernels.logits_summary import logits_summary, logits_summary_torch
+from kernels.threshold_tail import threshold_tail, threshold_tail_torch
+from tests.v2.kernels import cost_aware_cases, head_cases, logits_cases, threshold_cases
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(launch: Callable[..., None], captured: bool = False) -> Callable[..., None]:
+    """``launch`` with CPU tensors: on copies of the same strides, whose contents come back.
+
+    Args:
+        launch: the launcher or its twin.
+        captured: replay it from a CUDA graph.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def move(value: Any) -> Any:
+            if isinstance(value, CostAwareParams):
+                return dataclasses.replace(value, **{name: move(view) for name, view in value.tensors().items()})
+            if not isinstance(value, torch.Tensor):
+                return value
+            copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            pairs.append((value, copy))
+            return copy.copy_(value)
+
+        moved, named = [move(value) for value in args], {name: move(value) for name, value in kwargs.items()}
+        launch(*moved, **named)
+        if captured:  # the call before was the warm-up: start again from the same contents
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                launch(*moved, **named)
+            for value, copy in pairs:
+                copy.copy_(value)
+            graph.replay()
+        for value, copy in pairs:
+            value.copy_(copy)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("launch", [threshold_tail, threshold_tail_torch])
+@pytest.mark.parametrize("case", threshold_cases.CASES, ids=str)
+def test_threshold_tail(case, launch) -> None:
+    threshold_cases.check_rounds(on_gpu(launch), case)
+
+
+@pytest.mark.parametrize("launch", [cost_aware_tail, cost_aware_tail_torch])
+@pytest.mark.parametrize("case", cost_aware_cases.CASES, ids=str)
+def test_cost_aware_tail(case, launch) -> None:
+    cost_aware_cases.check_rounds(on_gpu(launch), case)
+
+
+@pytest.mark.parametrize("launch", [logits_summary, logits_summary_torch])
+@pytest.mark.parametrize("case", logits_cases.CASES, ids=str)
+def test_logits_summary(case, launch) -> None:
+    logits_cases.check(on_gpu(launch), case)
+
+
+@pytest.mark.parametrize("launch", [head_block, head_block_torch])
+@pytest.mark.parametrize(("num_reqs", "size", "dtype"), head_cases.CASES)
+def test_head_block(num_reqs, size, dtype, launch) -> None:
+    head_cases.check(on_gpu(launch), num_reqs, size, dtype)
+
+
+@pytest.mark.parametrize("captured", [threshold_tail, threshold_tail_torch])
+def test_replayed_from_a_graph(captured) -> None:
+    threshold_cases.check_rounds(on_gpu(captured, captured=True), threshold_cases.Case(5))
+
+
+@pytest.mark.parametrize("captured", [cost_aware_tail, cost_aware_tail_torch])
+def test_cost_aware_tail_replayed_from_a_graph(captured) -> None:
+    cost_aware_cases.check_rounds(on_gpu(captured, captured=True), cost_aware_cases.Case(5))

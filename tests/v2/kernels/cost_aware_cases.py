@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds for cost_aware_tail, and the comparison with decision/cost_aware's CostAwareRound (numpy, float64)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.cost_aware_params import CostAwareParams
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
+from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
+
+VOCAB = 12  # small: stop tokens are drawn
+FRAGILE = 2e-5
+"""A decision that another rate or survival, off by this share, would change is not compared: float32 may differ."""
+PADDING = 3
+"""Rows of a captured batch behind its requests."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round's shape."""
+
+    num_reqs: int
+    max_length: int = 6
+    num_stop: int = 1
+    lag: int = 0
+    drop_last: bool = True
+    held: bool = False
+    probe: bool = False
+    explore: float = 0.0
+    """Seconds saved up."""
+    hasty: float = 1.0
+    """Factor on rho: above 1 time is dear."""
+    limit: int | None = None
+    nan: float = 0.1
+    alike: bool = False
+    """All scores are the same."""
+
+    def __str__(self) -> str:
+        odd = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(odd)
+
+
+CASES = [
+    Case(1, max_length=1),
+    Case(1, num_stop=0, nan=0.0),
+    Case(1, probe=True, hasty=3.0),
+    Case(2, probe=True, hasty=1.5),
+    Case(2, lag=1, max_length=10, hasty=0.7, nan=0.6),
+    Case(6, alike=True, hasty=1.5),
+    Case(1, lag=1, explore=0.05, hasty=3.0),
+    Case(2, lag=1, num_stop=3),
+    Case(3, hasty=2.0, drop_last=False),
+    Case(4, probe=True, hasty=4.0),
+    Case(5, limit=0),
+    Case(5, held=True, explore=1.0),
+    Case(7, nan=1.0),
+    Case(8, explore=0.05, hasty=2.5, num_stop=6),
+    Case(16, lag=1, max_length=9),
+    Case(33, hasty=1.4),
+    Case(70, lag=1, drop_last=False, max_length=3),
+    Case(130, max_length=3),
+]
+
+
+def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
+    """A rule with odd costs and a learnt calibration, and a round of it that some requests sit out."""
+    n, bumps = case.num_reqs, rng.uniform(0.9, 1.1, 2 * case.num_reqs + 10)
+    verify = {w: float((0.05 + 0.0008 * w) * bumps[w]) for w in range(1, 2 * n + 6)}  # ends early: extrapolated
+    step = {w: float((0.006 + 0.0002 * w) * bumps[-w]) for w in range(1, n + 1)}
+    rule = CostAwareRule(
+        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag,
+        drop_last=case.drop_last,
+    )  # fmt: skip
+    for model in (rule.acceptance.this, rule.acceptance.next):
+        model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
+        model.theta[0] = max(0.0, model.theta[0])
+    means = rule.acceptance._mean = rng.uniform(0.3, 0.95, NUM_BUCKETS)
+    assert (rule.acceptance.mean(np.arange(NUM_BUCKETS)) == means).all()
+    rule.explore_seconds = case.explore
+    top = case.max_length if case.limit is None else case.limit
+    limits = rng.integers(0 if n > 1 or not top else 1, top + 1, n)
+    drafts = (limits > 0) & (rng.random(n) < (0.9 if n > 1 else 1.0))
+    rate = case.hasty * rule.tokens_per_second(n) * rng.uniform(0.7, 1.4)
+    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, rate, case.held, case.probe)
+
+
+def load_params(round_: CostAwareRound) -> CostAwareParams:
+    """The device's parameters of this round."""
+    rule, costs = round_.rule, round_.rule.costs
+    params = CostAwareParams.allocate(
+        len(round_.limits) + PADDING, rule.max_length, len(costs.verify.table()) - 1, BUCKETS, "cpu"
+    )
+    params.load(
+        limits=round_.limits, held=round_.held, probe=round_.probe, rate=round_.rate,
+        explore_seconds=rule.explore_seconds, this=rule.acceptance.this.theta, next=rule.acceptance.next.theta,
+        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)), step_seconds=costs.step.table(),
+        verify_seconds=costs.verify.table(),
+    )  # fmt: skip
+    return params
+
+
+def arguments(round_: CostAwareRound, case: Case, rng: np.random.Generator) -> dict[str, Any]:
+    """Fresh tensors of a round, in the launcher's names, with rows of padding behind the requests."""
+    n, k = case.num_reqs + PADDING, case.max_length
+    stops = torch.from_numpy(rng.integers(0, VOCAB, (n, case.num_stop)))
+    stops[torch.from_numpy(rng.random((n, case.num_stop)) < 0.4)] = -1
+    running = torch.zeros(n, dtype=torch.int32)
+    running[: case.num_reqs] = torch.from_numpy(round_.drafts).int()
+    return {
+        "survival": torch.ones(n), "expected": torch.zeros(n), "lengths": torch.zeros(n, dtype=torch.int32),
+        "running": running, "params": load_params(round_), "stop_token_ids": stops,
+        "draft_tokens": torch.full((n, k + 3), 99)[:, :k], "any_running": torch.full((1,), 7, dtype=torch.int32),
+        "scores_log": torch.zeros(k, n + 2)[:, :n], "widths": torch.full((k,), -1, dtype=torch.int32),
+        "lag": case.lag, "drop_last": case.drop_last,
+    }  # fmt: skip
+
+
+def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
+    """Run rounds by ``launch`` and by CostAwareRound; after each step all must agree. Returns what was met how often.
+
+    A step whose decision hangs on less than float32 tells apart is not compared; the host's state goes on from there.
+    """
+    met: Counter[str] = Counter()
+    for seed in range(seeds):
+        rng = np.random.default_rng(1000 + seed)
+        round_ = make_round(case, rng)
+        a = arguments(round_, case, rng)
+        for step in range(1, case.max_length + 1):
+            scores, token_ids = _scores(case, rng), rng.integers(0, VOCAB, case.num_reqs + PADDING)
+            fragile = _fragile(round_, scores, rng)
+            running, saved = round_.running.copy(), round_.rule.explore_seconds
+            decision = round_.step(scores[: case.num_reqs])
+            stops = a["stop_token_ids"].numpy()[: case.num_reqs]
+            round_.end((token_ids[: case.num_reqs, None] == stops).any(axis=1))
+            if fragile:
+                met["fragile"] += 1
+                _follow(a, round_)
+                continue
+            launch(torch.from_numpy(scores).float(), torch.from_numpy(token_ids), step, **a)
+            _compare(a, round_, decision, token_ids, step, f"{case} seed {seed} step {step}")
+            met += _events(running, decision, saved > round_.rule.explore_seconds)
+    return met
+
+
+def check_probe(launch: Any) -> None:
+    """A probe submits its best candidate at step 1 though it does not pay, and may drop all at a later step."""
+    case = Case(2, num_stop=0, probe=True)
+    for scores, drafts in (([[0.1, 0.2]], [[-1, 1]]), ([[0.99, 0.98], [0.0, 0.0]], [[0, 1], [-1, -1]])):
+        round_ = make_round(case, np.random.default_rng(0))
+        round_.limits[:], round_.drafts[:] = 6, True
+        a = arguments(round_, case, np.random.default_rng(0))
+        params = a["params"]
+        params.rate.fill_(1.0)
+        params.slopes.copy_(torch.tensor([1.0, 0.0]))  # a score is the candidate's acceptance, the next one's is 0.98
+        params.this.zero_()
+        params.next.fill_(4.0)
+        params.step_seconds.fill_(0.001)
+        params.verify_seconds.copy_(0.6 * torch.arange(len(params.verify_seconds)))
+        for step, (row, wanted) in enumerate(zip(scores, drafts, strict=True), 1):
+            launch(torch.tensor(row + [0.0] * PADDING), torch.arange(2 + PADDING), step, **a)
+            assert a["draft_tokens"][:, step - 1].tolist() == wanted + [-1] * PADDING
+
+
+def _follow(a: dict[str, Any], round_: CostAwareRound) -> None:
+    for name in ("survival", "expected", "lengths", "running"):
+        a[name][: len(round_.limits)] = torch.from_numpy(np.asarray(getattr(round_, name)))
+    a["params"].explore_seconds.fill_(round_.rule.explore_seconds)
+
+
+def _compare(
+    a: dict[str, Any], round_: CostAwareRound, decision: Decision, token_ids: Any, step: int, where: str
+) -> None:  # fmt: skip
+    n = len(round_.limits)
+    assert a["widths"][step - 1] == round_.widths[-1], where
+    np.testing.assert_allclose(a["scores_log"][step - 1, :n], round_.scores[-1], rtol=1e-4, atol=1e-5, err_msg=where)
+    assert bool(a["scores_log"][step - 1, n:].isnan().all()), where
+    np.testing.assert_allclose(a["survival"][:n], round_.survival, rtol=1e-4, err_msg=where)
+    assert a["lengths"].tolist() == [*round_.lengths, *[0] * PADDING], where
+    np.testing.assert_allclose(a["expected"][:n], round_.expected, rtol=1e-4, atol=1e-6, err_msg=where)
+    drafts = np.where(decision.submit, token_ids[:n], -1)
+    assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * PADDING], where
+    assert a["running"].tolist() == [*round_.running.astype(int), *[0] * PADDING], where
+    assert a["any_running"].tolist() == [int(round_.running.any())], where
+    left = round_.rule.explore_seconds
+    np.testing.assert_allclose(a["params"].explore_seconds, [left], rtol=1e-4, atol=1e-6, err_msg=where)
+
+
+def _events(running: Any, decision: Decision, explored: bool) -> Counter[str]:
+    met = Counter(steps=1, explored=int(explored))
+    if running.any():
+        met["all go on"] += bool(decision.go_on[running].all())
+        met["some go on"] += bool(decision.go_on.any() and not decision.go_on[running].all())
+        met["nobody goes on"] += not decision.go_on.any()
+        met["dropped"] += bool((running & ~decision.submit).any())
+        met["last submitted"] += bool((decision.submit & ~decision.go_on).any())
+    return met
+
+
+def _fragile(round_: CostAwareRound, scores: Any, rng: np.random.Generator) -> bool:
+    """Whether rho, survivals or scores off by FRAGILE decide otherwise. Equals stay equal: ties have a rule."""
+
+    def shaken(values: Any) -> Any:
+        which = np.unique(values, return_inverse=True)[1]
+        return values * (1 + rng.uniform(-FRAGILE, FRAGILE, len(values))[which])
+
+    outcomes = set()
+    for trial in range(8):
+        other = copy.copy(round_)
+        other.rule = copy.copy(round_.rule)
+        other.widths, other.scores, other.expected = [*round_.widths], [*round_.scores], round_.expected.copy()
+        seen = scores[: len(round_.limits)]
+        other.survival = round_.survival.copy()
+        if trial:
+            other.rate = round_.rate * (1 + FRAGILE * (0, 1, -1)[trial % 3])
+            seen, other.survival = shaken(seen), shaken(other.survival)
+        decision = other.step(seen)
+        outcomes.add((*decision.submit, *decision.go_on))
+    return len(outcomes) > 1
+
+
+def _scores(case: Case, rng: np.random.Generator) -> Any:
+    scores = rng.beta(3, 1.2, case.num_reqs + PADDING)
+    if case.alike:
+        return np.full(len(scores), float(np.float32(scores[0])))
+    odd = rng.random(len(scores))
+    scores[odd < case.nan] = np.nan
+    beyond = (odd >= case.nan) & (odd < 1.5 * case.nan)
+    scores[beyond] = rng.choice([-0.5, 1.5, np.inf, -np.inf, 0.0, 1.0], int(beyond.sum()))
+    return scores.astype(np.float32).astype(np.float64)
