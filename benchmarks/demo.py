@@ -26,7 +26,7 @@ from vllm_specdecpp.packaged_gguf import FetchError
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
 FIXED_KS = (2, 4, 6, 8)
 KEPT_ROUNDS = 10_000
-OURS = Method("confidence")  # the default rule without a head
+OURS = Method("cost_aware")  # the default rule
 NATIVES = [Method(NATIVE, (("K", k),)) for k in FIXED_KS]
 METHODS = [Method(OFF), *NATIVES, OURS]
 Results = dict[Method, list[Generation]]

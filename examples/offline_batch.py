@@ -13,7 +13,7 @@ PROMPTS = ["Write a Python function that checks whether a number is prime.", "Ex
 def main() -> None:
     target, draft = sys.argv[1:3] if len(sys.argv) > 2 else ("Qwen/Qwen2.5-Coder-1.5B-Instruct", None)
     # Without "model" the draft comes from the table of known pairs.
-    speculative_config = {"method": "specdecpp", "rule": "confidence"} | ({"model": draft} if draft else {})
+    speculative_config = {"method": "specdecpp"} | ({"model": draft} if draft else {})
     llm = LLM(model=target, speculative_config=speculative_config, dtype="bfloat16", max_model_len=1024)
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     for output in llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=128)):

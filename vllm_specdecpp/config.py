@@ -18,10 +18,11 @@ _MUST_BE = {
     "model": "must name the draft model: a folder or a hub id (e.g. 'Qwen/Qwen2.5-Coder-0.5B-Instruct')",
     "head": "must name the acceptance head: a folder or a hub id, or be left out for a training-free rule",
     "head_revision": "must be a branch, tag or commit of the head's hub repository (e.g. 'main')",
-    "rule": "must be one of 'fixed', 'threshold', 'confidence', 'entropy'",
+    "rule": "must be one of 'cost_aware', 'fixed', 'threshold', 'confidence', 'entropy'",
     "threshold": "must lie strictly between 0 and 1 (e.g. 0.7)",
     "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
+    "online_calibration": "must be true or false (e.g. true)",
     "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
     "record_dir": "must name a folder (e.g. 'recorded'), or be left out to record nothing",
     "record_fraction": "must be above 0 and at most 1 (e.g. 0.05)",
@@ -42,22 +43,29 @@ class SpecDecPPConfig(BaseModel):
     """Draft model: a folder or a hub id. Must share the target's vocabulary."""
 
     head: str | None = Field(default=None, min_length=1)
-    """Acceptance head of the rule ``threshold``: a folder or a hub id, ``org/name`` or ``org/name/folder/in/it``."""
+    """Acceptance head of the rules ``cost_aware`` and ``threshold``: a folder or a hub id, ``org/name`` or
+    ``org/name/folder/in/it``. Without one, ``cost_aware`` reads the draft's top-1 probability."""
 
     head_revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of the head's hub repository."""
 
-    rule: Literal["fixed", "threshold", "confidence", "entropy"] | None = None
-    """Stop rule; by default ``threshold`` (the paper's) with a head, else ``confidence``, which needs no training."""
+    rule: Literal["cost_aware", "fixed", "threshold", "confidence", "entropy"] | None = None
+    """Stop rule; by default ``cost_aware``, which weighs each candidate against its measured time. With a ``threshold``
+    or a ``min_speculative_tokens`` given: ``threshold`` (the paper's) if there is a head, else ``confidence``."""
 
     threshold: float | None = Field(default=None, gt=0, lt=1)
-    """h: drafting stops once the estimated probability that some candidate is rejected, 1 - survival, exceeds it."""
+    """h, of the rules ``threshold``, ``confidence`` and ``entropy``: drafting stops once the estimated probability that
+    some candidate is rejected, 1 - survival, exceeds it."""
+
+    online_calibration: bool = True
+    """Whether ``cost_aware`` goes on learning from each verified round how likely candidates are to be accepted."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
     """Upper bound on the candidate length K (vLLM's name for it)."""
 
     min_speculative_tokens: int = Field(default=1, ge=1)
-    """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it."""
+    """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it. Not for
+    ``cost_aware``, which drafts nothing where that is faster."""
 
     trace_rounds: int = Field(default=0, ge=0)
     """How many of the last rounds are kept for inspection; 0 keeps counters only."""
@@ -85,12 +93,23 @@ class SpecDecPPConfig(BaseModel):
             )
         # A running engine keeps its head while another rule is tried out.
         head_may_idle = bool(info.context and info.context.get("running"))
-        if self.head is not None and self.resolved_rule != "threshold" and not head_may_idle:
+        if self.head is not None and self.resolved_rule not in ("cost_aware", "threshold") and not head_may_idle:
             raise ValueError(f"rule={self.rule!r} does not use head={self.head!r}; leave one of the two out")
         if self.head_revision is not None and self.head is None:
             raise ValueError(f"head_revision={self.head_revision!r} has no head to go with; add head=HUB_ID or drop it")
-        if self.rule == "fixed" and self.threshold is not None:
-            raise ValueError(f"threshold={self.threshold} has no meaning with rule='fixed'; leave one of the two out")
+        if self.rule in ("cost_aware", "fixed") and self.threshold is not None:
+            raise ValueError(
+                f"threshold={self.threshold} has no meaning with rule={self.rule!r}; leave one of the two out"
+            )
+        if self.resolved_rule == "cost_aware" and self.min_speculative_tokens > 1:
+            raise ValueError(
+                f"min_speculative_tokens={self.min_speculative_tokens} has no meaning with rule='cost_aware', which "
+                "drafts nothing where that is faster; leave it out, or add rule='threshold' or 'confidence'"
+            )
+        if not self.online_calibration and self.resolved_rule != "cost_aware":
+            raise ValueError(
+                f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
+            )
         return self
 
     @property
@@ -98,11 +117,13 @@ class SpecDecPPConfig(BaseModel):
         """The rule in force."""
         if self.rule is not None:
             return self.rule
+        if self.threshold is None and self.min_speculative_tokens == 1:
+            return "cost_aware"
         return "threshold" if self.head is not None else "confidence"
 
     @property
     def resolved_threshold(self) -> float | None:
-        """The threshold h in force; None for ``fixed``."""
+        """The threshold h in force; None for ``cost_aware`` and ``fixed``."""
         return self.threshold if self.threshold is not None else DEFAULT_THRESHOLD.get(self.resolved_rule)
 
     @classmethod
@@ -162,7 +183,7 @@ class SpecDecPPConfig(BaseModel):
     def with_changes(self, changes: Mapping[str, Any]) -> SpecDecPPConfig:
         """These options with some replaced while the engine runs.
 
-        A new ``rule`` starts at its own default threshold unless one is given. A head that is loaded may stay unused.
+        A new ``rule`` starts with its own defaults unless others are given. A head that is loaded may stay unused.
 
         Raises:
             ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
@@ -173,6 +194,7 @@ class SpecDecPPConfig(BaseModel):
         options = self.model_dump(exclude_none=True)
         if changes.get("rule", self.resolved_rule) != self.resolved_rule:
             options.pop("threshold", None)
+            options.pop("online_calibration", None)
         for name, value in changes.items():
             options.pop(name, None)
             if value is not None:

@@ -49,7 +49,13 @@ def _change_result(monkeypatch: Any, owner: Any, name: str, change: Callable[...
 
 def _change_pass(monkeypatch: Any, name: str, change: Callable[[DraftInputs], dict[str, Any]]) -> None:
     """Replace fields of the input of the first or of the later draft passes."""
-    _change_result(monkeypatch, v1, name, lambda inputs, *_: dataclasses.replace(inputs, **change(inputs)))
+
+    def changed(result: Any, *_: Any) -> Any:
+        if isinstance(result, list):  # the first pass, and what was split off it
+            return [dataclasses.replace(inputs, **change(inputs)) for inputs in result]
+        return dataclasses.replace(result, **change(result))
+
+    _change_result(monkeypatch, v1, name, changed)
 
 
 def _roll(rows: torch.Tensor) -> torch.Tensor:
@@ -101,27 +107,29 @@ def _(monkeypatch, drafter):
 @mutation("stale KV: the last candidate of an early stop is never read")
 def _(monkeypatch, drafter):
     original = DraftKV.replace
-    monkeypatch.setattr(DraftKV, "replace", lambda self, rows, num_fed: original(self, rows, [n + 1 for n in num_fed]))
+    late = lambda self, rows, num_fed, blocks: original(self, rows, [n and n + 1 for n in num_fed], blocks)  # noqa: E731
+    monkeypatch.setattr(DraftKV, "replace", late)
 
 
 @mutation("stale KV: a rejected candidate's entry is kept")
 def _(monkeypatch, drafter):
     original = DraftKV.first_missing
 
-    def kept(self: DraftKV, row: Any) -> int:
+    def kept(self: DraftKV, row: Any, blocks: Any) -> int:
         entry = self._entries.get(row.request_id)
         fed_to = entry[1] if entry is not None and entry[0] == row.first_query_position else 0
-        start = original(self, row)
+        start = original(self, row, blocks)
         # Where the recovered token stands, the rejected candidate's KV is taken for good.
         return start if fed_to <= row.next_position else row.next_position
 
-    def not_written(inputs, rows, *_):
+    def not_written(passes, rows, *_):
+        (inputs,) = passes
         slot_mapping = inputs.slot_mapping.clone()
         for index, row in enumerate(rows):
             entry = drafter.draft_kv._entries.get(row.request_id)
             if entry is not None and entry[0] == row.first_query_position and entry[1] > row.next_position:
                 slot_mapping[inputs.last_indices[index]] = PADDING_SLOT_ID
-        return dataclasses.replace(inputs, slot_mapping=slot_mapping)
+        return [dataclasses.replace(inputs, slot_mapping=slot_mapping)]
 
     monkeypatch.setattr(DraftKV, "first_missing", kept)
     _change_result(monkeypatch, v1, "first_pass", not_written)

@@ -19,16 +19,27 @@ def split(**options: Any) -> tuple[SpecDecPPConfig, dict[str, Any]]:
     return SpecDecPPConfig.from_speculative_config({"method": "specdecpp", **options}, PASSTHROUGH)
 
 
-def test_defaults_without_a_head_are_training_free() -> None:
+def test_defaults() -> None:
     config, passed_on = split(model="draft")
-    assert (config.resolved_rule, config.resolved_threshold) == ("confidence", DEFAULT_THRESHOLD["confidence"])
+    assert (config.resolved_rule, config.resolved_threshold, config.online_calibration) == ("cost_aware", None, True)
     assert (config.num_speculative_tokens, config.min_speculative_tokens, config.trace_rounds) == (20, 1, 0)
     assert passed_on == {"model": "draft", "num_speculative_tokens": 20}
 
 
-def test_a_head_selects_the_papers_rule_and_threshold() -> None:
-    config, _ = split(model="draft", head="head")
-    assert (config.resolved_rule, config.resolved_threshold) == ("threshold", 0.7)
+@pytest.mark.parametrize(
+    ("options", "rule", "threshold"),
+    [
+        ({"head": "h"}, "cost_aware", None),
+        ({"threshold": 0.3}, "confidence", 0.3),
+        ({"head": "h", "threshold": 0.3}, "threshold", 0.3),
+        ({"min_speculative_tokens": 2}, "confidence", DEFAULT_THRESHOLD["confidence"]),
+        ({"head": "h", "min_speculative_tokens": 2}, "threshold", 0.7),
+        ({"head": "h", "rule": "threshold"}, "threshold", 0.7),
+    ],
+)
+def test_the_rule_that_the_other_options_ask_for(options: dict[str, Any], rule: str, threshold: float | None) -> None:
+    config, _ = split(model="draft", **options)
+    assert (config.resolved_rule, config.resolved_threshold) == (rule, threshold)
 
 
 def test_nothing_is_recorded_by_default() -> None:
@@ -113,7 +124,17 @@ def test_the_users_dict_is_left_alone() -> None:
         ({"model": "d", "record_max_gib": 0}, "record_max_gib=0 must be above 0 (e.g. 1.0)"),
         ({"model": "d", "record_max_gib": float("inf")}, "record_max_gib=inf must be above 0"),
         ({"model": "d", "record_max_gib": "2"}, "record_max_gib='2' is text; write the number without quotes"),
-        ({"model": "d", "rule": "magic"}, "rule='magic' must be one of 'fixed', 'threshold', 'confidence', 'entropy'"),
+        ({"model": "d", "rule": "magic"}, "rule='magic' must be one of 'cost_aware', 'fixed', 'threshold',"),
+        ({"model": "d", "rule": "cost_aware", "threshold": 0.3}, "threshold=0.3 has no meaning with rule='cost_aware'"),
+        (
+            {"model": "d", "rule": "cost_aware", "min_speculative_tokens": 2},
+            "min_speculative_tokens=2 has no meaning with rule='cost_aware', which drafts nothing where that is faster",
+        ),
+        ({"model": "d", "online_calibration": 1}, "online_calibration=1 must be true or false"),
+        (
+            {"model": "d", "rule": "fixed", "online_calibration": False},
+            "online_calibration=False has no meaning with rule='fixed'; leave it out",
+        ),
         ({"model": "d", "rule": "threshold"}, "rule='threshold' needs an acceptance head; add head="),
         ({"model": "d", "rule": "confidence", "head": "h"}, "rule='confidence' does not use head='h'; leave one of"),
         ({"model": "d", "rule": "entropy", "head": "h"}, "rule='entropy' does not use head='h'"),
@@ -195,13 +216,18 @@ class TestWithChanges:
         assert config.with_changes({"rule": "confidence"}).resolved_threshold == 0.3
         assert config.with_changes({"rule": "entropy", "threshold": 0.2}).resolved_threshold == 0.2
 
+    def test_options_of_the_cost_aware_rule_end_with_it(self) -> None:
+        config, _ = split(model="d", online_calibration=False)
+        assert config.with_changes({"rule": "confidence"}).online_calibration
+        assert not config.with_changes({"num_speculative_tokens": 4}).online_calibration
+
     def test_none_resets_to_the_default(self) -> None:
         config, _ = split(model="d", threshold=0.3)
         assert config.with_changes({"threshold": None}).threshold is None
 
     def test_a_loaded_head_may_idle_and_come_back(self) -> None:
         config, _ = split(model="d", head="h", threshold=0.4)
-        for rule in ("fixed", "confidence", "entropy"):
+        for rule in ("cost_aware", "fixed", "confidence", "entropy"):
             idle = config.with_changes({"rule": rule})
             assert (idle.resolved_rule, idle.head) == (rule, "h")
             assert idle.with_changes({"rule": "threshold"}).resolved_rule == "threshold"

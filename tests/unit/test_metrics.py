@@ -58,7 +58,8 @@ class _Clock:
 
 def _step(log: RoundLog, clock: _Clock, start: float, end: float, passes: int, **kwargs: int) -> None:
     clock.now = start
-    with log.step(**{"num_reqs": 1, "num_rows": 3, "num_new": 0, **kwargs}):
+    with log.step(kwargs.get("num_reqs", 1), kwargs.get("num_rows", 3)) as step:
+        step["num_new"] = kwargs.get("num_new", 0)
         for _ in range(passes):
             log.draft_pass()
         clock.now = end
@@ -100,7 +101,7 @@ def test_time_since_the_last_step_is_right_after_a_resize():
 def test_a_failed_step_is_not_timed():
     log = RoundLog(4)
     try:
-        with log.step(1, 1, 0):
+        with log.step(1, 1):
             raise RuntimeError
     except RuntimeError:
         pass

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,10 +151,88 @@ def test_unusable_speculative_options_are_refused_with_the_reason(no_hub, key):
         options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT, key: True}))
 
 
-def test_model_runner_v2_is_refused(no_hub, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
-        options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT}))
+def _ours(**options):
+    return {"method": "specdecpp", "model": DRAFT, "rule": "confidence", **options}
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """The environment's choice of a model runner, None for vLLM's own, on a machine with Triton or without."""
+
+    def set_up(runner: str | None, triton: bool = True) -> None:
+        monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", triton)
+        if runner is None:
+            monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+        else:
+            monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+
+    return set_up
+
+
+@pytest.mark.parametrize("runner", [None, "0", "1"])
+@pytest.mark.parametrize("triton", [True, False])
+def test_vllms_choice_of_a_model_runner_stands(no_hub, choose, runner, triton):
+    choose(runner, triton)
+    assert options.expand(_args(speculative_config=_ours())) is not None
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == runner
+
+
+@pytest.mark.parametrize("only_v1", [{"rule": "cost_aware"}, {"record_dir": "recorded"}])
+def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, only_v1):
+    choose(None)
+    assert options.expand(_args(speculative_config=_ours(**only_v1))) is not None
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    choose("1")
+    with pytest.raises(ValueError, match=f"^specdecpp: {next(iter(only_v1))}=.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        options.expand(_args(speculative_config=_ours(**only_v1)))
+
+
+@pytest.mark.parametrize("runner", [None, "1"])
+def test_asynchronous_scheduling_runs_on_v2(no_hub, choose, runner):
+    choose(runner)
+    args = _args(speculative_config=_ours(), async_scheduling=True)
+    assert options.expand(args) is not None
+    assert args.async_scheduling is True
+
+
+@pytest.mark.parametrize(("runner", "triton"), [("0", True), ("0", False), (None, False)])
+@pytest.mark.parametrize(
+    ("ours", "args"),
+    [({}, {"async_scheduling": True}), ({"enable_adaptive_verification": True}, {})],
+    ids=["async_scheduling", "adaptive_verification"],
+)
+def test_what_only_v2_can_serve_is_refused_on_v1(no_hub, choose, runner, triton, ours, args):
+    choose(runner, triton)
+    with pytest.raises(ValueError, match="^specdecpp: .*; leave it out$"):
+        options.expand(_args(speculative_config=_ours(**ours), **args))
+
+
+def test_options_of_both_runners_cannot_be_combined(no_hub, choose):
+    choose(None)
+    with pytest.raises(ValueError, match="^specdecpp: record_dir=.*async-scheduling"):
+        options.expand(_args(speculative_config=_ours(record_dir="recorded"), async_scheduling=True))
+
+
+def test_adaptive_verification_needs_estimates(no_hub, choose):
+    choose("1")
+    with pytest.raises(ValueError, match="^specdecpp: enable_adaptive_verification=True.*rule='fixed'"):
+        options.expand(_args(speculative_config=_ours(rule="fixed", enable_adaptive_verification=True)))
+    args = _args(speculative_config=_ours(enable_adaptive_verification=True))
+    assert options.expand(args) is not None
+    assert args.speculative_config["enable_adaptive_verification"] is True
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ours", "async_scheduling"),
+    [(False, {}, True), (True, {"rule": "cost_aware"}, None), (True, {"record_dir": "recorded"}, None)],
+)
+def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, chosen, ours, async_scheduling):
+    """vLLM prefers V1 for some models and options, which only shows once its own configuration is made."""
+    config, _ = options.SpecDecPPConfig.from_speculative_config(_ours(**ours), passthrough=[])
+    args = _args(speculative_config={"method": "draft_model"}, async_scheduling=async_scheduling)
+    with pytest.raises(ValueError, match="^specdecpp: "):
+        options._check_model_runner(args, config, SimpleNamespace(use_v2_model_runner=chosen))
+    options._check_model_runner(args, config, SimpleNamespace(use_v2_model_runner=not chosen))
 
 
 def test_flag_and_json_that_disagree_are_refused(no_hub):

@@ -19,11 +19,13 @@ from vllm_specdecpp.decision.features import (
     encode_scalars,
     features_from_logits,
 )
-from vllm_specdecpp.decision.round import RoundState
-from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_rule
+from vllm_specdecpp.decision.round import CostAwareState, DraftRound, RoundState
+from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_estimator, make_rule
 
 __all__ = [
     "ConfidenceEstimator",
+    "CostAwareState",
+    "DraftRound",
     "EntropyEstimator",
     "Estimator",
     "FixedRule",
@@ -35,5 +37,6 @@ __all__ = [
     "ThresholdRule",
     "encode_scalars",
     "features_from_logits",
+    "make_estimator",
     "make_rule",
 ]

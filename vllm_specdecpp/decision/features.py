@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class StepFeatures:
 
     previous: StepFeatures | None = None
     """Scalars of the pass before, which yielded Y_{k-1}: row-aligned, with ``drawn_logprob``, no hidden states."""
+
+    def select(self, rows: Tensor) -> StepFeatures:
+        """These features of some requests: ``rows`` is a mask [num_reqs] bool, or indices [num_rows] int64."""
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = value.select(rows) if isinstance(value, StepFeatures) else value
+            if isinstance(value, Tensor):
+                chosen[field.name] = value[rows]
+        return StepFeatures(**chosen)
 
 
 def features_from_logits(

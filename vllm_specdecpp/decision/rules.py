@@ -76,15 +76,24 @@ class ThresholdRule:
         return 1 - survival > self.threshold  # [num_reqs]
 
 
+def make_estimator(head: AcceptanceHead | None) -> Estimator:
+    """Whose scores the cost-aware rule reads: the head's, else the draft's top-1 probability."""
+    return ConfidenceEstimator() if head is None else HeadEstimator(head)
+
+
 def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
-    """The rule that the options ask for. A threshold that they leave out is the head's tuned one, if it has one.
+    """The threshold rule, or none, that the options ask for; the cost-aware rule is made by the engine, with its costs.
+
+    A threshold that they leave out is the head's tuned one, if it has one.
 
     Raises:
         ValueError: the rule needs a head and none is loaded, or the head's own threshold is not one.
     """
     rule, threshold = config.resolved_rule, config.resolved_threshold
-    if rule == "fixed" or threshold is None:
+    if rule == "fixed":
         return FixedRule()
+    if threshold is None:
+        raise ValueError(f"specdecpp: rule={rule!r} is no threshold rule; it is made with the engine's costs")
     if rule == "threshold":
         if head is None:
             raise ValueError("specdecpp: rule='threshold' needs an acceptance head and none is loaded; give head=...")

@@ -3,11 +3,13 @@
 
 vLLM's first draft pass re-reads every token the target has just verified. The draft model's KV of accepted candidates
 is in its cache already, except that of a candidate that was drawn last and never fed back; so one or two tokens a
-request suffice, whatever the candidate length was.
+request suffice, whatever the candidate length was. After rounds without a draft pass there are more: they are read from
+the request's own tokens, in passes of bounded size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,34 +29,63 @@ class RowState:
     """Position of the token that the target has just emitted (recovered, bonus, or the first one)."""
 
 
+@dataclass
+class RowBlocks:
+    """The KV-cache blocks of one request."""
+
+    ids: torch.Tensor  # [max_num_blocks] int32, its row of the block table
+    block_size: int
+
+    def covering(self, start: int, end: int) -> list[int]:
+        """Ids of the blocks that hold positions ``start`` to ``end - 1``."""
+        return self.ids[start // self.block_size : -(-end // self.block_size)].tolist()
+
+
 class DraftKV:
     """How far each request's draft KV is right.
 
     An entry holds only if the target's next query starts exactly where this round's next token stands, in the very
     next round: a request that was preempted, resumed or finished in between loses it, and is read from the start of
-    its query, as vLLM does (cached blocks hold draft KV as well as target KV).
+    its query, as vLLM does: what the prefix cache holds of the target it holds of the draft, in the same blocks. Except
+    in blocks that the target wrote while no draft pass was run; these are remembered.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, int]] = {}  # request id -> (next position, KV right before this position)
+        self._stale: set[int] = set()  # blocks with target KV whose draft KV is not right
 
-    def first_missing(self, row: RowState) -> int:
+    def first_missing(self, row: RowState, blocks: RowBlocks) -> int:
         """The first position whose draft KV has to be written; at most the next token's own position."""
-        entry = self._entries.get(row.request_id)
-        if entry is None or entry[0] != row.first_query_position:
-            return row.first_query_position
-        return min(entry[1], row.next_position)
+        if self.continues(row):
+            return min(self._entries[row.request_id][1], row.next_position)
+        if self._stale:
+            for number, block_id in enumerate(blocks.covering(0, row.first_query_position)):
+                if block_id in self._stale:
+                    return number * blocks.block_size
+        return row.first_query_position
 
     def continues(self, row: RowState) -> bool:
         """Whether the target has just verified what was drafted for this request in the last round."""
         entry = self._entries.get(row.request_id)
         return entry is not None and entry[0] == row.first_query_position
 
-    def replace(self, rows: list[RowState], num_fed: list[int]) -> None:
-        """Forget the last round; ``num_fed[i]`` tokens from the next token on were read for ``rows[i]``."""
-        self._entries = {
-            row.request_id: (row.next_position, row.next_position + fed) for row, fed in zip(rows, num_fed, strict=True)
-        }
+    def replace(self, rows: list[RowState], num_fed: Sequence[int | None], blocks: Sequence[RowBlocks]) -> None:
+        """Forget the last round.
+
+        Args:
+            rows: of this round.
+            num_fed: how many tokens from the next token on were read for each; None: no pass was run for it.
+            blocks: of each row.
+        """
+        entries: dict[str, tuple[int, int]] = {}
+        for row, fed, own in zip(rows, num_fed, blocks, strict=True):
+            right = self.first_missing(row, own) if fed is None else row.next_position + fed
+            if fed is None:
+                self._stale.update(own.covering(right, row.next_position))
+            elif self._stale:
+                self._stale.difference_update(own.covering(self.first_missing(row, own), right))
+            entries[row.request_id] = row.next_position, right
+        self._entries = entries
 
 
 @dataclass
@@ -66,6 +97,7 @@ class DraftInputs:
     slot_mapping: torch.Tensor  # [num_tokens] int64
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32, on the CPU
     seq_lens: torch.Tensor  # [num_reqs] int32, on the CPU
+    rows: torch.Tensor  # [num_reqs] int64, on the CPU: which of the requests these are
 
     @property
     def last_indices(self) -> torch.Tensor:
@@ -96,35 +128,70 @@ def first_pass(
     block_table: torch.Tensor,  # [num_reqs, max_num_blocks]
     block_size: int,
     max_model_len: int,
-) -> DraftInputs:
+    earlier: Callable[[int, int, int], Sequence[int]] | None = None,
+    max_num_tokens: int | None = None,
+) -> list[DraftInputs]:
     """The pass that brings the draft's KV up to the target's last emitted token.
 
-    For each request: the verified tokens from ``first_missing`` on, then its next token.
+    For each request: its tokens from ``first_missing`` on, then its next token.
+
+    Args:
+        earlier: (request's index, start, end) -> its tokens at these positions, all before what the target has just
+            read; needed only after rounds without a draft pass.
+        max_num_tokens: the most tokens of one pass, at least one a request; None: no bound.
+
+    Returns:
+        The last pass, which has every request's next token, after those that had to be split off it.
     """
+    starts = list(first_missing)
+    passes: list[list[tuple[int, int]]] = []  # per pass: first and last position + 1 of each request
+    # What stays for the last pass, so that it looks like any other round's.
+    kept = 1 if max_num_tokens is not None and 2 * len(rows) > max_num_tokens else 2
+    lengths = [row.next_position + 1 - start for row, start in zip(rows, starts, strict=True)]
+    while max_num_tokens is not None and sum(lengths) > max_num_tokens:
+        budget, spans = max_num_tokens, []
+        for index, start in enumerate(starts):
+            taken = max(min(lengths[index] - kept, budget), 0)
+            spans.append((start, start + taken))
+            starts[index], lengths[index], budget = start + taken, lengths[index] - taken, budget - taken
+        passes.append(spans)
+    passes.append([(start, row.next_position + 1) for row, start in zip(rows, starts, strict=True)])
+
+    def tokens(index: int, start: int, end: int) -> torch.Tensor:
+        row = rows[index]
+        before, parts = min(end, row.first_query_position), []
+        if start < before:
+            assert earlier is not None, "tokens from before the query are needed, and nobody to give them"
+            parts.append(torch.tensor(list(earlier(index, start, before)), dtype=torch.int32, device=device))
+        offset = query_starts[index] - row.first_query_position
+        now, last = max(start, row.first_query_position), min(end, row.next_position)
+        if now < last:
+            parts.append(target_token_ids[now + offset : last + offset].int())
+        if end > row.next_position:
+            parts.append(next_token_ids[index : index + 1].int())
+        return torch.cat(parts)
+
     device = target_token_ids.device
-    source: list[int] = []  # where each token stands in target_token_ids
-    positions: list[int] = []
-    owner: list[int] = []
-    lengths: list[int] = []
-    for index, (row, start, query_start) in enumerate(zip(rows, first_missing, query_starts, strict=True)):
-        offset = query_start - row.first_query_position
-        source.extend(range(start + offset, row.next_position + offset))
-        source.append(-1)  # the next token, filled in below
-        positions.extend(range(start, row.next_position + 1))
-        lengths.append(row.next_position + 1 - start)
-        owner.extend([index] * lengths[-1])
-    query_start_loc = torch.zeros(len(rows) + 1, dtype=torch.int32)
-    query_start_loc[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    token_ids = target_token_ids[torch.tensor(source, device=device).clamp_(min=0)].int()
-    token_ids[(query_start_loc[1:].long() - 1).to(device)] = next_token_ids.int()
-    position_ids = torch.tensor(positions, device=device)
-    return DraftInputs(
-        token_ids=token_ids,
-        positions=position_ids,
-        slot_mapping=slots(block_table, torch.tensor(owner, device=device), position_ids, block_size, max_model_len),
-        query_start_loc=query_start_loc,
-        seq_lens=torch.tensor([row.next_position + 1 for row in rows], dtype=torch.int32),
-    )
+    out = []
+    for spans in passes:
+        owners = [index for index, (start, end) in enumerate(spans) if start < end]
+        spans = [spans[index] for index in owners]
+        counts = torch.tensor([end - start for start, end in spans])
+        query_start_loc = torch.zeros(len(owners) + 1, dtype=torch.int32)
+        query_start_loc[1:] = counts.cumsum(0)
+        positions = torch.cat([torch.arange(start, end) for start, end in spans]).to(device)
+        owner = torch.tensor(owners).repeat_interleave(counts).to(device)
+        out.append(
+            DraftInputs(
+                token_ids=torch.cat([tokens(i, *span) for i, span in zip(owners, spans, strict=True)]),
+                positions=positions,
+                slot_mapping=slots(block_table, owner, positions, block_size, max_model_len),
+                query_start_loc=query_start_loc,
+                seq_lens=torch.tensor([end for _, end in spans], dtype=torch.int32),
+                rows=torch.tensor(owners),
+            )
+        )
+    return out
 
 
 def decode_pass(
@@ -143,4 +210,5 @@ def decode_pass(
         slot_mapping=slots(block_table, rows, positions, block_size, max_model_len),
         query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32),
         seq_lens=(positions + 1).clamp(max=max_model_len).int().cpu(),
+        rows=torch.arange(num_reqs),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our Worker classes add to vLLM's: the proposer, and remote calls to read and steer it.
+"""What our Worker classes add to vLLM's: the proposer or speculator, and remote calls to read and steer it.
 
 The remote calls are reached with ``llm.collective_rpc("specdecpp_stats")`` and the like.
 """
@@ -15,6 +15,7 @@ from vllm_specdecpp.engine.options import ADDITIONAL_CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
 
 logger = init_logger("vllm.specdecpp")
 
@@ -29,9 +30,23 @@ class SpecDecPPWorkerMixin:
     def init_device(self) -> None:
         """Replace the drafter after vLLM has built the model runner and before it loads any weights."""
         super().init_device()  # type: ignore[misc]
+        config = SpecDecPPConfig.from_additional_config(self.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
+        if self.vllm_config.use_v2_model_runner:
+            self._install_speculator(config)
+        else:
+            self._install_proposer(config)
+
+    def _install_speculator(self, config: SpecDecPPConfig) -> None:
+        """Model Runner V2."""
+        from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+
+        self.model_runner.speculator = None  # its buffers can be large
+        self.model_runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config)
+
+    def _install_proposer(self, config: SpecDecPPConfig) -> None:
+        """Model Runner V1."""
         from vllm_specdecpp.engine.v1 import SpecDecPPProposer
 
-        config = SpecDecPPConfig.from_additional_config(self.vllm_config.additional_config[ADDITIONAL_CONFIG_KEY])
         runner = self.model_runner
         if self.device.type == "cpu":
             from vllm_specdecpp.engine import cpu_sampler, empty_top_k
@@ -45,12 +60,37 @@ class SpecDecPPWorkerMixin:
         if config.record_dir is not None:
             self._start_recording()
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load as vLLM does; on Model Runner V2 then tell the rejection sampler where drafts end."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self._speculator is not None:
+            from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+
+            runner = self.model_runner
+            runner.rejection_sampler = end_of_draft_sampler(runner.rejection_sampler, self._speculator.submitted)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the target as vLLM does; Model Runner V2 does not keep what the speculator must know of a request."""
+        if self._speculator is not None:
+            self._speculator.requests.update(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def take_draft_token_ids(self) -> Any:
+        """What the scheduler is told; on Model Runner V2 each request's own candidates, not the upper bound of them."""
+        taken = super().take_draft_token_ids()  # type: ignore[misc]
+        return taken if taken is None or self._speculator is None else self._speculator.ragged(taken)
+
     def compile_or_warm_up_model(self) -> Any:
         """Warm up as vLLM does, then time both models at small widths."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if self._speculator is not None:
+            logger.info("specdecpp: draft rounds run %s: %s", *self._speculator.how_rounds_run())
+            return times
         self._proposer.measure_widths()
         if self.device.type == "cpu":
             self._pad_target()
+        if self._proposer.config.resolved_rule == "cost_aware":
+            self._proposer.start_cost_aware()
         return times
 
     def _pad_target(self) -> None:
@@ -63,17 +103,18 @@ class SpecDecPPWorkerMixin:
         runner = self.model_runner
         if not target_widths.can_pad(runner):
             return
-        seconds = self._proposer._agree(torch.tensor(target_widths.measure_target(runner), dtype=torch.float64))
+        seconds = self._proposer.agree(torch.tensor(target_widths.measure_target(runner), dtype=torch.float64))
         widths = RowWidths(seconds.tolist())
         target_widths.pad_to(runner, widths)
         chosen = [widths.cheapest(n) for n in range(1, len(seconds) + 1)]
         logger.info("specdecpp: verification of 1 to %d rows runs with %s rows", len(seconds), chosen)
 
     def shutdown(self) -> None:
-        """Write what was recorded and not written yet, then shut down as vLLM does."""
-        recorder = getattr(getattr(getattr(self, "model_runner", None), "drafter", None), "recorder", None)
-        if recorder is not None:
-            recorder.close()
+        """Write what was recorded and learnt and not written yet, then shut down as vLLM does."""
+        drafter = getattr(getattr(self, "model_runner", None), "drafter", None)
+        for part, end in (("recorder", "close"), ("cost_aware", "save")):
+            if (owner := getattr(drafter, part, None)) is not None:
+                getattr(owner, end)()
         super().shutdown()  # type: ignore[misc]
 
     def _start_recording(self) -> None:
@@ -97,15 +138,33 @@ class SpecDecPPWorkerMixin:
 
     @property
     def _proposer(self) -> SpecDecPPProposer:
+        if self._speculator is not None:
+            raise ValueError(
+                "specdecpp: recording rounds and timing steps need Model Runner V1; start with "
+                "VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         return self.model_runner.drafter
 
+    @property
+    def _speculator(self) -> SpecDecPPSpeculator | None:
+        """Model Runner V2's, or None on V1."""
+        return self.model_runner.speculator if self.vllm_config.use_v2_model_runner else None
+
+    @property
+    def _drafter(self) -> SpecDecPPProposer | SpecDecPPSpeculator:
+        return self._speculator or self._proposer
+
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset; see :class:`vllm_specdecpp.engine.metrics.RoundLog`."""
-        return self._proposer.log.stats(reset=reset)
+        """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.metrics.RoundLog`; and
+        ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.cost_aware.CostAwareDrafting.stats`."""
+        stats = self._drafter.log.stats(reset=reset)
+        if self._speculator is None and self._proposer.cost_aware is not None:
+            stats["cost_aware"] = self._proposer.cost_aware.stats()
+        return stats
 
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""
-        return self._proposer.log.rounds(clear=clear)
+        return self._drafter.log.rounds(clear=clear)
 
     def specdecpp_step_times(self, clear: bool = False) -> list[dict[str, Any]]:
         """Times of the last ``trace_rounds`` steps, oldest first; see
@@ -137,4 +196,4 @@ class SpecDecPPWorkerMixin:
         Raises:
             ValueError: a bad value; nothing has changed then.
         """
-        return self._proposer.reconfigure(changes).to_additional_config()
+        return self._drafter.reconfigure(changes).to_additional_config()

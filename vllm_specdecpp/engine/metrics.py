@@ -39,23 +39,25 @@ class RoundLog:
         self._draft_passes += 1
 
     @contextmanager
-    def step(self, num_reqs: int, num_rows: int, num_new: int) -> Iterator[None]:
+    def step(self, num_reqs: int, num_rows: int) -> Iterator[dict[str, Any]]:
         """The time of one batch's drafting; the device must have been waited for at both ends.
 
         Args:
             num_reqs: requests in the batch.
             num_rows: tokens that the target has just read, the last emitted token of each request among them.
-            num_new: requests that came without a draft: prompts, or chunks of them.
+
+        Yields:
+            The step as :meth:`step_times` shows it, so far without ``passes`` and ``draft_seconds``. The caller sets
+            ``num_new``: requests that came without a draft, prompts or chunks of them.
         """
         start, passes = self._clock(), self._draft_passes
-        yield
+        since = None if self._last_end is None else start - self._last_end
+        step = {"num_reqs": num_reqs, "rows": num_rows, "num_new": 0, "since_last_seconds": since}
+        yield step
         end = self._clock()
+        step |= {"passes": self._draft_passes - passes, "draft_seconds": end - start}
         if self._step_times.maxlen:
-            since = None if self._last_end is None else start - self._last_end
-            self._step_times.append(
-                {"num_reqs": num_reqs, "rows": num_rows, "num_new": num_new, "passes": self._draft_passes - passes,
-                 "draft_seconds": end - start, "since_last_seconds": since}
-            )  # fmt: skip
+            self._step_times.append(step)
         self._last_end = end
 
     def verified(self, request_id: str, candidates: list[int], accepted: int, next_token: int) -> None:

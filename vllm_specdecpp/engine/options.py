@@ -29,7 +29,6 @@ _REFUSED = {
     "parallel_drafting": "one pass proposes all candidates, so there is nothing to stop early",
     "use_local_argmax_reduction": "the stop rule needs the draft's logits",
     "use_heterogeneous_vocab": "draft and target must share a vocabulary",
-    "enable_adaptive_verification": "it needs Model Runner V2",
     "disable_padded_drafter_batch": "draft models need the padded batch",
 }
 """Options of vLLM's SpeculativeConfig that cannot work with specdecpp yet, with the reason."""
@@ -85,11 +84,6 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"specdecpp: rejection_sample_method={method!r} cannot be recorded: its outcomes are not those of one "
             "candidate after the other; leave it or record_dir out"
         )
-    if args.async_scheduling:
-        raise ValueError(
-            "specdecpp: --async-scheduling books a fixed number of draft slots and cannot carry per-request lengths; "
-            "leave it out"
-        )
     for name in ("pipeline_parallel_size", "data_parallel_size"):
         if (value := getattr(args, name, 1)) > 1:
             raise ValueError(f"specdecpp: {name}={value} is not supported; use 1")
@@ -98,18 +92,67 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"specdecpp: --additional-config must be a JSON object to carry our options, not a "
             f"{type(args.additional_config).__name__}"
         )
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        raise ValueError(
-            "specdecpp: VLLM_USE_V2_MODEL_RUNNER=1 is not supported yet; unset it, and Model Runner V1 will be selected"
+
+
+def _needs_v1(config: SpecDecPPConfig) -> str | None:
+    """The option that only Model Runner V1 can serve, with the reason, or None."""
+    if config.record_dir is not None:
+        return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
+    if config.resolved_rule == "cost_aware":
+        return "rule='cost_aware' does not run on Model Runner V2 yet"
+    return None
+
+
+def _needs_v2(args: Any, user: Mapping[str, Any]) -> str | None:
+    """The option that only Model Runner V2 can serve, with the reason, or None."""
+    if user.get("enable_adaptive_verification"):
+        return "enable_adaptive_verification=True needs Model Runner V2"
+    if args.async_scheduling:
+        return (
+            "--async-scheduling books a fixed number of draft slots, which Model Runner V1 cannot cut to each "
+            "request's length"
         )
+    return None
 
 
-def _select_model_runner_v1() -> None:
+def _select_model_runner(args: Any, user: Mapping[str, Any], config: SpecDecPPConfig) -> None:
+    """Leave the model runner to vLLM, unless an option of ours can only run on V1 and nobody asked for V2.
+
+    Raises:
+        ValueError: one line: an option that the runner cannot serve.
+    """
+    import vllm.envs as envs
     from vllm.triton_utils import HAS_TRITON
 
-    if HAS_TRITON:  # without Triton vLLM runs V1 anyway, and other engines of this process keep their choice
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    only_v1, only_v2 = _needs_v1(config), _needs_v2(args, user)
+    if only_v2 is not None and (wanted is False or (wanted is None and not HAS_TRITON)):
+        raise ValueError(f"specdecpp: {only_v2}; leave it out")
+    if only_v1 is not None and (wanted or only_v2 is not None):
+        mend = "set VLLM_USE_V2_MODEL_RUNNER=0" if only_v2 is None else f"leave one out, for {only_v2}"
+        raise ValueError(f"specdecpp: {only_v1}; {mend}, or choose another one")
+    if user.get("enable_adaptive_verification") and config.resolved_rule == "fixed":
+        raise ValueError(
+            "specdecpp: enable_adaptive_verification=True sizes the verification by the rule's estimates, and "
+            "rule='fixed' makes none; choose another rule"
+        )
+    if only_v1 is not None and wanted is None and HAS_TRITON:
+        # Without Triton vLLM runs V1 anyway, and other engines of this process keep their choice.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # worker processes inherit it
-        logger.info("specdecpp: using Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0)")
+        logger.info("specdecpp: using Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0): %s", only_v1)
+
+
+def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) -> None:
+    """Once vLLM has chosen: it prefers V1 for some models and options.
+
+    Raises:
+        ValueError: one line: an option that the chosen runner cannot serve.
+    """
+    if vllm_config.use_v2_model_runner:
+        if (reason := _needs_v1(config)) is not None:
+            raise ValueError(f"specdecpp: {reason}; set VLLM_USE_V2_MODEL_RUNNER=0, or choose another one")
+    elif (reason := _needs_v2(args, args.speculative_config)) is not None:
+        raise ValueError(f"specdecpp: {reason}, and vLLM chose V1 for this model and these options; leave it out")
 
 
 def expand(args: Any) -> SpecDecPPConfig | None:
@@ -135,7 +178,7 @@ def expand(args: Any) -> SpecDecPPConfig | None:
 
         pair = find_pair(args.model)
         user["model"] = pair.draft
-        if pair.head is not None and user.get("rule") in (None, "threshold"):
+        if pair.head is not None and user.get("rule") in (None, "cost_aware", "threshold"):
             user.setdefault("head", pair.head)
     config, passed_on = SpecDecPPConfig.from_speculative_config(
         user, passthrough=[f.name for f in fields(SpeculativeConfig)]
@@ -145,8 +188,9 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: config.to_additional_config()}
     args.worker_cls = _worker_cls()
-    args.async_scheduling = False
-    _select_model_runner_v1()
+    _select_model_runner(args, user, config)
+    # Lists of each request's own length are what the scheduler then verifies, on either runner.
+    args.async_scheduling = bool(args.async_scheduling)
     return config
 
 
@@ -185,7 +229,7 @@ def _announce(config: SpecDecPPConfig) -> None:
         config.resolved_rule,
         source,
         bound,
-        config.min_speculative_tokens,
+        0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens,
         config.num_speculative_tokens,
     )
 
@@ -201,6 +245,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         except ValidationError as error:
             what = f"model={config.model!r} as draft of {self.model!r}"
             raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
+        _check_model_runner(self, config, vllm_config)
         _check_head(config, vllm_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()

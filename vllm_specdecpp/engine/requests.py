@@ -41,6 +41,10 @@ class RunnerRequests:
             for index, request_id in enumerate(batch.req_ids)
         ]
 
+    def token_ids(self, index: int, start: int, end: int) -> list[int]:
+        """The request's tokens at positions ``start`` to ``end - 1``, all of them older than this step's."""
+        return self._runner.input_batch.token_ids_cpu[index, start:end].tolist()
+
     def is_prefilling(self, index: int) -> bool:
         """Whether the prompt is not read to its end yet, so that nothing was sampled."""
         return bool(self._runner.discard_request_mask.np[index])

@@ -21,11 +21,15 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.round import RoundState
-from vllm_specdecpp.decision.rules import StopRule, make_rule
-from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowState, decode_pass, first_pass
+from vllm_specdecpp.decision.round import DraftRound, RoundState
+from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
+from vllm_specdecpp.engine import costs
+from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.engine.passes import SinglePasses
 from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.head import AcceptanceHead
@@ -51,9 +55,11 @@ class SpecDecPPProposer(DraftModelProposer):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
+        self.runner = runner
         self.config = config
         self.head: AcceptanceHead | None = None
-        self.rule: StopRule
+        self.rule: StopRule | None = None  # None: the cost-aware one
+        self.cost_aware: CostAwareDrafting | None = None
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
@@ -75,27 +81,39 @@ class SpecDecPPProposer(DraftModelProposer):
                 expected_draft=model_label(self.config.model),
                 device=self.device,
             )
-        self.rule = make_rule(self.config, self.head)
+        if self.config.resolved_rule != "cost_aware":
+            self.rule = make_rule(self.config, self.head)
 
-    @torch.inference_mode()
     def measure_widths(self) -> None:
         """Time the draft model's passes at small widths; call once the model is compiled. GPUs pad to their graphs."""
         if self.device.type != "cpu":
             return
-
-        def run_model(num_rows: int) -> None:
-            with set_forward_context(None, self.vllm_config, num_tokens=num_rows):
-                self.model(**self.build_model_inputs_first_pass(num_rows, num_rows, None)[0])
-
-        def run_logits(num_rows: int) -> None:
-            self.model.compute_logits(self.hidden_states[:num_rows])
-
-        most = min(MAX_ROWS, self.max_num_tokens)
-        tables = torch.tensor([measure(run_model, most), measure(run_logits, most)], dtype=torch.float64)
-        tables = self._agree(tables)  # ranks that pad differently would not meet in an all-reduce
+        passes, most = SinglePasses(self), min(MAX_ROWS, self.max_num_tokens)
+        times = [measure(passes.draft, most), measure(passes.draft_logits, most)]
+        tables = self.agree(torch.tensor(times, dtype=torch.float64))  # ranks that pad differently would not meet
         self.pass_widths, self.logits_widths = (RowWidths(table) for table in tables.tolist())
         chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
         logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
+
+    def start_cost_aware(self) -> CostAwareDrafting:
+        """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
+        if self.cost_aware is not None:
+            return self.cost_aware
+        scheduler = self.vllm_config.scheduler_config
+        estimator, leads = make_estimator(self.head), get_tp_group().rank_in_group == 0
+        cache = costs.cost_cache(self.vllm_config, self.device)
+        points = cache.load() if leads else None
+        measured = not bool(self.agree(torch.tensor([points is not None])))
+        if measured:
+            points = costs.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
+        rule = None
+        if leads and points is not None:
+            most = min(scheduler.max_num_batched_tokens, costs.MAX_TOKENS)
+            model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most)
+            bound, adapt = self._max_num_speculative_tokens, self.config.online_calibration
+            rule = CostAwareRule(model, bound, lag=estimator.lag, adapt=adapt)
+        self.cost_aware = CostAwareDrafting(rule, estimator, cache, self.agree, self.device, measured)
+        return self.cost_aware
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """One pass instead of vLLM's K_max equal ones: at K_max 20 those take minutes of every start on a CPU."""
@@ -117,8 +135,12 @@ class SpecDecPPProposer(DraftModelProposer):
                 f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
                 f"{self._max_num_speculative_tokens} given at start-up; restart with a larger one"
             )
-        rule = make_rule(config, self.head)
+        rule = None if config.resolved_rule == "cost_aware" else make_rule(config, self.head)
         self.config, self.rule = config, rule
+        if self.cost_aware is not None:
+            self.cost_aware.drop_round()
+        if rule is None:
+            self.start_cost_aware().adapt(config.online_calibration)
         self.log.resize(config.trace_rounds)
         return config
 
@@ -146,68 +168,116 @@ class SpecDecPPProposer(DraftModelProposer):
         self._last_draft_probs = None
         query_starts = common_attn_metadata.query_start_loc_cpu.tolist()  # [num_reqs + 1]
         num_reqs = common_attn_metadata.batch_size()
-        rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
-        rows = self.requests.rows(query_starts, rejected)
-        num_new = self._log_verified(rows, query_starts, rejected, next_token_ids)
-        with self.log.step(num_reqs, query_starts[-1], num_new):
-            if not any(self.requests.will_go_on(row, index) for index, row in enumerate(rows)):
-                self._finish_round(rows, [0] * num_reqs, [[] for _ in rows])
-                return [[] for _ in rows]
-
+        with self.log.step(num_reqs, query_starts[-1]) as step:
+            rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
+            rows = self.requests.rows(query_starts, rejected)
+            outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
+            step["num_new"] = num_reqs - len(outcomes)
+            block_table = common_attn_metadata.block_table_tensor
+            blocks = [RowBlocks(ids, self.block_size) for ids in block_table]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
-            max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
-            state = RoundState(
+            missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
+            state, fed = self._begin_round(rows, outcomes, bound, step["since_last_seconds"], missing)
+            candidates: list[list[int]] = [[] for _ in rows]
+            num_fed: list[int | None] = [None] * num_reqs
+            if fed:
+                index = torch.tensor(fed)
+                passes = first_pass(
+                    [rows[i] for i in fed],
+                    [missing[i] for i in fed],
+                    target_token_ids,
+                    [query_starts[i] for i in fed],
+                    next_token_ids[index.to(self.device)],
+                    block_table[index.to(self.device)],
+                    self.block_size,
+                    self.max_model_len,
+                    lambda row, start, end: self.requests.token_ids(fed[row], start, end),
+                    self.max_num_tokens,
+                )
+                step["caught_up"] = sum(len(p.token_ids) for p in passes) - 2 * len(fed)
+                trace = None if self.recorder is None else self.recorder.new_trace(rows)
+                candidates, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
+                if self.recorder is not None and trace is not None:
+                    self.recorder.drafted(rows, candidates, trace)
+            self._finish_round(rows, num_fed, candidates, blocks)
+        if self.cost_aware is not None:
+            self.cost_aware.timed(step)
+        return candidates
+
+    def _begin_round(
+        self,
+        rows: list[RowState],
+        outcomes: dict[int, tuple[int, int]],
+        bound: int,
+        since_last: float | None,
+        first_missing: list[int],
+    ) -> tuple[DraftRound, list[int]]:
+        """Decide who drafts, and whom the first pass is for: them, and prompts that are being read."""
+        max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
+        prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
+        stop_token_ids = self.requests.stop_token_ids(rows)
+        if self.rule is not None:
+            state: DraftRound = RoundState(
                 self.rule,
                 torch.tensor(max_lengths, device=self.device),
                 min_length=self.config.min_speculative_tokens,
-                stop_token_ids=self.requests.stop_token_ids(rows),
-                agree=self._agree,
+                stop_token_ids=stop_token_ids,
+                agree=self.agree,
             )
-            block_table = common_attn_metadata.block_table_tensor
-            inputs = first_pass(
-                rows,
-                [self.draft_kv.first_missing(row) for row in rows],
-                target_token_ids,
-                query_starts[:-1],
-                next_token_ids,
-                block_table,
-                self.block_size,
-                self.max_model_len,
+            drafts = [length > 0 for length in max_lengths]
+            keep_up = True
+        else:
+            assert self.cost_aware is not None
+            state = self.cost_aware.begin(
+                rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing
             )
-            trace = None if self.recorder is None else self.recorder.new_trace(rows)
-            candidates, num_fed = self._draft(inputs, state, block_table, sampling_metadata, trace)
-            if self.recorder is not None and trace is not None:
-                self.recorder.drafted(rows, candidates, trace)
-            self._finish_round(rows, num_fed, candidates)
-            return candidates
+            drafts = state.running.tolist()
+            keep_up = self.cost_aware.drafting
+        # Where drafting does not pay, prompts are not read either; the first round that drafts catches up.
+        keep_up = keep_up and (any(drafts) or not any(max_lengths))
+        return state, [
+            index
+            for index, row in enumerate(rows)
+            if drafts[index] or (keep_up and prompts[index] and self.requests.will_go_on(row, index))
+        ]
 
     def _draft(
         self,
-        inputs: DraftInputs,
-        state: RoundState,
+        fed: torch.Tensor,
+        passes: list[DraftInputs],
+        state: DraftRound,
         block_table: torch.Tensor,
         sampling_metadata: SamplingMetadata,
         trace: DraftTrace | None,
-    ) -> tuple[list[list[int]], list[int]]:
+    ) -> tuple[list[list[int]], list[int | None]]:
         """The draft loop: passes and draws until every request has stopped.
 
+        Args:
+            fed: [num_fed] int64, requests that the first pass is for.
+            passes: the first pass, and those that had to be split off it; of ``fed``.
+
         Returns:
-            Each request's candidates, and how many tokens from its next token on the draft model has read.
+            Each request's candidates, and how many tokens from its next token on the draft model has read; None for
+            those not in ``fed``.
         """
         num_reqs = state.running.shape[0]
-        hidden_states = self._run_draft_model(inputs, block_table, 0)  # [num_tokens, hidden_size]
-        hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_reqs, hidden_size]
-        next_positions = inputs.seq_lens.to(self.device).long()  # [num_reqs] of the candidate to be drawn
-        num_fed = [1] * num_reqs
+        for inputs in passes:
+            hidden_states = self._run_draft_model(inputs, block_table[fed[inputs.rows].to(self.device)], 0)
+        hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_fed, hidden_size]
+        fed_rows = fed.to(self.device)
+        next_positions = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)  # of the candidate to be drawn
+        next_positions[fed_rows] = inputs.seq_lens.to(self.device).long()
+        num_fed: list[int | None] = [None] * num_reqs
+        for index in fed.tolist():
+            num_fed[index] = 1
         drawn: list[torch.Tensor] = []  # per step: [num_reqs] candidates, -1 where none was submitted
         probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
-        needs = self.rule.needs if trace is None else self.rule.needs | trace.needs
+        needs = state.needs if trace is None else state.needs | trace.needs
 
-        fed_rows = torch.arange(num_reqs, device=self.device)
         while state.any_running():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
-            logits = self._compute_logits(hidden_states)  # [num_running, vocab_size]
+            logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
             features = features_from_logits(
                 logits,
                 hidden_states,
@@ -216,11 +286,17 @@ class SpecDecPPProposer(DraftModelProposer):
                 margin="margin" in needs,
             )
             state.observe(features, running)
+            draws = state.drawing[running]  # [num_running]
+            if not bool(draws.all()):
+                running, logits, hidden_states = running[draws], logits[draws], hidden_states[draws]
+                features = features.select(draws)
+                if not len(running):
+                    break
             metadata = _select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
-            token_ids = self._agree(token_ids)
+            token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else _logprobs(raw_logits, token_ids)  # [num_running]
             if trace is not None:
                 trace.step(running, features, drawn_logprobs)
@@ -237,7 +313,7 @@ class SpecDecPPProposer(DraftModelProposer):
             inputs = decode_pass(token_ids[keep], positions, fed_blocks, self.block_size, self.max_model_len)
             hidden_states = self._run_draft_model(inputs, fed_blocks, len(drawn))
             for index in fed_rows.tolist():
-                num_fed[index] += 1
+                num_fed[index] = (num_fed[index] or 0) + 1
 
         if probabilities:
             self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()  # [num_reqs, num_steps, vocab_size]
@@ -245,10 +321,10 @@ class SpecDecPPProposer(DraftModelProposer):
 
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
-    ) -> int:
-        """Account for the rounds that were just verified; returns how many requests had none."""
+    ) -> dict[int, tuple[int, int]]:
+        """Account for the rounds that were just verified: row -> candidates verified, accepted."""
         next_tokens = next_token_ids.tolist()
-        outcomes: dict[int, tuple[int, int]] = {}  # row -> candidates verified, accepted
+        outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
             if row.request_id not in self._candidates or not self.draft_kv.continues(row):
                 continue
@@ -258,7 +334,7 @@ class SpecDecPPProposer(DraftModelProposer):
             self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
-        return len(rows) - len(outcomes)
+        return outcomes
 
     def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
         """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
@@ -295,7 +371,7 @@ class SpecDecPPProposer(DraftModelProposer):
         self.log.draft_pass()
         return hidden_states[:num_tokens]
 
-    def _compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The draft's logits [num_rows, vocab_size] from its hidden states [num_rows, hidden_size]."""
         num_rows = hidden_states.shape[0]
         if (width := self.logits_widths.cheapest(num_rows)) > num_rows:
@@ -303,18 +379,21 @@ class SpecDecPPProposer(DraftModelProposer):
             hidden_states = torch.cat([hidden_states, padding])
         return self.model.compute_logits(hidden_states)[:num_rows]
 
-    def _agree(self, decision: torch.Tensor) -> torch.Tensor:
+    def agree(self, decision: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
         group = get_tp_group()
         if group.world_size == 1:
             return decision
-        message = decision.to(torch.uint8) if decision.dtype == torch.bool else decision
-        return group.broadcast(message.contiguous(), src=0).to(decision.dtype)
+        message = decision.to(self.device, torch.uint8 if decision.dtype == torch.bool else decision.dtype)
+        return group.broadcast(message.contiguous(), src=0).to(decision.device, decision.dtype)
 
-    def _finish_round(self, rows: list[RowState], num_fed: list[int], candidates: list[list[int]]) -> None:
+    def _finish_round(
+        self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks]
+    ) -> None:
         prefilling = [self.requests.is_prefilling(index) for index in range(len(rows))]
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
-        self.draft_kv.replace(rows, [0 if p else fed for p, fed in zip(prefilling, num_fed, strict=True)])
+        num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
+        self.draft_kv.replace(rows, num_right, blocks)
         self._candidates = {
             row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
         }

@@ -193,6 +193,10 @@ class Curve:
     def _log_ratio(self, width: int) -> float:
         return math.log(self.at(width) / float(self._start[width]))
 
+    def raised(self, seconds: float) -> Curve:
+        """This curve with ``seconds`` more at every width: what does not depend on the width and was not measured."""
+        return Curve({width: value + seconds for width, value in self.points().items()}, self.max_width)
+
     def points(self) -> dict[int, float]:
         """The curve as it is now, at the measured widths and those seen often since."""
         ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost-aware rule in a real engine: rounds without drafting, and what follows them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import engine_harness as harness
+from vllm_specdecpp.decision.cost_aware.rule import Decision
+
+MAX_LENGTH = 6
+PROMPTS = harness.prompts(12, seed=31, longest=60)
+CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
+"""Seconds: drafting is well worth it."""
+DEAR = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 64: 60e-3}}
+"""Seconds: drafting never is."""
+
+
+@pytest.fixture(scope="module")
+def llm(tiny, baseline):
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
+    }  # fmt: skip
+    # A pass of at most 24 tokens: catching up takes several.
+    with harness.engine(tiny.target, config, enable_prefix_caching=True, max_num_batched_tokens=24) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny):
+    with harness.engine(tiny.target) as llm:
+        return harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True))
+
+
+class _Scripted:
+    """A rule that drafts in the rounds that ``plan`` names, as far as ``random`` says."""
+
+    lag = 0
+
+    def __init__(self, plan: Any, seed: int) -> None:
+        self._plan, self._random = plan, random.Random(seed)
+
+    def begin(self, request_ids: list[str], max_lengths: list[int]) -> Any:
+        pairs = zip(request_ids, max_lengths, strict=True)
+        running = np.array([n > 0 and self._plan(request_id) for request_id, n in pairs])
+        return _ScriptedRound(request_ids, running, np.array(max_lengths), self._random)
+
+    def finish(self, *args: Any) -> None:
+        pass
+
+
+class _ScriptedRound:
+    def __init__(self, request_ids: list[str], running: Any, limits: Any, rng: random.Random) -> None:
+        self.request_ids, self.running, self._limits, self._random = request_ids, running, limits, rng
+        self.lengths = np.zeros(len(running), dtype=np.int64)
+        self.rule = _Scripted
+        self.scores: list[Any] = []  # nothing to learn from
+
+    def step(self, scores: Any) -> Decision:
+        submit = self.running & np.array([self._random.random() < 0.9 for _ in self.running])
+        self.lengths += submit
+        go_on = submit & (self.lengths < self._limits) & np.array([self._random.random() < 0.7 for _ in self.running])
+        self.running = go_on
+        return Decision(submit, go_on)
+
+    def end(self, ended: Any) -> None:
+        self.running &= ~ended
+
+
+PLANS = {
+    "all rounds": lambda rng: lambda request_id: True,
+    "some requests, some rounds": lambda rng: lambda request_id: rng.random() < 0.4,
+    "long stretches": lambda rng: _stretches(rng),
+}
+
+
+def _stretches(rng: random.Random) -> Any:
+    state = {"on": True}
+
+    def plan(request_id: str) -> bool:
+        if rng.random() < 0.05:
+            state["on"] = not state["on"]
+        return state["on"]
+
+    return plan
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseline, reference, monkeypatch, plan):
+    """Whatever was skipped: a wrong or missing KV entry of the draft would show as a candidate that is not its own.
+
+    Prompts are read in chunks, some of them from the prefix cache, while nothing is drafted.
+    """
+    llm.reset_prefix_cache()
+    drafting = harness.proposer(llm).cost_aware
+    monkeypatch.setattr(drafting, "_leave_out", lambda *args: None)  # however much there is to read
+    monkeypatch.setattr(drafting, "rule", _Scripted(PLANS[plan](random.Random(5)), seed=6))
+    draft = reference("draft_good")
+    harness.take_rounds(llm)
+    llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
+    checked = lengths = 0
+    for _ in range(2):  # the second time with cached prompts
+        outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
+        assert harness.token_ids(outputs) == baseline
+        for prompt, tokens, rounds in zip(
+            PROMPTS, baseline, harness.rounds_of(outputs, harness.take_rounds(llm)), strict=True
+        ):
+            emitted = 1  # by the prefill
+            for candidates, accepted, next_token in rounds:
+                context = [*prompt, *tokens[:emitted]]
+                for candidate in candidates:
+                    assert candidate == draft.steps(context)[0].token
+                    context.append(candidate)
+                    checked += 1
+                lengths |= 1 << len(candidates)
+                emitted += accepted + 1
+                assert emitted > len(tokens) or tokens[emitted - 1] == next_token
+    assert checked > 100 and bin(lengths).count("1") >= 5
+    steps = llm.collective_rpc("specdecpp_step_times")[0]
+    caught_up = [step["caught_up"] for step in steps if step.get("caught_up", 0) > 0]
+    drafting.drop_round()
+    assert (max(caught_up) > 24) == (plan != "all rounds")  # more than one pass can read
+
+
+def test_drafts_where_it_pays(llm, baseline, monkeypatch):
+    harness.set_costs(llm, CHEAP)
+    for _ in range(4):
+        outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
+        assert harness.token_ids(outputs) == baseline
+    stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
+    assert stats["candidates"] > 2 * stats["rounds"] and stats["accepted"] > 0.5 * stats["candidates"]
+    assert len(stats["lengths"]) == MAX_LENGTH + 1
+    told = stats["cost_aware"]
+    assert told["rho"]["1"] > 1.5 / CHEAP["verify"][1]
+    assert told["calibration"]["slope"] > 0 and told["costs"]["step"] == {"1": 1e-3}
+
+
+def test_drafts_next_to_nothing_where_it_does_not_and_comes_back(llm, baseline):
+    harness.set_costs(llm, DEAR)
+    for _ in range(3):
+        assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
+    assert stats["draft_passes"] < 0.1 * stats["rounds"]
+    harness.set_costs(llm, CHEAP)
+    for _ in range(6):
+        harness.generate(llm, PROMPTS, ignore_eos=True)
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    harness.generate(llm, PROMPTS, ignore_eos=True)
+    stats = llm.collective_rpc("specdecpp_stats")[0]
+    assert stats["candidates"] > 1.5 * stats["rounds"]
+
+
+def test_switched_off_requests_draft_nothing(llm):
+    from vllm import SamplingParams
+
+    harness.set_costs(llm, CHEAP)
+    harness.take_rounds(llm)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=24, ignore_eos=True, detokenize=False,
+            extra_args={"specdecpp": {"enabled": bool(i % 2)}},
+        )
+        for i in range(len(PROMPTS))
+    ]  # fmt: skip
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    drafted = [sum(len(r[0]) for r in rounds) for rounds in harness.rounds_of(outputs, harness.take_rounds(llm))]
+    assert not any(drafted[::2]) and all(drafted[1::2])
+
+
+def test_another_rule_and_back(llm):
+    rule = harness.proposer(llm).cost_aware.rule
+    harness.configure(llm, rule="fixed")
+    harness.take_rounds(llm)
+    harness.generate(llm, PROMPTS[:2], ignore_eos=True)
+    assert max(len(r["candidates"]) for r in harness.take_rounds(llm)) == MAX_LENGTH
+    harness.configure(llm, rule="cost_aware", num_speculative_tokens=2)
+    harness.set_costs(llm, CHEAP)
+    harness.generate(llm, PROMPTS[:4], ignore_eos=True)
+    assert {len(r["candidates"]) for r in harness.take_rounds(llm)} >= {1, 2}
+    assert max(len(r["candidates"]) for r in harness.take_rounds(llm) or [{"candidates": []}]) <= 2
+    assert harness.proposer(llm).cost_aware.rule is rule  # what it has learnt is kept
+    harness.configure(llm, num_speculative_tokens=MAX_LENGTH)

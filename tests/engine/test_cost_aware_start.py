@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost-aware rule in engines of its own: the law of what is sampled, and the costs kept between starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import engine_harness as harness
+from tests.exact_law import joint_law, p_value
+from vllm_specdecpp.engine import costs
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampled_output_follows_the_exact_law(tiny, reference, method):
+    num, length = 4096, 4
+    prompt = [3, 5, 4, 7, 6]
+    config = {
+        "method": "specdecpp", "model": tiny.small_draft, "num_speculative_tokens": 5, "draft_sample_method": method,
+        "trace_rounds": 100_000,
+    }  # fmt: skip
+    options = {"max_model_len": 64, "max_num_seqs": 64, "max_num_batched_tokens": 4096}
+    with harness.engine(tiny.small_target, config, **options) as llm:
+        # Between the two: some requests go on, some leave a candidate out.
+        harness.set_costs(llm, {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 10e-3, 64: 11e-3, 512: 16e-3}})
+        torch.manual_seed(1)
+        outputs = harness.generate(
+            llm, [prompt] * (num // 64), n=64, max_tokens=length + 2, ignore_eos=True, temperature=1.0
+        )
+        rounds = harness.take_rounds(llm)
+    assert len({len(r["candidates"]) for r in rounds}) >= 3
+    accepted = sum(r["accepted"] for r in rounds) / sum(len(r["candidates"]) for r in rounds)
+    assert 0.1 < accepted < 0.98
+    samples = [tuple(c.token_ids[:length]) for o in outputs for c in o.outputs]
+    assert p_value(samples, joint_law(reference("small_target").model, prompt, length, 1.0)) > 1e-4
+
+
+def test_costs_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    config = {"method": "specdecpp", "model": tiny.draft_rand, "num_speculative_tokens": 3}
+    with harness.engine(tiny.target, config) as llm:
+        harness.generate(llm, harness.prompts(4))
+        model = harness.proposer(llm).cost_aware.rule.costs
+        for _ in range(8):
+            model.verify.nudge(1, 0.3)
+        learnt = model.points()
+    (path,) = (tmp_path / "specdecpp").glob("costs-*.json")
+    assert "draft_rand" in path.read_text()
+
+    def measure(*args: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(costs, "measure", measure)
+    with harness.engine(tiny.target, config) as llm:
+        found = harness.proposer(llm).cost_aware.rule.costs.points()
+    assert {n: list(c) for n, c in found.items()} == {n: list(c) for n, c in learnt.items()}
+    assert all(found[name] == pytest.approx(learnt[name], rel=1e-6) for name in learnt)

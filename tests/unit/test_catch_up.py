@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what the draft missed is paid for before it is done."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_specdecpp.engine.catch_up import PROBE_SHARE, CatchUp
+
+TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
+
+
+def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], speedup: float = 1.5,
+         probe: bool = False) -> list[bool]:  # fmt: skip
+    return catch_up.allowed(list(ids), np.array(wanted), seconds, speedup=speedup, probe=probe, **TIMES).tolist()
+
+
+def test_usual_rounds_are_not_touched():
+    catch_up = CatchUp()
+    for _ in range(5):
+        assert _ask(catch_up, "abc", [True, False, True], [0.0, 9.0, 0.05]) == [True, False, True]
+
+
+@pytest.mark.parametrize(("speedup", "num_reqs", "rounds"), [(1.5, 1, 4), (1.5, 2, 8), (2.0, 1, 2), (1.0, 1, 500)])
+def test_a_request_forgoes_what_reading_costs_first(speedup: float, num_reqs: int, rounds: int):
+    """2 s to read: drafting gains (speedup - 1) seconds a round, shared by the batch."""
+    catch_up, ids = CatchUp(), "abcd"[:num_reqs]
+    seconds = [2.0] + [0.0] * (num_reqs - 1)
+    answers = [_ask(catch_up, ids, [True] * num_reqs, seconds, speedup)[0] for _ in range(rounds + 1)]
+    assert answers.index(True) == rounds - 1 and all(answers[:-1]) is (rounds == 1)
+
+
+def test_after_it_was_read_the_next_stretch_is_saved_up_for_anew():
+    catch_up = CatchUp()
+    assert [_ask(catch_up, "a", [True], [1.0])[0] for _ in range(2)] == [False, True]
+    assert [_ask(catch_up, "a", [True], [1.0])[0] for _ in range(2)] == [False, True]
+
+
+def test_what_is_saved_outlasts_rounds_that_do_not_want_it_and_ends_with_the_request():
+    catch_up = CatchUp()
+    _ask(catch_up, "ab", [True, True], [1.0, 1.0])
+    _ask(catch_up, "ab", [False, True], [1.0, 1.0])
+    assert catch_up._forgone.keys() == {"a", "b"} and catch_up._forgone["b"] == pytest.approx(0.5)
+    _ask(catch_up, "b", [True], [1.0])
+    assert not catch_up._forgone  # a ended; b has been read
+
+
+def test_probes_spend_no_more_than_their_share():
+    catch_up, spent, rounds = CatchUp(), 0.0, 5000
+    costs = [0.8, 0.3, 2.0]
+    for _ in range(rounds):
+        if any(allowed := _ask(catch_up, "abc", [True] * 3, costs, probe=True)):
+            spent += sum(c for c, ok in zip(costs, allowed, strict=True) if ok)
+    assert 0.8 * PROBE_SHARE * rounds < spent <= PROBE_SHARE * rounds
+
+
+def test_a_probe_takes_the_cheapest_and_all_that_need_nothing():
+    catch_up = CatchUp()
+    for _ in range(100):
+        _ask(catch_up, "abc", [False] * 3, [0.0] * 3)
+    assert _ask(catch_up, "abc", [True] * 3, [0.5, 0.3, 0.0], probe=True) == [False, True, True]

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost-aware rule behind the adapters' interface: scores in, masks out, outcomes and times back to their round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.head import AcceptanceHead
+
+CURVES = {"first": {1: 1.0, 8: 1.2}, "step": {1: 1.0, 8: 1.2}, "verify": {1: 10.0, 64: 12.0}}
+
+
+def _rule(**options: Any) -> CostAwareRule:
+    return CostAwareRule(CostModel(**CURVES, max_reqs=8, max_tokens=64), 8, **options)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _play(state: CostAwareState, scores: torch.Tensor, stop_at: dict[int, int] | None = None) -> list[int]:
+    """Draws until all have stopped; ``scores`` [num_steps, num_reqs]; request r draws token 7 at step stop_at[r]."""
+    step = 0
+    while state.any_running():
+        rows = state.running.nonzero().squeeze(1)
+        state.observe(StepFeatures(top1_prob=scores[step, rows]), rows)
+        rows = state.drawing.nonzero().squeeze(1)
+        tokens = torch.tensor([7 if (stop_at or {}).get(int(r)) == step else 1 for r in rows], dtype=torch.int64)
+        state.append(tokens, rows)
+        step += 1
+    return state.lengths.tolist()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_masks_are_those_of_the_rule(seed: int) -> None:
+    """Rows come and go in the adapter; the rule sees all requests, with NaN where nothing was scored."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(8, 5, generator=generator).sqrt()
+    ids, limits = list("abcde"), [8, 3, 0, 8, 5]
+    state = CostAwareState(_rule().begin(ids, limits), ConfidenceEstimator(), frozenset({"top1_prob"}), 5)
+    lengths = _play(state, scores)
+    round_ = _rule().begin(ids, limits)
+    step = 0
+    while round_.running.any():
+        round_.step(scores[step].double().numpy())
+        step += 1
+    assert lengths == round_.lengths.tolist()
+    assert lengths[2] == 0 and all(n <= limit for n, limit in zip(lengths, limits, strict=True))
+
+
+def test_a_stop_token_ends_a_request_after_it_was_submitted() -> None:
+    scores = torch.full((8, 2), 0.99)
+    state = CostAwareState(
+        _rule().begin(["a", "b"], [8, 8]), ConfidenceEstimator(), frozenset({"top1_prob"}), 2,
+        stop_token_ids=torch.tensor([[7], [-1]]),
+    )  # fmt: skip
+    assert _play(state, scores, stop_at={0: 2, 1: 3}) == [3, 8]
+    assert state.round is not None and not state.round.running.any()
+
+
+def test_no_draw_without_a_decision() -> None:
+    state = CostAwareState(_rule().begin(["a"], [8]), ConfidenceEstimator(), frozenset(), 1)
+    with pytest.raises(RuntimeError, match="observe"):
+        state.append(torch.tensor([1]))
+
+
+def test_followers_do_as_rank_0_says() -> None:
+    """They have no rule; every mask comes from rank 0, in the same order of messages."""
+    told: list[torch.Tensor] = []
+
+    def lead(tensor: torch.Tensor) -> torch.Tensor:
+        told.append(tensor.clone())
+        return tensor
+
+    scores = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)).sqrt()
+    options: dict[str, Any] = {"stop_token_ids": torch.tensor([[7]] * 4)}
+    leader = CostAwareState(
+        _rule().begin(list("abcd"), [8] * 4), ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lead, **options
+    )  # fmt: skip
+    lengths = _play(leader, scores, stop_at={1: 1})
+    answers = iter(told)
+    # A follower's own numbers are noise; it must not look at them.
+    noise = torch.full_like(scores, torch.nan)
+    follower = CostAwareState(
+        None, ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lambda _: next(answers), **options
+    )  # fmt: skip
+    assert _play(follower, noise, stop_at={1: 1}) == lengths
+    assert next(answers, None) is None
+
+
+def test_a_lagged_head_scores_the_candidate_before() -> None:
+    """The paper's head with scalars: what reaches the rule at step k is the score of candidate k - 1."""
+    head = AcceptanceHead(3, 1, features=["top1_prob", "drawn_logprob"], lag=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.7, generator=generator)
+    estimator = HeadEstimator(head.eval())
+    rule = _rule(lag=1)
+    state = CostAwareState(rule.begin(["a"], [8]), estimator, estimator.needs, 1)
+    hidden = torch.randn(9, 1, 3, generator=generator)
+    top1 = torch.rand(9, 1, generator=generator)
+    logprobs = -torch.rand(9, 1, generator=generator)
+    step = 0
+    while state.any_running():
+        state.observe(StepFeatures(hidden[step], top1[step]))
+        state.append(torch.tensor([1]), None, logprobs[step])
+        step += 1
+    assert step >= 3
+    assert state.round is not None
+    seen = state.round.scores
+    assert np.isnan(seen[0]).all()
+    for k in range(1, step):
+        previous = StepFeatures(top1_prob=top1[k - 1], drawn_logprob=logprobs[k - 1])
+        expected = float(estimator(StepFeatures(hidden[k], top1[k], previous=previous), k).logit().detach())
+        assert seen[k][0] == pytest.approx(expected, abs=1e-4)
+
+
+class _Spy(CostAwareRule):
+    """Remembers what it was told."""
+
+    def finish(self, round_: Any, verified: Any, accepted: Any, draft_seconds: Any = None, verify_seconds: Any = None):
+        self.told = (round_.request_ids, list(verified), list(accepted), draft_seconds, verify_seconds)
+        super().finish(round_, verified, accepted, draft_seconds, verify_seconds)
+
+
+def _drafting() -> tuple[CostAwareDrafting, _Spy]:
+    spy = _Spy(CostModel(**CURVES, max_reqs=8, max_tokens=64), 8)
+    return CostAwareDrafting(spy, ConfidenceEstimator(), None, _same, torch.device("cpu")), spy
+
+
+def _rows(*ids: str) -> list[RowState]:
+    return [RowState(request_id, 5, 6) for request_id in ids]
+
+
+def _round(drafting: CostAwareDrafting, ids: str, outcomes: dict[int, tuple[int, int]], **step: Any) -> list[int]:
+    state = drafting.begin(_rows(*ids), outcomes, [8] * len(ids), None, 3.0, [5] * len(ids))
+    lengths = _play(state, torch.full((8, len(ids)), 0.9))
+    drafting.timed({"draft_seconds": 2.0, "caught_up": 0, **step})
+    return lengths
+
+
+def test_outcomes_and_times_reach_their_round() -> None:
+    drafting, spy = _drafting()
+    a, b = _round(drafting, "ab", {})
+    assert a and b
+    _round(drafting, "ba", {0: (b, 1), 1: (a, 0)})  # rows may move
+    assert spy.told == (["a", "b"], [a, b], [0, 1], 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "outcomes", "step", "draft", "verify"),
+    [
+        ("abc", {0: (None, 1), 1: (None, 1)}, {}, None, None),  # a prompt was in the step
+        ("a", {0: (None, 1)}, {}, None, None),  # one was aborted, perhaps before it was verified
+        ("ab", {0: (1, 1), 1: (None, 1)}, {}, None, None),  # the scheduler cut the first one's candidates
+        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": 5}, None, 3.0),  # the first pass was no usual one
+        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": -1}, 2.0, 3.0),
+    ],
+)
+def test_times_that_are_not_the_rounds_own_are_left_out(
+    ids: str, outcomes: dict[int, tuple[int | None, int]], step: dict[str, int], draft: Any, verify: Any
+) -> None:
+    drafting, spy = _drafting()
+    lengths = _round(drafting, "ab", {}, **step)
+    assert min(lengths) > 1
+    known = {row: (lengths[row] if n is None else n, accepted) for row, (n, accepted) in outcomes.items()}
+    _round(drafting, ids, known)
+    assert spy.told[3:] == (draft, verify)
+    assert spy.told[1] == [known[0][0], known[1][0] if 1 in known else None]
+
+
+def test_what_the_draft_would_have_to_read_is_paid_for_first() -> None:
+    drafting, _ = _drafting()
+    rows, drafted = [RowState("far", 8000, 8001), RowState("near", 8000, 8001)], [0, 0]
+    outcomes: dict[int, tuple[int, int]] = {}
+    for _ in range(40):
+        first_missing = [0 if not drafted[0] else 8000, 8000]
+        state = drafting.begin(rows, outcomes, [8, 8], None, 3.0, first_missing)
+        assert drafting._round is not None and drafting._round.drafts.tolist() == state.running.tolist()
+        lengths = _play(state, torch.full((8, 2), 0.95))
+        drafting.timed({"draft_seconds": 2.0, "caught_up": 0})
+        outcomes = {row: (length, length) for row, length in enumerate(lengths)}
+        drafted = [n + (length > 0) for n, length in zip(drafted, lengths, strict=True)]
+    # 8000 tokens take 8000 * (12 - 10) / 63 * 1 / 10 = 25 s; drafting gains a few seconds a round and request.
+    assert 2 <= drafted[1] - drafted[0] <= 30
+
+
+def test_a_round_of_another_rule_teaches_nothing() -> None:
+    drafting, spy = _drafting()
+    _round(drafting, "a", {})
+    drafting.drop_round()
+    _round(drafting, "a", {0: (5, 5)})
+    assert not hasattr(spy, "told")
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> None:
+    """Steps take 4 s more than the passes: what a wider verification adds stays what it was."""
+    rule = _rule()
+    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"), measured)
+    added = rule.costs.verify.at(40) - rule.costs.verify.at(5)
+    outcomes: dict[int, tuple[int, int]] = {}
+    num_tokens = 0
+    for _ in range(30):
+        slow = 4.0 + 10.0 + (num_tokens - 1) * 2.0 / 63
+        state = drafting.begin(_rows("a"), outcomes, [8], None, slow, [5])
+        (length,) = _play(state, torch.full((8, 1), 0.9))
+        drafting.timed({"draft_seconds": float(length), "caught_up": 0})
+        outcomes, num_tokens = {0: (length, length)}, 1 + length
+    verify = rule.costs.verify
+    assert verify.at(num_tokens) == pytest.approx(slow, rel=0.02)
+    assert (verify.at(40) - verify.at(5) == pytest.approx(added, rel=0.03)) is measured
+
+
+def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_specdecpp.engine import cost_aware
+
+    monkeypatch.setattr(cost_aware, "SAVE_EVERY", 3)
+    saved: list[Any] = []
+
+    class Cache:
+        save = staticmethod(saved.append)
+
+    drafting, spy = _drafting()
+    drafting.cache = Cache()  # type: ignore[assignment]
+    (length,) = _round(drafting, "a", {})
+    for _ in range(7):
+        (length,) = _round(drafting, "a", {0: (length, 1)})
+    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify"}
+    drafting.save()
+    assert saved[-1] == spy.costs.points()
+
+
+def test_stats_are_plain_values() -> None:
+    import json
+
+    drafting, _ = _drafting()
+    (length,) = _round(drafting, "a", {})
+    _round(drafting, "a", {0: (length, length)})
+    stats = json.loads(json.dumps(drafting.stats()))
+    assert stats["rho"]["1"] > 0 and stats["costs"]["first"]["1"] > 0
+    follower = CostAwareDrafting(None, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    assert follower.stats() == {}

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests may have the draft model read what it missed while nothing was drafted for them. No vLLM import.
+
+The price of drafting again after a stretch without it is a draft pass over all that was emitted since, or a whole
+prompt: on a slow machine many rounds' time. As in ski rental, a request first forgoes as much as that costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROBE_SHARE = 0.004
+"""Of the time without drafting, what probes may spend on reading; the gate allows them as much again for drafting."""
+SMALL = 0.5
+"""Part of a first pass's time that may be spent on reading at once, without being saved up for."""
+
+
+class CatchUp:
+    """Time saved up for reading, by request, and for probes."""
+
+    def __init__(self) -> None:
+        self._forgone: dict[str, float] = {}  # request id -> seconds that drafting for it would have gained
+        self._pool = 0.0  # seconds that a probe may spend
+
+    def allowed(
+        self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float], *, first_seconds: float,
+        off_seconds: float, speedup: float, probe: bool,
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        """Call once a round.
+
+        Args:
+            request_ids: of the batch.
+            wanted: [num_reqs] requests that the rule would draft for.
+            seconds: what each would take to read, beyond a usual first pass.
+            first_seconds: a first pass.
+            off_seconds: a round without drafting.
+            speedup: of drafting, lately.
+            probe: whether the round is a probe.
+
+        Returns:
+            [num_reqs] those of ``wanted`` that may draft now.
+        """
+        small = SMALL * first_seconds
+        out = wanted.copy()
+        if not wanted.any():
+            self._pool += PROBE_SHARE * off_seconds
+        if probe:
+            for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: seconds[i]):
+                if seconds[index] > small:
+                    out[index] = seconds[index] <= self._pool
+                    self._pool -= seconds[index] * out[index]
+            if not out.any():
+                self._pool += PROBE_SHARE * off_seconds
+            return out
+        gain = max(speedup - 1, PROBE_SHARE) * off_seconds / max(len(request_ids), 1)
+        forgone: dict[str, float] = {}
+        for index in np.flatnonzero(wanted).tolist():
+            if seconds[index] <= small:
+                continue
+            saved = self._forgone.get(request_ids[index], 0.0) + gain
+            out[index] = saved >= seconds[index]
+            if not out[index]:
+                forgone[request_ids[index]] = saved
+        # A request that is not wanted this time keeps what it has saved.
+        kept = {name: self._forgone[name] for name in request_ids if name in self._forgone and name not in forgone}
+        for index in np.flatnonzero(out).tolist():
+            kept.pop(request_ids[index], None)
+        self._forgone = kept | forgone
+        return out
