@@ -10,12 +10,13 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.vllm-specdecpp-installed
 MODELS := qwen2.5-coder-1.5b qwen2.5-coder-0.5b
 
-.PHONY: help venv models demo bench test test-slow lint check clean
+.PHONY: help venv models demo bench test test-v2 test-slow lint check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       fetch two small models, compare speculation off / draft_model / specdecpp on them"
-	@echo "make test       unit and engine tests (no downloads but the environment)"
+	@echo "make test       unit and engine tests (no downloads but the environment), and test-v2"
+	@echo "make test-v2    Model Runner V2 and the Triton kernels, interpreted on the CPU"
 	@echo "make test-slow  tests with the real models"
 	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.run"
 	@echo "make check      ruff and mypy"
@@ -44,9 +45,16 @@ bench: models
 
 test: $(STAMP)
 	@$(PY) -m pytest -m "not slow and not network" $(ARGS)
+	@$(MAKE) --no-print-directory test-v2
+
+# A process each: what interprets Triton's kernels, and what watches them, is patched in for the whole process.
+test-v2: $(STAMP)
+	@$(PY) -m pytest -m "not slow and not network" tests/v2 $(ARGS)
+	@$(PY) -m pytest -m "not slow and not network" tests/v2/kernels $(ARGS)
 
 test-slow: models
 	@$(PY) -m pytest -m "slow" $(ARGS)
+	@$(PY) -m pytest -m "slow" tests/v2 $(ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

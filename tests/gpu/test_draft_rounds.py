@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captured draft rounds decide as eager ones do. Needs a GPU (``python -m benchmarks.gpu``); none has run it yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import engine_harness as harness
+from vllm_specdecpp.engine import graphs
+
+pytestmark = pytest.mark.gpu
+PROMPTS = harness.prompts(12, seed=40)
+MODES = [graphs.EAGER, graphs.PER_PASS, graphs.IF_NODES]
+
+
+@pytest.fixture(autouse=True)
+def v2(monkeypatch):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+
+def _rounds(tiny: Any, mode: str, monkeypatch: Any, **options: Any) -> list[Any]:
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "head": tiny.head, "rule": "threshold", "threshold": 0.7,
+        "num_speculative_tokens": 8, "trace_rounds": 100_000, **options,
+    }  # fmt: skip
+    monkeypatch.setattr(graphs, "choose_mode", lambda **_: (mode, "asked for by the test"))
+    with harness.engine(tiny.target, config, enforce_eager=mode == graphs.EAGER, dtype="float32") as llm:
+        speculator = llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
+        assert (speculator.graphs is None) == (mode == graphs.EAGER)
+        outputs = harness.generate(llm, PROMPTS, max_tokens=40, ignore_eos=True)
+        return harness.rounds_of(outputs, harness.take_rounds(llm))
+
+
+@pytest.mark.parametrize("mode", [graphs.PER_PASS, graphs.IF_NODES])
+def test_captured_rounds_equal_eager_ones(tiny, mode, monkeypatch):
+    eager = _rounds(tiny, graphs.EAGER, monkeypatch)
+    lengths = {len(candidates) for request in eager for candidates, *_ in request}
+    assert len(lengths) >= 4
+    assert _rounds(tiny, mode, monkeypatch) == eager
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_perfect_draft_is_always_accepted(tiny, mode, monkeypatch):
+    for request in _rounds(tiny, mode, monkeypatch, model=tiny.target):
+        assert all(accepted == len(candidates) for candidates, accepted, _ in request)

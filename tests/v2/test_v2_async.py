@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""With asynchronous scheduling every round is verified at its full booked width, and ends where its draft ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import engine_harness as harness
+from tests.engine.test_parity import make_rule
+from tests.reference_loop import generate
+from tests.v2 import async_on_cpu
+
+MAX_LENGTH, MAX_TOKENS = 5, 16
+PROMPTS = harness.prompts(4, seed=12)
+CASE: dict[str, Any] = {"rule": "confidence", "threshold": 0.6, "num_speculative_tokens": MAX_LENGTH}
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    async_on_cpu.allow(monkeypatch)
+
+
+def _engine(tiny: Any, **options: Any) -> Any:
+    config = {"method": "specdecpp", "model": tiny.draft_good, "trace_rounds": 100_000, **CASE, **options}
+    return harness.engine(tiny.target, config, async_scheduling=True, skip_tokenizer_init=False)
+
+
+def _expected(tiny: Any, reference: Any) -> list[Any]:
+    return [
+        generate(
+            reference("target"), reference("draft_good"), prompt, make_rule(CASE, None),
+            max_tokens=MAX_TOKENS, max_model_len=harness.MAX_MODEL_LEN,
+        )
+        for prompt in PROMPTS
+    ]  # fmt: skip
+
+
+def test_rounds_equal_the_reference(tiny, reference, asynchronous):
+    expected = _expected(tiny, reference)
+    booked: list[int] = []
+    with _engine(tiny) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert type(scheduler).__name__ == "AsyncScheduler"
+        original = scheduler.schedule
+
+        def schedule(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            booked.extend(map(len, output.scheduled_spec_decode_tokens.values()))
+            return output
+
+        scheduler.schedule = schedule
+        outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+        rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
+    assert harness.token_ids(outputs) == [tokens for _, tokens in expected]
+    lengths = set()
+    for mine, (theirs, _) in zip(rounds, expected, strict=True):
+        # The scheduler runs ahead: a request may be in one more step after its last token.
+        assert mine[: len(theirs)] == [(r.candidates, r.accepted, r.next_token) for r in theirs]
+        assert len(mine) <= len(theirs) + 1
+        lengths |= {len(r.candidates) for r in theirs}
+    assert len(lengths) >= 4
+    assert set(booked) == {MAX_LENGTH}  # nothing was trimmed on the host
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_was_booked_beyond_a_draft_is_never_accepted(tiny, reference, asynchronous, monkeypatch, masked):
+    """The room is filled with what the draft would have gone on with; without the mask that is accepted, and shows."""
+    from vllm_specdecpp.decision.rules import FixedRule
+    from vllm_specdecpp.engine import v2, v2_sampler
+
+    expected = _expected(tiny, reference)
+    original = v2.SpecDecPPSpeculator.propose
+
+    def propose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rule, note = self.round.rule, self._note
+        self.round.set_rule(FixedRule(), 1)
+        self._note = lambda *_: None
+        longest = original(self, *args, **kwargs)
+        self.round.set_rule(rule, 1)
+        self._note = note
+        handed = original(self, *args, **kwargs)
+        return handed.where(self.draft_tokens[: len(handed)] >= 0, longest)
+
+    monkeypatch.setattr(v2.SpecDecPPSpeculator, "propose", propose)
+    if not masked:
+        plain = v2_sampler.RejectionSampler.__call__
+        monkeypatch.setattr(v2_sampler.EndOfDraftSampler, "__call__", plain)
+    with _engine(tiny) as llm:
+        outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+        rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
+    assert harness.token_ids(outputs) == [tokens for _, tokens in expected]
+    same = [
+        mine[: len(theirs)] == [(r.candidates, r.accepted, r.next_token) for r in theirs]
+        for mine, (theirs, _) in zip(rounds, expected, strict=True)
+    ]
+    assert all(same) == masked
+
+
+def test_structured_output(tiny, asynchronous):
+    """The grammar checks the drafts before they are verified; what it gets must be the drafts."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex=r"[0-9]{3}-[a-f]{4,9}\.")
+    )
+    requests = [{"prompt_token_ids": p} for p in PROMPTS[:3]]
+    with harness.engine(tiny.target, skip_tokenizer_init=False) as llm:
+        want = harness.token_ids(llm.generate(requests, params, use_tqdm=False))
+    with _engine(tiny) as llm:
+        assert harness.token_ids(llm.generate(requests, params, use_tqdm=False)) == want

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampled output follows the target's own law on Model Runner V2, when drafts end early and when they do not."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from tests import engine_harness as harness
+from tests.exact_law import joint_law, p_value
+from tests.v2 import async_on_cpu
+
+FAILS_BELOW = 1e-4
+"""p-value. Seeds are fixed, so a passing case goes on passing; a planted bias lands far below."""
+VOCAB, LENGTH, NUM_REQS = 4, 2, 400
+
+
+def _law(target: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """Of tokens that do not depend on each other: [LENGTH + 1, VOCAB] logits → P(first LENGTH tokens)."""
+    p = target.double().softmax(-1)
+    rows = torch.cartesian_prod(*[torch.arange(VOCAB)] * LENGTH).tolist()
+    return {tuple(row): float(p[range(LENGTH), row].prod()) for row in rows}
+
+
+def _drafts(draft: torch.Tensor, peeks: bool) -> torch.Tensor:
+    """[NUM_REQS, LENGTH] drawn tokens, -1 where the tokens before ended the draft, as ours do; or the token itself."""
+    tokens = torch.stack([torch.multinomial(q.softmax(-1), NUM_REQS, replacement=True) for q in draft], dim=1)
+    ends = tokens[:, 1] == tokens[:, 1].mode().values if peeks else tokens[:, 0] >= 2
+    tokens[ends, 1] = -1
+    return tokens
+
+
+def _emitted(target: torch.Tensor, draft: torch.Tensor, drafts: torch.Tensor, block: bool) -> list[tuple[int, ...]]:
+    """Verify all drafts with vLLM's kernels; what a round did not emit comes from the target alone."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
+
+    width = LENGTH + 1
+    states = torch.arange(NUM_REQS)
+    sampled, num_sampled = rejection_sample(
+        target.repeat(NUM_REQS, 1).contiguous(),
+        draft.repeat(NUM_REQS, 1, 1).contiguous(),
+        torch.cat([torch.zeros(NUM_REQS, 1, dtype=torch.int64), drafts], dim=1).view(-1),
+        torch.arange(NUM_REQS + 1, dtype=torch.int32) * width,
+        torch.arange(width).repeat(NUM_REQS),
+        states,
+        states.repeat_interleave(width),
+        torch.arange(width, dtype=torch.int32).repeat(NUM_REQS),
+        torch.ones(NUM_REQS),
+        torch.arange(NUM_REQS) + 12345,
+        LENGTH,
+        use_block_verification=block,
+    )
+    own = torch.stack([torch.multinomial(p.softmax(-1), NUM_REQS, replacement=True) for p in target], dim=1)
+    rows = zip(sampled.tolist(), num_sampled.tolist(), own.tolist(), strict=True)
+    return [tuple((row[:n] + more[n:])[:LENGTH]) for row, n, more in rows]
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["standard", "block"])
+def test_verification_ends_without_bias_where_a_draft_ended(block):
+    torch.manual_seed(1)
+    target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
+    drafts = _drafts(draft, peeks=False)
+    assert 50 < int((drafts[:, 1] < 0).sum()) < NUM_REQS - 50
+    assert p_value(_emitted(target, draft, drafts, block), _law(target)) > FAILS_BELOW
+
+
+def test_a_peeking_stop_is_noticed():
+    """The test's power."""
+    torch.manual_seed(1)
+    target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
+    assert p_value(_emitted(target, draft, _drafts(draft, peeks=True), False), _law(target)) < FAILS_BELOW
+
+
+PROMPT = [3, 5, 4, 7, 6]
+CASES: dict[str, dict[str, Any]] = {
+    "greedy drafts": {"draft_sample_method": "greedy"},
+    "probabilistic drafts": {"draft_sample_method": "probabilistic"},
+    "block verification": {"draft_sample_method": "probabilistic", "rejection_sample_method": "block"},
+    "asynchronous": {"draft_sample_method": "probabilistic"},
+}
+
+
+def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> None:
+    from vllm import SamplingParams
+
+    law = joint_law(reference("small_target").model, PROMPT, LENGTH, 1.0)
+    config = {
+        "method": "specdecpp", "model": tiny.small_draft, "rule": "confidence", "threshold": 0.8,
+        "num_speculative_tokens": 3, "trace_rounds": 100_000, **CASES[name],
+    }  # fmt: skip
+    common: dict[str, Any] = {"temperature": 1.0, "max_tokens": LENGTH + 3, "ignore_eos": True, "detokenize": False}
+    options = {"async_scheduling": True} if name == "asynchronous" else {}
+    with harness.engine(
+        tiny.small_target, config, max_model_len=64, max_num_seqs=32, max_num_batched_tokens=512, **options
+    ) as llm:
+        params = [SamplingParams(seed=i, **common) for i in range(num_samples)]
+        outputs = llm.generate([{"prompt_token_ids": PROMPT}] * num_samples, params, use_tqdm=False)
+        rounds = harness.take_rounds(llm)
+    assert {1, 2, 3} <= {len(r["candidates"]) for r in rounds}
+    candidates, accepted = sum(len(r["candidates"]) for r in rounds), sum(r["accepted"] for r in rounds)
+    assert 0.1 < accepted / candidates < 0.95  # both branches of the rejection sampler are used
+    assert p_value([tuple(t[:LENGTH]) for t in harness.token_ids(outputs)], law) > FAILS_BELOW
+
+
+def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):
+    """A few samples through the whole engine; many more, and every kind, are in the slow test."""
+    async_on_cpu.allow(monkeypatch)
+    _check_engine(tiny, reference, "asynchronous", 48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_sampled_output_follows_the_exact_law_closely(tiny, reference, monkeypatch, name):
+    async_on_cpu.allow(monkeypatch)
+    _check_engine(tiny, reference, name, 640)
+
+
+def test_room_beyond_a_draft_is_masked_for_verification_alone():
+    """Rows beyond what a request submitted are invalid, whatever the caller has found invalid already."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+
+    plain = RejectionSampler.__new__(RejectionSampler)
+    submitted = torch.tensor([9, 2, 0, 3], dtype=torch.int32)  # by request state
+    ours: Any = end_of_draft_sampler(plain, submitted)
+    seen: list[Any] = []
+    batch = types.SimpleNamespace(
+        expanded_idx_mapping=torch.tensor([3, 3, 3, 3, 3, 1, 1, 1, 1, 2, 2]),
+        expanded_local_pos=torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1], dtype=torch.int32),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RejectionSampler, "__call__", lambda self, *args: seen.append(args))
+        ours("logits", batch, "draft logits")
+        grammar = torch.zeros(11, dtype=torch.bool)
+        grammar[2] = True
+        ours("logits", batch, "draft logits", grammar)
+    beyond = [False] * 4 + [True] + [False] * 3 + [True, False, True]
+    assert seen[0][3].tolist() == beyond
+    assert seen[1][3].tolist() == [b or i == 2 for i, b in enumerate(beyond)]
+    plain.enable_adaptive_verification = True  # as vLLM's warm-up sets it
+    assert ours.enable_adaptive_verification is True
+
+
+def test_a_rejection_sampler_of_another_kind_is_refused():
+    from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+
+    with pytest.raises(ValueError, match="^specdecpp: .*SimpleNamespace.*VLLM_USE_V2_MODEL_RUNNER=0$"):
+        end_of_draft_sampler(types.SimpleNamespace(), torch.zeros(1))

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculator for Model Runner V2: vLLM's standalone draft model, our draft loop.
+
+Loading, KV groups, block tables and attention metadata stay vLLM's (``StandaloneARSpeculator``). A further pass is run
+only while some request wants it, requests that have stopped write no KV, and each one's candidates end with -1. The
+eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.graphs``) do not ask.
+
+How a length reaches the verification: with synchronous scheduling the Worker hands the scheduler lists of that length
+(:meth:`SpecDecPPSpeculator.ragged`), so fewer rows are verified; with asynchronous scheduling the scheduler has booked
+the upper bound already, and ``engine.v2_sampler`` ends each request's verification where its draft ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.logger import init_logger
+from vllm.utils import torch_utils
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.rules import make_rule
+from vllm_specdecpp.engine import graphs
+from vllm_specdecpp.engine.v2_log import DeferredRounds
+from vllm_specdecpp.engine.v2_passes import SHORT, DraftPasses
+from vllm_specdecpp.engine.v2_requests import BatchRequests
+from vllm_specdecpp.engine.v2_round import check_rule
+from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.training.provenance import model_label
+
+logger = init_logger("vllm.specdecpp")
+
+
+class SpecDecPPSpeculator(DraftPasses):
+    """Drafts with a candidate length per request.
+
+    Args:
+        vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
+        device: where the draft model runs.
+        config: our checked options.
+
+    Attributes:
+        submitted: [max_num_reqs] int32 by request state, candidates of the last round.
+
+    Raises:
+        ValueError: a rule that V2 has no form of.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
+        check_rule(config.resolved_rule)
+        super().__init__(vllm_config, device)
+        self.config = config
+        self.head: AcceptanceHead | None = None
+        self.requests = BatchRequests()
+        self.log = DeferredRounds(config.trace_rounds)
+        self.graphs: graphs.DraftGraphs | None = None
+        self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._full_graphs = False
+        self._mode = graphs.EAGER, "vLLM captured no graphs"
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
+        super().load_model(target_model)
+        if self.config.head is not None:
+            self.head = AcceptanceHead.from_pretrained(
+                self.config.head,
+                revision=self.config.head_revision,
+                expected_hidden_size=self.hidden_size,
+                expected_draft=model_label(self.config.model),
+                device=self.device,
+            )
+        self.round.set_rule(make_rule(self.config, self.head), self.config.min_speculative_tokens)
+
+    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
+        """Check ``changes`` against the options and put them in force.
+
+        Raises:
+            ValueError: an unknown option, a bad value, a bound above the start-up value, or a rule that V2 lacks.
+        """
+        config = self.config.with_changes(changes)
+        if config.num_speculative_tokens > self.num_speculative_steps:
+            raise ValueError(
+                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
+                f"{self.num_speculative_steps} given at start-up; restart with a larger one"
+            )
+        check_rule(config.resolved_rule)
+        rule = make_rule(config, self.head)
+        captured = (self.config.resolved_rule, self.config.min_speculative_tokens)
+        if self.graphs is not None and captured != (config.resolved_rule, config.min_speculative_tokens):
+            logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
+            self.graphs = None
+        self.config = config
+        self.round.set_rule(rule, config.min_speculative_tokens)
+        self.log.drain(wait=True)
+        self.log.log.resize(config.trace_rounds)
+        return config
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,  # [num_reqs]
+        num_rejected: torch.Tensor,  # [num_reqs]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1]
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,  # [max_num_reqs]
+        seeds: torch.Tensor,  # [max_num_reqs]
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft one round (``BaseSpeculator.propose``, same arguments).
+
+        Returns:
+            [num_reqs, num_speculative_steps] int64: each request's candidates, then 0; ``submitted`` has their number.
+        """
+        num_reqs, request_ids = input_batch.num_reqs, input_batch.req_ids
+        given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        # vLLM's warm-up needs every kernel once, not K_max equal passes.
+        bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
+        limits = self.requests.table(request_ids, bound, self.max_model_len)
+        torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
+        num_passes: int | None = 0
+        if dummy_run or not self.requests.all_off(request_ids):
+            max_length, skip_attn = int(limits[:, 0].max()), dummy_run and skip_attn_for_dummy_run
+            num_passes = self._draft(input_batch, num_rejected, last_sampled, max_length, dummy_run, skip_attn)
+        if not dummy_run:
+            self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
+            self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
+        # -1 is no row of an embedding table: see engine.v2_sampler.
+        return self.draft_tokens[:num_reqs].clamp(min=0)
+
+    def _draft(
+        self,
+        input_batch: Any,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        max_length: int,
+        dummy_run: bool,
+        skip_attn: bool,
+    ) -> int | None:
+        """The draft loop; returns how many passes of the draft model it ran, None if only the device knows.
+
+        The first pass runs even if nothing may be drafted: it keeps the draft model's KV up to date.
+        """
+        self._step = 1
+        if dummy_run or not self._can_read_short(input_batch):
+            self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, skip_attn, None)
+        else:
+            self._stage_short(input_batch, num_rejected, last_sampled)
+            if self.graphs is not None and (size := self.graphs.size_for(input_batch.num_reqs)) is not None:
+                self._refresh_first_pass(size, input_batch.seq_lens_cpu_upper_bound)
+                return self.graphs.replay(size, max_length)
+            self._load_short(input_batch.num_reqs)
+            self._eager_pass(input_batch, SHORT, skip_attn)
+        for step in range(2, max_length + 1):
+            if not self._goes_on():
+                return step - 1
+            self._step = step
+            self._load_candidates(input_batch.num_reqs)
+            self._eager_pass(input_batch, 1, skip_attn)
+        return max(1, max_length)
+
+    def _goes_on(self) -> bool:
+        """Whether some request draws another candidate. Waits for the device."""
+        return bool(self.round.any_running)
+
+    def _note(
+        self,
+        input_batch: Any,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        num_passes: int | None,
+    ) -> None:
+        """Put the step down for the log; the numbers follow when the device has them."""
+        num_reqs = input_batch.num_reqs
+        last = last_sampled.view(-1)[input_batch.idx_mapping]  # [num_reqs]
+        columns = torch.stack((num_sampled[:num_reqs].long(), num_rejected[:num_reqs].long(), last), dim=1)
+        self.log.step(
+            input_batch.req_ids,
+            input_batch.is_prefilling_np.tolist(),
+            self.requests.take_finished(),
+            torch.cat((columns, self.draft_tokens[:num_reqs]), dim=1),  # [num_reqs, 3 + num_speculative_steps]
+            num_passes,
+        )
+
+    def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
+        """What the scheduler is told with synchronous scheduling: each request's own candidates, and no more.
+
+        Waits for the drafting to end, once a round; the host has nothing else to do then.
+        """
+        candidates = self.log.candidates(draft_tokens.req_ids)
+        rows = zip(candidates, draft_tokens.draft_token_ids, strict=True)
+        return DraftTokenIds(draft_tokens.req_ids, [mine[: len(booked)] for mine, booked in rows])
+
+    # CUDA graphs.
+
+    @property
+    def any_running(self) -> torch.Tensor:
+        """[1] bool, see ``graphs.Rounds``."""
+        return self.round.any_running
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Note whether vLLM captures full graphs of decode steps; ours are captured with them."""
+        self._full_graphs = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+
+    def graph_mode(self) -> tuple[str, str]:
+        """How draft rounds run on this machine, and why."""
+        return graphs.choose_mode(
+            on_cuda=self.device.type == "cuda" and torch.version.cuda is not None,
+            full_graphs=self._full_graphs,
+            metadata_in_place=self.supports_decode_metadata_update,
+            has_if_nodes=hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"),
+            num_ranks=self._num_ranks,
+        )
+
+    def how_rounds_run(self) -> tuple[str, str]:
+        """The mode in force, and why; for the start-up log."""
+        mode, reason = self.graph_mode()
+        return (mode, reason) if mode == graphs.EAGER else self._mode
+
+    def capture(self) -> None:
+        """Capture draft rounds if they can be (called by vLLM after the target's graphs)."""
+        mode, reason = self.graph_mode()
+        if mode != graphs.EAGER:
+            sizes = graphs.batch_sizes(min(self.max_num_reqs, self.max_num_tokens // SHORT))
+            captured = graphs.DraftGraphs(
+                self, mode, sizes, self.num_speculative_steps, graphs.CudaBackend(self.device)
+            )
+            try:
+                with graph_capture(device=self.device):  # a stream of its own, and all-reduces that can be captured
+                    captured.capture()
+                self.graphs = captured
+            except RuntimeError as error:  # the draft model runs as well without
+                mode, reason = graphs.EAGER, f"capture failed: {' '.join(str(error).split())}"
+        self._mode = mode, reason
+
+    def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
+        """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""
+        self.idx_mapping.fill_(-1)
+        ones = torch.ones(size, dtype=torch.int32, device=self.device)
+        self.round.limits[:size] = self.num_speculative_steps
+        self.round.start(size, ones, ones * 0, ones)
+        first_state, later_state = (
+            prepare_inputs_to_capture(
+                size, size * query_len, self.model_state, self.input_buffers, self.block_tables, self.attn_groups,
+                self.kv_cache_config, full_cudagraph=True, max_query_len=query_len,
+            )
+            for query_len in (SHORT, 1)
+        )  # fmt: skip
+
+        def first() -> None:
+            self._step = 1
+            self._load_short(size)
+            self._map_slots(size, SHORT)
+            self._run_pass(size, SHORT, *first_state)
+
+        def later(step: int) -> None:
+            self._step = step
+            self._load_candidates(size)
+            self._map_slots(size, 1)
+            self._update_draft_decode_metadata(later_state[0], size)
+            self._run_pass(size, 1, *later_state)
+
+        return first, later
+
+    def _refresh_first_pass(self, size: int, seq_lens_cpu_upper_bound: torch.Tensor) -> None:
+        """Let the attention backend's own buffers fit this batch before the first pass is replayed."""
+        bound = torch.zeros(size, dtype=torch.int32)
+        num_known = min(size, len(seq_lens_cpu_upper_bound))
+        bound[:num_known] = seq_lens_cpu_upper_bound[:num_known]
+        self._load_short(size)
+        self._metadata(size, SHORT, bound, 1, CUDAGraphMode.FULL)

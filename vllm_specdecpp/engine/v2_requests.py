@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Model Runner V2 does not keep of a request, and the speculator has to know: switch, end, stop tokens.
+
+The Worker shows every scheduler output to :meth:`BatchRequests.update`. Where a request stands is known on the device
+only (the host runs ahead of it), so the bounds travel there as numbers: see ``DeviceRound.start``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_specdecpp.request_options import RequestOptions
+
+NUM_STOP_TOKENS = 32
+"""Stop tokens of a request that end its drafts, the end-of-sequence token first. Drafting on past a stop token wastes
+passes and changes nothing else, so a longer list may be cut; a fixed width is what a captured graph needs."""
+
+COLUMNS = 2 + NUM_STOP_TOKENS
+"""Of :meth:`BatchRequests.table`: the request's cap, its end, then its stop tokens padded with -1."""
+
+_NO_LIMIT = 1 << 30
+
+
+class BatchRequests:
+    """Speculation limits of the requests that the runner holds."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, np.ndarray] = {}  # request id -> [COLUMNS] int64
+        self._finished: list[str] = []
+
+    def update(self, scheduler_output: Any) -> None:
+        """Take in new requests and drop finished ones (``vllm.v1.core.sched.output.SchedulerOutput``).
+
+        A preempted request comes back as a new one, under the same id.
+        """
+        for request_id in scheduler_output.finished_req_ids:
+            self._rows.pop(request_id, None)
+            self._finished.append(request_id)
+        for request in scheduler_output.scheduled_new_reqs:
+            if request.sampling_params is not None:
+                self.add(request.req_id, request.prompt_len, request.sampling_params)
+
+    def add(self, request_id: str, prompt_len: int, params: Any) -> None:
+        """Remember what ``vllm.SamplingParams`` say; ``prompt_len`` in tokens."""
+        try:
+            options = RequestOptions.from_extra_args(params.extra_args)
+        except ValueError:  # refused on admission, unless an API server process without that check let it in
+            options = RequestOptions()
+        row = np.full(COLUMNS, -1, dtype=np.int64)
+        row[0] = options.bound(_NO_LIMIT)
+        row[1] = _NO_LIMIT if params.max_tokens is None else prompt_len + params.max_tokens
+        first = [] if params.eos_token_id is None else [params.eos_token_id]
+        stop_token_ids = [*first, *sorted(set(params.stop_token_ids or ()) - set(first))][:NUM_STOP_TOKENS]
+        row[2 : 2 + len(stop_token_ids)] = stop_token_ids
+        self._rows[request_id] = row
+
+    def take_finished(self) -> list[str]:
+        """The requests that ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def all_off(self, request_ids: Iterable[str]) -> bool:
+        """Whether every one of them switched speculation off: then nobody will ever read the draft model's KV."""
+        return all(request_id in self._rows and self._rows[request_id][0] == 0 for request_id in request_ids)
+
+    def table(self, request_ids: Sequence[str], bound: int, max_model_len: int) -> np.ndarray:
+        """One row a request: [num_reqs, COLUMNS] int64.
+
+        Args:
+            request_ids: in the order of the batch; unknown ones (vLLM's dummy runs) have no limits of their own.
+            bound: the engine's upper bound on the candidate length in this round.
+            max_model_len: in tokens.
+
+        Returns:
+            Column 0: the upper bound on the candidate length. Column 1: how long the request's sequence may become.
+            The others: its stop tokens, padded with -1.
+        """
+        rows = np.full((len(request_ids), COLUMNS), -1, dtype=np.int64)
+        rows[:, :2] = _NO_LIMIT
+        for index, request_id in enumerate(request_ids):
+            if (row := self._rows.get(request_id)) is not None:
+                rows[index] = row
+        np.minimum(rows[:, 0], bound, out=rows[:, 0])
+        np.minimum(rows[:, 1], max_model_len, out=rows[:, 1])
+        return rows
