@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import engine_harness as harness
+from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState
 from vllm_specdecpp.decision.cost_aware.rule import Decision
 
 MAX_LENGTH = 6
@@ -37,28 +38,31 @@ def baseline(tiny):
 
 
 class _Scripted:
-    """A rule that drafts in the rounds that ``plan`` names, as far as ``random`` says."""
+    """In place of ``CostAwareDrafting``: drafts for the requests that ``plan`` names, as far as ``random`` says."""
 
-    lag = 0
+    drafting = True
 
     def __init__(self, plan: Any, seed: int) -> None:
         self._plan, self._random = plan, random.Random(seed)
 
-    def begin(self, request_ids: list[str], max_lengths: list[int]) -> Any:
-        pairs = zip(request_ids, max_lengths, strict=True)
-        running = np.array([n > 0 and self._plan(request_id) for request_id, n in pairs])
-        return _ScriptedRound(request_ids, running, np.array(max_lengths), self._random)
+    def begin(self, rows: Any, outcomes: Any, max_lengths: list[int], stop_token_ids: Any, *times: Any) -> Any:
+        pairs = zip(rows, max_lengths, strict=True)
+        running = np.array([n > 0 and self._plan(row.request_id) for row, n in pairs])
+        round_: Any = _ScriptedRound(running, np.array(max_lengths), self._random)
+        needs = frozenset({"top1_prob"})
+        state = CostAwareState(round_, ConfidenceEstimator(), needs, len(rows), stop_token_ids=stop_token_ids)
+        if any(max_lengths):
+            self.drafting = state.any_running()
+        return state
 
-    def finish(self, *args: Any) -> None:
+    def timed(self, step: Any) -> None:
         pass
 
 
 class _ScriptedRound:
-    def __init__(self, request_ids: list[str], running: Any, limits: Any, rng: random.Random) -> None:
-        self.request_ids, self.running, self._limits, self._random = request_ids, running, limits, rng
+    def __init__(self, running: Any, limits: Any, rng: random.Random) -> None:
+        self.running, self._limits, self._random = running, limits, rng
         self.lengths = np.zeros(len(running), dtype=np.int64)
-        self.rule = _Scripted
-        self.scores: list[Any] = []  # nothing to learn from
 
     def step(self, scores: Any) -> Decision:
         submit = self.running & np.array([self._random.random() < 0.9 for _ in self.running])
@@ -96,9 +100,7 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
     Prompts are read in chunks, some of them from the prefix cache, while nothing is drafted.
     """
     llm.reset_prefix_cache()
-    drafting = harness.proposer(llm).cost_aware
-    monkeypatch.setattr(drafting, "_leave_out", lambda *args: None)  # however much there is to read
-    monkeypatch.setattr(drafting, "rule", _Scripted(PLANS[plan](random.Random(5)), seed=6))
+    monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(PLANS[plan](random.Random(5)), seed=6))
     draft = reference("draft_good")
     harness.take_rounds(llm)
     llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
@@ -122,7 +124,6 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
     assert checked > 100 and bin(lengths).count("1") >= 5
     steps = llm.collective_rpc("specdecpp_step_times")[0]
     caught_up = [step["caught_up"] for step in steps if step.get("caught_up", 0) > 0]
-    drafting.drop_round()
     assert (max(caught_up) > 24) == (plan != "all rounds")  # more than one pass can read
 
 

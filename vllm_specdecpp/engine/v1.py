@@ -174,7 +174,7 @@ class SpecDecPPProposer(DraftModelProposer):
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
             step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
-            blocks = [RowBlocks(ids, self.block_size) for ids in block_table]
+            blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
             missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
             state, fed = self._begin_round(rows, outcomes, bound, step["since_last_seconds"], missing)
@@ -228,9 +228,7 @@ class SpecDecPPProposer(DraftModelProposer):
             keep_up = True
         else:
             assert self.cost_aware is not None
-            state = self.cost_aware.begin(
-                rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing
-            )
+            state = self.cost_aware.begin(rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing)
             drafts = state.running.tolist()
             keep_up = self.cost_aware.drafting
         # Where drafting does not pay, prompts are not read either; the first round that drafts catches up.
