@@ -121,3 +121,34 @@ def test_what_is_none_of_them(tmp_path, trained_head, name):
     with pytest.raises(ValueError, match="^specdecpp: ") as failure:
         facts(str(tmp_path / name))
     assert name in str(failure.value) and "\n" not in str(failure.value)
+
+
+@pytest.fixture
+def engine_costs(tmp_path):
+    """A file as the engine leaves it."""
+    from vllm_specdecpp.decision.cost_aware import CostCache
+
+    cache = CostCache(tmp_path, {"target": "org/big", "draft": "org/small", "device": "a machine"})
+    cache.save({"first": {1: 0.051}, "step": {1: 0.052, 2: 0.054}, "verify": {1: 0.16, 8: 0.22, 21: 0.38}})
+    return cache.path
+
+
+def test_costs_of_the_engine(engine_costs, tmp_path, capsys):
+    plot = tmp_path / "costs.png"
+    text = _shown(engine_costs, capsys, plot=plot)
+    for expected in ("the engine measured", "org/big", "a machine", "1 0.052, 2 0.054", "1 0.16, 8 0.22, 21 0.38"):
+        assert expected in text, expected
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="plot=.*exists; name another file"):
+        command.run(InspectOptions(what=str(engine_costs), plot=plot))
+
+
+def test_damaged_costs_of_the_engine(engine_costs):
+    engine_costs.write_text(engine_costs.read_text().replace("0.22", "-0.22"))
+    with pytest.raises(ValueError, match="is no file of measured costs, or damaged"):
+        facts(str(engine_costs))
+
+
+def test_only_the_engines_costs_are_drawn(trained_head, tmp_path):
+    with pytest.raises(ValueError, match="only the engine's costs are drawn, not this .acceptance head."):
+        command.run(InspectOptions(what=str(trained_head), plot=tmp_path / "x.png"))

@@ -23,13 +23,18 @@ CALIBRATION_ROWS = Path("calibration") / "rows.jsonl"
 _SHOWN_ESTIMATORS = ("head", "head_uncalibrated", "confidence")
 _SHOWN_OF_A_LIST = 8
 _INDENT = 32
+ENGINE_COSTS = "costs that the engine measured"
 
 
 class InspectOptions(CommandOptions):
     """Say what a head, a dataset or a costs file is."""
 
     what: str = Field(min_length=1, json_schema_extra=POSITIONAL)
-    """Head (a folder or a hub id), dataset folder, or costs file."""
+    """Head (a folder or a hub id), dataset folder, or costs file: of ``measure``, or one that the engine keeps in
+    VLLM_CACHE_ROOT/specdecpp (by default ~/.cache/vllm/specdecpp)."""
+
+    plot: Path | None = None
+    """PNG to draw the engine's cost curves into."""
 
     as_json: bool = Field(default=False, alias="json")
     """Print one JSON object, with everything that is known."""
@@ -42,6 +47,8 @@ def run(options: InspectOptions) -> int:
         ValueError: one line: nothing is there, or it is none of the three, or damaged.
     """
     found = facts(options.what)
+    if options.plot is not None:
+        _plot(found, options.plot)
     print(json.dumps(found, indent=2) if options.as_json else as_text(found))
     return 0
 
@@ -58,6 +65,19 @@ def facts(what: str) -> dict[str, Any]:
     if (path / MANIFEST_FILE).is_file():
         return _dataset(path)
     return _head(what)
+
+
+def _plot(found: Mapping[str, Any], path: Path) -> None:
+    from vllm_specdecpp.training.plots import plot_costs
+
+    if found["kind"] != ENGINE_COSTS:
+        kind = found["kind"]
+        raise ValueError(f"specdecpp: plot={path}: only the engine's costs are drawn, not this ({kind}); leave it out")
+    if path.exists():
+        raise ValueError(f"specdecpp: plot={path} exists; name another file, or remove it")
+    setting = found["setting"]
+    curves = {name: {int(w): s for w, s in curve.items()} for name, curve in found["seconds"].items()}
+    plot_costs(curves, path, f"{setting['draft']} drafting for {setting['target']}, {setting['device']}")
 
 
 def as_text(found: Mapping[str, Any]) -> str:
@@ -183,6 +203,13 @@ def _dataset(folder: Path) -> dict[str, Any]:
 
 
 def _costs(path: Path) -> dict[str, Any]:
+    if path.name.startswith("costs-"):
+        from vllm_specdecpp.decision.cost_aware import CostCache
+
+        setting, points = CostCache.read(path)
+        named = {"first": "first draft pass", "step": "draft step", "verify": "verification"}
+        seconds = {named[name]: {str(w): s for w, s in sorted(curve.items())} for name, curve in points.items()}
+        return {"kind": ENGINE_COSTS, "where": str(path), "setting": setting, "seconds": seconds}
     from dataclasses import asdict
 
     from vllm_specdecpp.training.costs import Costs

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,16 +144,27 @@ class CostCache:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"costs-{digest}.json"
 
+    @classmethod
+    def read(cls, path: Path) -> tuple[dict[str, str], dict[str, dict[int, float]]]:
+        """The setting and the curves in a file.
+
+        Raises:
+            ValueError: it is no such file, or it is damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            key = {str(name): str(value) for name, value in data["key"].items()}
+            return key, _points_of(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"specdecpp: {path} is no file of measured costs, or damaged ({error!r})") from None
+
     def load(self) -> dict[str, dict[int, float]] | None:
         """The saved curves, or None: measure. A damaged file is logged and counts as none."""
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or data["key"] != self.key:
-                raise ValueError("another format or setting")
-            points = {name: {int(w): float(s) for w, s in data[name].items()} for name in CURVES}
-            for curve in points.values():
-                Curve(curve, 1)  # raises for an empty curve or a bad time
-            return points
+            if data["key"] != self.key:
+                raise ValueError("another setting")
+            return _points_of(data)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,3 +193,13 @@ class CostCache:
             points = {name: dict(curve) for name, curve in measure().items()}
             self.save(points)
         return points
+
+
+def _points_of(data: Any) -> dict[str, dict[int, float]]:
+    """The curves in a file's JSON object; raises if they are not there, or are none."""
+    if data["format"] != FORMAT:
+        raise ValueError("another format")
+    points = {name: {int(w): float(s) for w, s in data[name].items()} for name in CURVES}
+    for curve in points.values():
+        Curve(curve, 1)  # raises for an empty curve or a bad time
+    return points
