@@ -240,4 +240,4 @@ def test_spec_model_flags(tiny, tmp_path):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
         assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0).choices[0].text
         log = (tmp_path / "log").read_text()
-    assert "specdecpp: draft" in log and "1 to 4" in log
+    assert "specdecpp: draft" in log and "0 to 4" in log
