@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ def _identity(decision: Tensor) -> Tensor:
     return decision
 
 
-class DraftRound:
+class DraftRound(ABC):
     """One drafting phase, whatever decides it; see :class:`RoundState` and :class:`CostAwareState`.
 
     Per step: :meth:`observe` the pass that yields candidate k's distribution, draw for :attr:`drawing`, then
@@ -58,6 +59,7 @@ class DraftRound:
         self._previous: dict[str, Tensor] = {}  # name -> [num_reqs], of the pass that yielded the last candidate
         self._current: dict[str, Tensor] = {}  # name -> [num_reqs], of the pass observed last
 
+    @abstractmethod
     def observe(self, features: StepFeatures, rows: Tensor | None = None) -> None:
         """Take in the pass that yields the next candidate's distribution, before that candidate is drawn.
 
@@ -65,8 +67,8 @@ class DraftRound:
             features: of all requests, or of ``rows`` only.
             rows: [num_rows] int64 indices of the requests that ``features`` describes; must cover the running ones.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
         """Submit the drawn candidate of every request in :attr:`drawing`, then end those that are through.
 
@@ -79,7 +81,6 @@ class DraftRound:
         Raises:
             RuntimeError: :meth:`observe` was not called for this candidate.
         """
-        raise NotImplementedError
 
     def any_running(self) -> bool:
         """Whether some request still drafts. Waits for the device."""

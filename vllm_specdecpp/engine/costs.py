@@ -92,7 +92,7 @@ def _coarse_to_fine(max_width: int) -> list[int]:
 def measure(
     passes: Passes, scheduler_config: Any, max_length: int, agree: Callable[[torch.Tensor], torch.Tensor]
 ) -> Points:  # fmt: skip
-    """Time both models, some twenty seconds on a CPU; every rank of a tensor-parallel group must call it.
+    """Time both models, seconds on a CPU; every rank of a tensor-parallel group must call it.
 
     Args:
         passes: runs single passes.

@@ -8,7 +8,6 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
 from vllm_specdecpp.engine import costs
 from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.metrics import RoundLog
 from vllm_specdecpp.engine.passes import SinglePasses
 from vllm_specdecpp.engine.requests import RunnerRequests
@@ -290,17 +290,17 @@ class SpecDecPPProposer(DraftModelProposer):
                 features = features.select(draws)
                 if not len(running):
                     break
-            metadata = _select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
+            metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
-            drawn_logprobs = None if raw_logits is None else _logprobs(raw_logits, token_ids)  # [num_running]
+            drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
             if trace is not None:
                 trace.step(running, features, drawn_logprobs)
-            drawn.append(_scatter(token_ids, running, num_reqs, fill=-1))
+            drawn.append(scatter(token_ids, running, num_reqs, fill=-1))
             if probs is not None:
-                probabilities.append(_scatter(probs, running, num_reqs, fill=0))
+                probabilities.append(scatter(probs, running, num_reqs, fill=0))
             state.append(token_ids, running, drawn_logprobs)
             if not state.any_running():
                 break
@@ -315,7 +315,7 @@ class SpecDecPPProposer(DraftModelProposer):
 
         if probabilities:
             self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()  # [num_reqs, num_steps, vocab_size]
-        return _ragged(drawn, state.lengths), num_fed
+        return ragged(drawn, state.lengths), num_fed
 
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
@@ -395,32 +395,3 @@ class SpecDecPPProposer(DraftModelProposer):
         self._candidates = {
             row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
         }
-
-
-def _select_rows(metadata: SamplingMetadata, rows: torch.Tensor) -> SamplingMetadata:
-    """The sampling metadata of some rows, as far as drawing candidates reads it."""
-    temperature = metadata.temperature
-    return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
-
-
-def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each row's token at temperature 1: [num_rows, vocab_size], [num_rows] → [num_rows] float32."""
-    logits = logits.float()
-    return logits.gather(1, token_ids.long()[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
-
-
-def _scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:
-    """``values`` at ``rows``, ``fill`` elsewhere: [num_reqs, ...]."""
-    if values.shape[0] == num_reqs:
-        return values
-    out = values.new_full((num_reqs, *values.shape[1:]), fill)
-    out[rows] = values
-    return out
-
-
-def _ragged(drawn: list[torch.Tensor], lengths: torch.Tensor) -> list[list[int]]:
-    """Per-step columns to per-request lists."""
-    if not drawn:
-        return [[] for _ in range(lengths.shape[0])]
-    table = torch.stack(drawn, dim=1).tolist()  # [num_reqs, num_steps]
-    return [tokens[:length] for tokens, length in zip(table, lengths.tolist(), strict=True)]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the rows of one draft step, of the requests that still run, and those of the batch. No vLLM import."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+
+def select_rows(metadata: Any, rows: torch.Tensor) -> Any:
+    """vLLM's ``SamplingMetadata`` of some rows, as far as drawing candidates reads it."""
+    temperature = metadata.temperature
+    return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
+
+
+def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each row's token at temperature 1: [num_rows, vocab_size], [num_rows] → [num_rows] float32."""
+    logits = logits.float()
+    return logits.gather(1, token_ids.long()[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+
+
+def scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:
+    """``values`` at ``rows``, ``fill`` elsewhere: [num_reqs, ...]."""
+    if values.shape[0] == num_reqs:
+        return values
+    out = values.new_full((num_reqs, *values.shape[1:]), fill)
+    out[rows] = values
+    return out
+
+
+def ragged(drawn: list[torch.Tensor], lengths: torch.Tensor) -> list[list[int]]:
+    """Per-step columns to per-request lists."""
+    if not drawn:
+        return [[] for _ in range(lengths.shape[0])]
+    table = torch.stack(drawn, dim=1).tolist()  # [num_reqs, num_steps]
+    return [tokens[:length] for tokens, length in zip(table, lengths.tolist(), strict=True)]
