@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one rule against speculation off and the best fixed K in every cell: set x temperature x batch.
 
-    python -m benchmarks.matrix --pair TARGET DRAFT --data DIR --prompts 32 --groups 8 --max-tokens 96 \
+    python -m benchmarks.matrix --pair TARGET DRAFT --data DIR --prompts 32 --turns 8 --max-tokens 96 \
         --out benchmarks/results/X.jsonl
 
 A cell's prompts are answered in groups of its batch size; all methods answer a group, in a rotated order, before the
-next group's turn. The engines live through all cells, and with them what the rules have learnt, as in a server.
+next group's. Every turn visits all cells, so that a run that is cut short has something of each. The engines live
+through all cells, and with them what the rules have learnt, as in a server whose load changes.
 Raw rows are appended to X.raw.jsonl: run the same command again to go on after an interruption. The last line of the
 output is one JSON object.
 """
@@ -32,7 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(prompts=32, kv_cache_mib=1024)
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--groups", type=int, default=8, help="groups of prompts a cell, if its prompts are that many")
+    parser.add_argument("--turns", type=int, default=8, help="visits to each cell, while it has prompts")
+    parser.add_argument(
+        "--visit", type=int, default=4, help="prompts that a cell answers in a turn; a larger batch answers one group"
+    )
     parser.add_argument("--fixed-k", nargs="+", type=int, default=[1, 2, 3, 5, 8, 12], help="K of draft_model")
     parser.add_argument("--rules", nargs="+", help="ours; by default threshold (with a head), confidence, cost_aware")
     parser.add_argument("--judged", help="the method of the heat maps; by default the last of the rules")
@@ -55,9 +59,14 @@ def judged_method(args: argparse.Namespace, methods: Sequence[Method]) -> str:
 
 
 def make_cells(
-    prompts: dict[str, list[Row]], temperatures: Sequence[float], batches: Sequence[int], groups: int
+    prompts: dict[str, list[Row]], temperatures: Sequence[float], batches: Sequence[int], turns: int, visit: int
 ) -> list[session.Unit]:
-    """The units of all cells, cell after cell, at most ``groups`` a cell.
+    """The units of all cells, turn after turn.
+
+    Args:
+        prompts: of each set.
+        turns: visits to each cell, while it has prompts.
+        visit: prompts a cell answers in a turn, rounded up to whole groups.
 
     Raises:
         ValueError: a number that is none, or a batch that is larger than the number of prompts.
@@ -65,17 +74,18 @@ def make_cells(
     for option, values in (("--temperatures", temperatures), ("--batches", batches)):
         if len(set(values)) < len(values):
             raise ValueError(f"{option} {' '.join(f'{value:g}' for value in values)}: name each once")
-    if min(temperatures) < 0 or min(batches) < 1 or groups < 1:
-        raise ValueError("--temperatures must be 0 or more, --batches and --groups 1 or more")
+    if min(temperatures) < 0 or min(batches) < 1 or turns < 1 or visit < 1:
+        raise ValueError("--temperatures must be 0 or more, --batches, --turns and --visit 1 or more")
     fewest = min(map(len, prompts.values()))
     if max(batches) > fewest:
         raise ValueError(f"--batches {max(batches)}: there are {fewest} prompts a set; raise --prompts")
     return [
         session.Unit(unit, temperature, {"temperature": temperature, "batch": batch})
+        for turn in range(turns)
         for temperature in temperatures
         for batch in batches
         for name, rows in prompts.items()
-        for unit in make_units({name: rows}, batch)[:groups]
+        for unit in make_units({name: rows}, batch)[turn * -(-visit // batch) : (turn + 1) * -(-visit // batch)]
     ]
 
 
@@ -88,7 +98,8 @@ def _main(args: argparse.Namespace, argv: Sequence[str], started: float) -> int:
     methods = methods_of(args)
     judged = judged_method(args, methods)
     raw_path = options.check_paths(args)
-    units = make_cells(load_prompts(args.data, args.sets, args.prompts), args.temperatures, args.batches, args.groups)
+    prompts = load_prompts(args.data, args.sets, args.prompts)
+    units = make_cells(prompts, args.temperatures, args.batches, args.turns, args.visit)
     raw = RawFile(raw_path)
     raw.start_run(options.shared_settings(args), options.provenance(argv, MODULE, methods) | {"judged": judged})
     if not session.execute(args, raw, units, methods, started):

@@ -30,33 +30,40 @@ METHODS_AT = ["off", "draft_model:K=2", "confidence"]
 
 
 class TestCells:
-    def test_groups_of_each_batch_cell_after_cell(self) -> None:
+    def test_every_turn_visits_all_cells_with_new_groups(self) -> None:
         prompts = {name: [{"id": f"{name}{i}", "set": name, "prompt": "?"} for i in range(4)] for name in "ab"}
-        units = make_cells(prompts, [0.0, 1.0], [1, 2], groups=3)
+        units = make_cells(prompts, [0.0, 1.0], [1, 4], turns=2, visit=2)
         found = [(u.temperature, u.cell["batch"], u.prompts[0]["set"], u.id) for u in units]
-        assert found[:8] == [
-            (0.0, 1, "a", "a0"), (0.0, 1, "a", "a1"), (0.0, 1, "a", "a2"),
-            (0.0, 1, "b", "b0"), (0.0, 1, "b", "b1"), (0.0, 1, "b", "b2"),
-            (0.0, 2, "a", "a0+a1"), (0.0, 2, "a", "a2+a3"),
+        assert found[:6] == [
+            (0.0, 1, "a", "a0"), (0.0, 1, "a", "a1"), (0.0, 1, "b", "b0"), (0.0, 1, "b", "b1"),
+            (0.0, 4, "a", "a0+a1+a2+a3"), (0.0, 4, "b", "b0+b1+b2+b3"),
         ]  # fmt: skip
-        assert len(found) == 2 * (2 * 3 + 2 * 2) and {t for t, *_ in found[10:]} == {1.0}
+        assert {t for t, *_ in found[6:12]} == {1.0}
+        # The one group of four is used up by the first turn.
+        assert [(t, b, name) for t, b, _, name in found[12:]] == [
+            (t, 1, f"{name}{i}") for t in (0.0, 1.0) for name in "ab" for i in (2, 3)
+        ]
+        assert len(make_cells(prompts, [0.0], [1], turns=99, visit=3)) == 2 * 4
         assert all(unit.cell == {"temperature": t, "batch": b} for unit, (t, b, _, _) in zip(units, found, strict=True))
 
     @pytest.mark.parametrize(
-        ("temperatures", "batches", "groups", "message"),
+        ("temperatures", "batches", "turns", "visit", "message"),
         [
-            ([0.0], [1, 8], 4, "--batches 8: there are 4"),
-            ([0.0, 0.0], [1], 4, "--temperatures 0 0: name each once"),
-            ([0.0], [2, 2], 4, "--batches 2 2"),
-            ([-1.0], [1], 4, "must be 0 or more"),
-            ([0.0], [0], 4, "1 or more"),
-            ([0.0], [1], 0, "1 or more"),
+            ([0.0], [1, 8], 4, 1, "--batches 8: there are 4"),
+            ([0.0, 0.0], [1], 4, 1, "--temperatures 0 0: name each once"),
+            ([0.0], [2, 2], 4, 1, "--batches 2 2"),
+            ([-1.0], [1], 4, 1, "must be 0 or more"),
+            ([0.0], [0], 4, 1, "1 or more"),
+            ([0.0], [1], 0, 1, "1 or more"),
+            ([0.0], [1], 1, 0, "1 or more"),
         ],
     )
-    def test_bad_numbers(self, temperatures: list[float], batches: list[int], groups: int, message: str) -> None:
+    def test_bad_numbers(
+        self, temperatures: list[float], batches: list[int], turns: int, visit: int, message: str
+    ) -> None:
         prompts = {"a": [{"id": str(i), "set": "a", "prompt": "?"} for i in range(4)]}
         with pytest.raises(ValueError, match=message):
-            make_cells(prompts, temperatures, batches, groups)
+            make_cells(prompts, temperatures, batches, turns, visit)
 
     def test_the_papers_rule_needs_a_head(self) -> None:
         common = ["--pair", "T", "D", "--data", ".", "--out", "x.jsonl", "--fixed-k", "3"]
@@ -115,7 +122,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     FakeEngines.calls, FakeEngines.die_after = [], None
     monkeypatch.setattr(session, "Engines", FakeEngines)
     parts = ["--pair", "T", "D", "--data", str(tmp_path), "--sets", "a", "b", "--prompts", "4", "--max-tokens", "8"]
-    parts += ["--batches", "1", "4", "--groups", "2", "--fixed-k", "2", "4", "--rules", "confidence"]
+    parts += ["--batches", "1", "4", "--turns", "2", "--visit", "1", "--fixed-k", "2", "4", "--rules", "confidence"]
     return [*parts, "--out", str(tmp_path / "x.jsonl")]
 
 
@@ -153,8 +160,8 @@ class TestCommand:
         assert {r["equals_off"] for r in rows if r["temperature"] == 0.0} == {None, True}
 
     def test_an_interrupted_run_goes_on_where_it_stopped(self, command: list[str], tmp_path: Path) -> None:
-        """After all of temperature 0: the same prompts at temperature 1 are not done yet."""
-        FakeEngines.die_after = NUM_MEASUREMENTS // 2 + 2
+        """After the first turn of temperature 0: the same prompts at temperature 1 are not done yet."""
+        FakeEngines.die_after = NUM_MEASUREMENTS // 3 + 2
         assert matrix.main(command) == 130
         FakeEngines.die_after = None
         assert main([str(tmp_path / "x.raw.jsonl"), "--out", str(tmp_path / "part.jsonl")]) == 0
