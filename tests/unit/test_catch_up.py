@@ -12,8 +12,9 @@ TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
 
 
 def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], speedup: float = 1.5,
-         probe: bool = False) -> list[bool]:  # fmt: skip
-    return catch_up.allowed(list(ids), np.array(wanted), seconds, speedup=speedup, probe=probe, **TIMES).tolist()
+         probe: bool = False, remaining: float = 0.0) -> list[bool]:  # fmt: skip
+    left = [remaining] * len(ids)
+    return catch_up.allowed(list(ids), np.array(wanted), seconds, left, speedup=speedup, probe=probe, **TIMES).tolist()
 
 
 def test_usual_rounds_are_not_touched():
@@ -29,6 +30,24 @@ def test_a_request_forgoes_what_reading_costs_first(speedup: float, num_reqs: in
     seconds = [2.0] + [0.0] * (num_reqs - 1)
     answers = [_ask(catch_up, ids, [True] * num_reqs, seconds, speedup)[0] for _ in range(rounds + 1)]
     assert answers.index(True) == rounds - 1 and all(answers[:-1]) is (rounds == 1)
+
+
+@pytest.mark.parametrize("num_reqs", [1, 2])
+def test_a_prompt_is_read_at_once_if_its_answer_will_save_as_much(num_reqs: int):
+    """At twice the speed, a token saves half of a second's share of the batch."""
+    ids, wanted = "ab"[:num_reqs], [True] * num_reqs
+    for tokens, read in ((9.9, False), (10.1, True)):
+        assert _ask(CatchUp(), ids, wanted, [5.0 / num_reqs] * num_reqs, 2.0, remaining=tokens) == [read] * num_reqs
+    assert not any(_ask(CatchUp(), ids, wanted, [5.0] * num_reqs, 0.9, remaining=1e6))  # drafting is slower
+
+
+def test_where_no_request_is_worth_reading_one_is_read_now_and_then():
+    """New requests all the time, each of which ends before it has forgone enough."""
+    catch_up, rounds = CatchUp(), 4000
+    read = [any(_ask(catch_up, f"{i:04d}"[-2:], [True, True], [2.0, 1.0], 0.9)) for i in range(rounds)]
+    assert 0.8 * PROBE_SHARE * rounds < sum(read) <= PROBE_SHARE * rounds
+    catch_up = CatchUp()  # not where another request drafts: that one tells
+    assert not any(_ask(catch_up, "ab", [True, True], [2.0, 0.0], 0.9)[0] for _ in range(400))
 
 
 def test_after_it_was_read_the_next_stretch_is_saved_up_for_anew():

@@ -12,6 +12,7 @@ from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
 from vllm_specdecpp.decision.cost_aware.plan import best_extension, best_submission
 from vllm_specdecpp.decision.cost_aware.rate import RateEstimate
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.cost_aware.start import StartGate
 
 PAPER = ({1: 0.023, 64: 0.023}, {1: 0.023, 64: 0.023}, {1: 0.109, 1024: 0.109})
 
@@ -179,6 +180,26 @@ def test_one_bad_request_in_a_batch_rides_without_drafting():
         rule.finish(round_, round_.lengths.tolist(), wins)
         drafted += (round_.lengths > 0) * (turn >= 200)
     assert drafted[:3].min() > 150 and drafted[3] < 40
+
+
+@pytest.mark.parametrize(("num_reqs", "accepted", "drafted", "passes"), [(1, 2, 3, 3), (4, 1, 2, 2), (2, 0, 4, 4)])
+def test_the_gate_says_what_drafting_brings_even_where_it_chooses_none(num_reqs, accepted, drafted, passes):
+    verify = {1: 1.0, 64: 1.0 + 63 * 0.01}
+    costs = CostModel({1: 0.1, 8: 0.17}, {1: 0.08, 8: 0.15}, verify, max_reqs=8)
+    gate, ids = StartGate(), list("abcd"[:num_reqs])
+    for _ in range(3000):
+        gate.update(ids, [accepted] * num_reqs, [drafted] * num_reqs, 0.5, passes, False)
+    chosen, _ = gate.choose(ids, np.ones(num_reqs, dtype=bool), num_reqs / costs.verify.at(num_reqs), costs)
+    assert chosen.any() == (accepted > 0)
+    drafting = 0.1 + 0.01 * (num_reqs - 1) + (passes - 1) * (0.08 + 0.01 * (num_reqs - 1))
+    if accepted:
+        seconds = drafting + 1.0 + 0.01 * (num_reqs * (1 + drafted) - 1)
+        tokens = num_reqs * (1 + accepted)
+    else:  # the least harm: one request alone
+        seconds = 0.1 + (passes - 1) * 0.08 + 1.0 + 0.01 * (num_reqs + drafted - 1)
+        tokens = num_reqs
+    off = num_reqs / (1.0 + 0.01 * (num_reqs - 1))
+    assert gate.speedup == pytest.approx(tokens / seconds / off, rel=0.01)
 
 
 def test_requests_are_forgotten_and_unknown_outcomes_taken():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests may have the draft model read what it missed while nothing was drafted for them. No vLLM import.
+"""Which requests may have the draft model read what it has not read yet. No vLLM import.
 
-The price of drafting again after a stretch without it is a draft pass over all that was emitted since, or a whole
-prompt: on a slow machine many rounds' time. As in ski rental, a request first forgoes as much as that costs.
+The price of drafting for a request is, first of all, a draft pass over its prompt, or over all that was emitted since
+it was drafted for last: on a slow machine many rounds' time. It is paid at once where drafting will save as much over
+the tokens that the request is expected to emit; else, as in ski rental, the request first forgoes as much as it costs,
+since expectations may be wrong.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class CatchUp:
         self._pool = 0.0  # seconds that a probe may spend
 
     def allowed(
-        self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float], *, first_seconds: float,
-        off_seconds: float, speedup: float, probe: bool,
+        self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float],
+        remaining: Sequence[float], *, first_seconds: float, off_seconds: float, speedup: float, probe: bool,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Call once a round.
 
@@ -35,9 +37,10 @@ class CatchUp:
             request_ids: of the batch.
             wanted: [num_reqs] requests that the rule would draft for.
             seconds: what each would take to read, beyond a usual first pass.
+            remaining: tokens that each is expected to emit yet.
             first_seconds: a first pass.
             off_seconds: a round without drafting.
-            speedup: of drafting, lately.
+            speedup: tokens per second with drafting over those without.
             probe: whether the round is a probe.
 
         Returns:
@@ -48,25 +51,38 @@ class CatchUp:
         if not wanted.any():
             self._pool += PROBE_SHARE * off_seconds
         if probe:
-            for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: seconds[i]):
-                if seconds[index] > small:
-                    out[index] = seconds[index] <= self._pool
-                    self._pool -= seconds[index] * out[index]
+            self._spend(out, seconds, small)
             if not out.any():
                 self._pool += PROBE_SHARE * off_seconds
             return out
         gain = max(speedup - 1, PROBE_SHARE) * off_seconds / max(len(request_ids), 1)
+        per_token = max(1 - 1 / speedup, 0.0) * off_seconds / max(len(request_ids), 1)  # seconds saved
         forgone: dict[str, float] = {}
         for index in np.flatnonzero(wanted).tolist():
-            if seconds[index] <= small:
+            if seconds[index] <= max(small, per_token * remaining[index]):
                 continue
             saved = self._forgone.get(request_ids[index], 0.0) + gain
             out[index] = saved >= seconds[index]
             if not out[index]:
                 forgone[request_ids[index]] = saved
+        if wanted.any() and not out.any():
+            # Where no request is worth reading, nobody learns whether that has changed: now and then one is read.
+            self._pool += PROBE_SHARE * off_seconds
+            cheapest = min(np.flatnonzero(wanted).tolist(), key=lambda i: seconds[i])
+            if seconds[cheapest] <= self._pool:
+                self._pool -= seconds[cheapest]
+                out[cheapest] = True
+                del forgone[request_ids[cheapest]]
         # A request that is not wanted this time keeps what it has saved.
         kept = {name: self._forgone[name] for name in request_ids if name in self._forgone and name not in forgone}
         for index in np.flatnonzero(out).tolist():
             kept.pop(request_ids[index], None)
         self._forgone = kept | forgone
         return out
+
+    def _spend(self, out: NDArray[np.bool_], seconds: Sequence[float], small: float) -> None:
+        """Leave those out of a probe that the pool does not pay for, the cheapest first."""
+        for index in sorted(np.flatnonzero(out).tolist(), key=lambda i: seconds[i]):
+            if seconds[index] > small:
+                out[index] = seconds[index] <= self._pool
+                self._pool -= seconds[index] * out[index]

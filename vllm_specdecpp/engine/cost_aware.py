@@ -17,6 +17,7 @@ from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.round import CostAwareState
 from vllm_specdecpp.engine.catch_up import CatchUp
 from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.output_lengths import OutputLengths
 from vllm_specdecpp.engine.reliability import ReliabilityLog
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -53,6 +54,7 @@ class CostAwareDrafting:
         """Whether the last round with a request that could draft did draft."""
         self.reliability = ReliabilityLog()
         self._catch_up = CatchUp()
+        self._output_lengths = OutputLengths()
         self._overheads: list[float] | None = [] if measured else None
         self._agree, self._device = agree, device
         self._round: CostAwareRound | None = None
@@ -67,6 +69,7 @@ class CostAwareDrafting:
         stop_token_ids: torch.Tensor | None,
         since_last_seconds: float | None,
         first_missing: Sequence[int],
+        room: Sequence[int],
     ) -> CostAwareState:
         """Learn from the round that was just verified, and choose who drafts now.
 
@@ -77,12 +80,14 @@ class CostAwareDrafting:
             stop_token_ids: as in :class:`RoundState`.
             since_last_seconds: from the end of the last round's drafting to now.
             first_missing: first position of each request whose draft KV is not right.
+            room: tokens that each request may emit after its next token.
         """
         if self.rule is not None:
             self._finish({rows[index].request_id: outcome for index, outcome in outcomes.items()}, len(rows),
                          since_last_seconds)  # fmt: skip
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
-            self._leave_out(self._round, rows, first_missing)
+            self._output_lengths.update(rows)
+            self._leave_out(self._round, rows, first_missing, room)
         state = CostAwareState(
             self._round, self.estimator, self.estimator.needs, len(rows), stop_token_ids=stop_token_ids,
             agree=self._agree, device=self._device,
@@ -91,25 +96,26 @@ class CostAwareDrafting:
             self.drafting = state.any_running()
         return state
 
-    def _leave_out(self, round_: CostAwareRound, rows: Sequence[RowState], first_missing: Sequence[int]) -> None:
+    def _leave_out(
+        self, round_: CostAwareRound, rows: Sequence[RowState], first_missing: Sequence[int], room: Sequence[int]
+    ) -> None:
         """Leave out the requests that the draft model would have to read too much of."""
         assert self.rule is not None
         costs, num_reqs = self.rule.costs, len(rows)
-        probe = round_.probe and not self.drafting
-        # Where all draft, what the target has just read is read as it comes; a probe reads it for nothing.
-        ends = [row.next_position - 1 if probe else row.first_query_position for row in rows]
         # The draft's rows cost what the target's do, in proportion.
         widest = max(costs.verify.widths[-1], 2)
         slope = max(costs.verify.at(widest) - costs.verify.at(1), 0.0) / (widest - 1)
         per_token = slope * costs.step.at(1) / costs.verify.at(1)
+        lengths = self._output_lengths
         allowed = self._catch_up.allowed(
             round_.request_ids,
             round_.running,
-            [per_token * max(end - start, 0) for start, end in zip(first_missing, ends, strict=True)],
+            [per_token * max(row.next_position - 1 - start, 0) for start, row in zip(first_missing, rows, strict=True)],
+            [lengths.remaining(row.request_id, most) for row, most in zip(rows, room, strict=True)],
             first_seconds=costs.first.at(num_reqs),
             off_seconds=costs.verify.at(num_reqs),
-            speedup=self.rule.rate.speedup(num_reqs) or 1.0,
-            probe=probe,
+            speedup=self.rule.start.speedup,
+            probe=round_.probe and not self.drafting,
         )
         round_.leave_out(~allowed)
 

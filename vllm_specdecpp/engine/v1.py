@@ -228,7 +228,8 @@ class SpecDecPPProposer(DraftModelProposer):
             keep_up = True
         else:
             assert self.cost_aware is not None
-            state = self.cost_aware.begin(rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing)
+            room = [self.requests.remaining(row) for row in rows]
+            state = self.cost_aware.begin(rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing, room)
             drafts = state.running.tolist()
             keep_up = self.cost_aware.drafting
         # Where drafting does not pay, prompts are not read either; the first round that drafts catches up.

@@ -64,6 +64,8 @@ class StartGate:
 
     Attributes:
         probe_length: candidates of a request in a probe of the whole batch, at most.
+        speedup: tokens per second of drafting for the requests that gain most by it, over those of drafting for none;
+            as the last :meth:`choose` expected them, whatever it chose.
 
     Args:
         max_requests: how many requests are remembered; the one seen longest ago is forgotten.
@@ -79,6 +81,7 @@ class StartGate:
         self._seen = 4.0  # requests' rounds that the means rest on
         self._skipped, self._interval = 0, _FIRST_INTERVAL  # rounds in which nobody drafted
         self.probe_length = 1
+        self.speedup = 1.0
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -112,7 +115,9 @@ class StartGate:
         wider = _between(costs, num_reqs + rows)  # [num_allowed]
         margin = (_MARGIN if not self._drafting else -_MARGIN) * rate * off
         gain = gained - rate * (draft + wider - off) - margin
-        best = int(gain.argmax()) + 1 if gain.max() > 0 else 0
+        top = int(gain.argmax())
+        self.speedup = float((1 + gained[top] / num_reqs) * off / (draft[top] + wider[top]))
+        best = top + 1 if gain[top] > 0 else 0
         order = [entry[3] for entry in worth]
         chosen = np.zeros(num_reqs, dtype=np.bool_)
         chosen[order[:best]] = True
