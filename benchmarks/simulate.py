@@ -10,6 +10,8 @@ and 1 % spikes), and so is what it measured at start-up (3 % a width). The rules
 * fixed candidate lengths, and thresholds on the score or on the product of scores, the best of each chosen afterwards;
 * ``informed``: cost_aware's own comparison with the true costs, a calibration learnt beforehand on other text
   (``--train``), and rho found by trying: it learns nothing and wastes nothing on learning.
+
+``oracle`` knows the outcomes as well: it drafts just what will be accepted. No rule can.
 """
 
 from __future__ import annotations
@@ -56,12 +58,22 @@ CPU_ROWS = [1, 2, 3, 4, 5, 6, 9, 17]
 CPU_SECONDS = [0.156, 0.165, 0.132, 0.130, 0.127, 0.129, 0.170, 0.219]
 
 
+ONE_CORE_ROWS = [1, 6, 7, 16, 21]
+ONE_CORE_SECONDS = [0.185, 0.188, 0.225, 0.337, 0.399]
+
+
+def _one_core_verify(n: int) -> float:
+    return float(np.interp(n, ONE_CORE_ROWS, ONE_CORE_SECONDS)) + max(0, n - 21) * 0.0125
+
+
 def _cpu_verify(n: int) -> float:
     return float(np.interp(n, CPU_ROWS, CPU_SECONDS)) + max(0, n - 17) * 0.006
 
 
 SETTINGS = {
     "cpu": Setting(lambda b: 0.040, lambda b: 0.036, _cpu_verify, 1),
+    "one_core": Setting(lambda b: 0.055, lambda b: 0.055, _one_core_verify, 1),
+    "one_core_b4": Setting(lambda b: 0.051 + 0.004 * b, lambda b: 0.051 + 0.004 * b, _one_core_verify, 4),
     "cpu_b4": Setting(lambda b: 0.036 + 0.006 * b, lambda b: 0.033 + 0.004 * b, _cpu_verify, 4),
     "cpu_b16": Setting(lambda b: 0.036 + 0.006 * b, lambda b: 0.033 + 0.004 * b, _cpu_verify, 16),
     "paper": Setting(lambda b: 0.023, lambda b: 0.023, lambda n: 0.109, 1),
@@ -121,6 +133,10 @@ class Bench:
 
     def fixed(self, length: int) -> float:
         return self.planned(np.minimum(self.limit, length))
+
+    def oracle(self) -> float:
+        """Tokens per second of drafting just what will be accepted."""
+        return self.planned(np.minimum(self.run, self.limit))
 
     def threshold(self, h: float, cumulative: bool, lag: int = 0) -> float:
         """Stops after the first candidate whose score, or the product of scores up to it, is below ``h``; with lag 1
@@ -267,13 +283,14 @@ def measure(cost_name: str, name: str, options: argparse.Namespace) -> dict[str,
     tokens = options.tokens * (1 if setting.batch == 1 else 3)
     acceptance = calibrated(training_streams(name, options))
     fixed, known = np.zeros(len(FIXED_KS)), np.zeros((len(THRESHOLDS), 2))
-    informed, rates, late, spent = [], [], [], []
+    informed, oracle, rates, late, spent = [], [], [], [], []
     for seed in range(options.seed, options.seed + options.seeds):
         bench = Bench(setting, streams_of(name, setting, options, seed), tokens)
         here = np.array([bench.fixed(k) for k in FIXED_KS])
         fixed += here / options.seeds
         known += [[bench.threshold(h, c) / options.seeds for c in (True, False)] for h in THRESHOLDS]
         informed.append(informed_rate(bench, true_costs(setting), acceptance, float(here.max())))
+        oracle.append(max(bench.oracle(), float(here.max())))
         rule = CostAwareRule(cost_model(setting, seed, options.scale), DEPTH, guarded=not options.no_guard)
         rate, trace, seconds = bench.cost_aware(rule, seed)
         half = trace[len(trace) // 2]
@@ -291,6 +308,7 @@ def measure(cost_name: str, name: str, options: argparse.Namespace) -> dict[str,
         "threshold": round(float(known.max()), 3),
         "threshold_h": f"{'product' if at[1] == 0 else 'score'} < {THRESHOLDS[at[0]]}",
         "informed": round(float(np.mean(informed)), 3),
+        "oracle": round(float(np.mean(oracle)), 3),
         "cost_aware": round(float(np.mean(rates)), 3),
         "cost_aware_second_half": round(float(np.mean(late)), 3),
         "rule_us_per_round": round(float(np.mean(spent)) * 1e6, 1),

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import simulate
 from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, informed_rate, make
+from benchmarks.simulated_streams import windows
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
@@ -33,6 +34,17 @@ def test_close_to_the_best_fixed_length_or_better(costs, stream):
     rate, fixed, _ = rates(costs, stream)
     assert rate > 0.95 * max(fixed)
     assert rate > 0.97 * fixed[0]
+
+
+def test_the_oracle_drafts_what_will_be_accepted():
+    """Three accepted, one not, over and over: four tokens for three draft passes and one verification."""
+    setting = SETTINGS["paper"]
+    accept = np.tile([1.0, 1.0, 1.0, 0.0], 100)
+    bench = Bench(setting, [windows(accept, np.full(400, 0.5))], 380)
+    assert bench.oracle() == pytest.approx(4 / (3 * 0.023 + 0.109))
+    _, fixed, bench = rates("paper", "markov")
+    best = max(*fixed, *(bench.threshold(h, True) for h in simulate.THRESHOLDS))
+    assert bench.oracle() > 1.05 * best
 
 
 def test_finds_its_way_back_after_a_workload_that_was_not_worth_drafting():
@@ -156,6 +168,7 @@ def test_writes_rows_a_page_and_a_plot(record, tmp_path, capsys):
         ("paper", "recorded:code"), ("paper", "flat"), ("b64", "recorded:code"), ("b64", "flat"),
     ]  # fmt: skip
     assert all(row["cost_aware"] > 0 and row["informed"] > 0 and row["git"] for row in rows)
+    assert all(row["oracle"] >= row["fixed"] for row in rows)
     page = out.with_suffix(".md").read_text()
     assert page.count("\n| ") == 5 and "geometric mean" in page and "python -m benchmarks.simulate" in page
     assert out.with_suffix(".png").stat().st_size > 5000
