@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from vllm_specdecpp.training.estimates import (
     reliability_curves,
     score_rows,
 )
-from vllm_specdecpp.training.held_out import TrainingData, refuse_seen, training_data
+from vllm_specdecpp.training.held_out import TrainingData, name_digest, refuse_seen, training_data
 from vllm_specdecpp.training.manifest import Manifest, write_whole
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.shards import Dataset
@@ -171,8 +172,16 @@ def _fit_rows(fit: Sequence[Dataset], trained: TrainingData | None, lag: int, ma
             )
         parts.append(load_rows(own, lag, prompts_where=trained.is_validation, max_rows=max_rows))
     if other:
-        parts.append(load_rows(other, lag, max_rows=max_rows))
-    return LabelRows.concat(parts)
+        rows = load_rows(other, lag, max_rows=max_rows)
+        # Single prompts of the training data may have gone into another dataset.
+        known = [trained is not None and name_digest(prompt) in trained.fitted for prompt in rows.prompts]
+        parts.append(rows.select(~torch.tensor(known, dtype=torch.bool)[rows.prompt]))
+    rows = LabelRows.concat(parts)
+    if not len(rows):
+        raise ValueError(
+            f"specdecpp: fit={other[0]}: the head was trained on all of its prompts; fit on another dataset"
+        )
+    return rows
 
 
 def _described(rows: LabelRows, fit: Sequence[Dataset], trained: TrainingData | None) -> str:

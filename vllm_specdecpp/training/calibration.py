@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.training.metrics import log_loss
+
 SLOPE_PRECISION = 1.0
 """The slope's prior is Normal(1, 1 / precision): it damps the slope where scores separate the labels perfectly."""
 
@@ -22,6 +24,13 @@ COMMON_PRECISION = 0.01
 
 POSITION_PRECISION = 4.0
 """Of each position's distance from the common intercept: sd 0.5, which some 40 rows with p = 0.9 outweigh."""
+
+STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Factors on all three precisions, among which prompts that were left out choose: rows of one prompt are not
+independent, and a calibration on a dozen prompts does more harm than good unless it is held back."""
+
+FOLDS = 5
+"""Parts of the prompts, each left out once."""
 
 MAX_POSITIONS = 20
 MIN_ROWS = 100
@@ -69,6 +78,7 @@ def fit_calibration(
     shift: float = 0.0,
     weights: Tensor | None = None,
     position_precision: float = POSITION_PRECISION,
+    strength: float = 1.0,
 ) -> Calibration:
     """Fit one slope and an intercept per position, the latter shrunk to the one they share.
 
@@ -80,6 +90,7 @@ def fit_calibration(
             weighted loss has its optimum at p / (p + w_rej (1 - p)), whose log-odds are ln w_rej too low.
         weights: [num_rows] of the rows, >= 0; all 1 by default.
         position_precision: of the prior of each position's distance from the common intercept.
+        strength: factor on the precisions of all priors.
 
     Raises:
         ValueError: one line: no rows, unequal lengths, a number that is not finite, a position below 1.
@@ -94,8 +105,48 @@ def fit_calibration(
     inputs = torch.cat([logit[:, None], torch.ones_like(logit)[:, None], deviation], dim=1)
     prior_mean = torch.tensor([1.0, shift] + [0.0] * num_positions, dtype=torch.float64)
     precision = torch.tensor([SLOPE_PRECISION, COMMON_PRECISION] + [position_precision] * num_positions).double()
+    precision *= strength
     slope, common, *deviations = fit_logistic(inputs, accepted, prior_mean, precision, weights).tolist()
     return Calibration(slope, tuple(common + each for each in deviations))
+
+
+def fit_by_prompts(
+    logit: Tensor, accepted: Tensor, position: Tensor, prompt: Tensor, *, shift: float = 0.0
+) -> Calibration:
+    """:func:`fit_calibration` with priors as strong as serves prompts that it was not fitted on.
+
+    Each part of the prompts is left out once; the factor of :data:`STRENGTHS` with the lowest log-loss on what was left
+    out is taken, the weakest if there is but one prompt.
+
+    Args:
+        logit: [num_rows] the score on the log-odds scale.
+        accepted: [num_rows] label in [0, 1].
+        position: [num_rows] 1-based index of the candidate in its round.
+        prompt: [num_rows] whole number, the row's prompt.
+        shift: as in :func:`fit_calibration`.
+
+    Raises:
+        ValueError: as :func:`fit_calibration`.
+    """
+
+    def fitted(rows: Tensor, strength: float) -> Calibration:
+        return fit_calibration(logit[rows], accepted[rows], position[rows], shift=shift, strength=strength)
+
+    whole = torch.ones(len(logit), dtype=torch.bool)
+    strength = STRENGTHS[0]
+    prompts, number = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
+    if (num_folds := min(FOLDS, len(prompts))) > 1:
+        _checked(logit, accepted, None)
+        losses = []
+        for each in STRENGTHS:
+            loss = 0.0
+            for fold in range(num_folds):
+                out = number % num_folds == fold  # [num_rows]
+                p = fitted(~out, each).probability(logit[out], position[out])
+                loss += float(log_loss(p, accepted[out])) * int(out.sum())
+            losses.append(loss)
+        strength = STRENGTHS[losses.index(min(losses))]
+    return fitted(whole, strength)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def load_chains(
     folders: Sequence[Path],
     head: AcceptanceHead | None = None,
     *,
-    prompts_where: Callable[[Manifest, str], bool] | None = None,
+    prompts_where: Callable[[Manifest, tuple[str, str]], bool] | None = None,
     sets: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Chains:
@@ -114,7 +114,7 @@ def load_chains(
     Args:
         folders: datasets of kind "rounds" of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
-        prompts_where: which prompts to keep, by their dataset's manifest and their id; None keeps all.
+        prompts_where: which prompts to keep, by their dataset's manifest and their (id, set); None keeps all.
         sets: which sets to keep; None keeps all.
         progress: called after each shard.
 
@@ -132,7 +132,8 @@ def load_chains(
         for shard in dataset.shards(progress):
             found |= dict.fromkeys(p["set"] for p in shard.prompts)
             chosen = [
-                (sets is None or p["set"] in sets) and (prompts_where is None or prompts_where(manifest, p["id"]))
+                (sets is None or p["set"] in sets)
+                and (prompts_where is None or prompts_where(manifest, (p["id"], p["set"])))
                 for p in shard.prompts
             ]
             piece = chains_of_shard(shard, chosen, head, fixed)

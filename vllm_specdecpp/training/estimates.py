@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.training import metrics
-from vllm_specdecpp.training.calibration import Calibration, fit_calibration, fit_regression, log_odds
+from vllm_specdecpp.training.calibration import Calibration, fit_by_prompts, fit_regression, log_odds
 from vllm_specdecpp.training.fitting import score, targets
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def fit_estimates(fit: Scored, shift: float) -> tuple[Calibration, dict[str, Est
     label, position = targets(fit.rows, soft=True), fit.rows.position
 
     def calibrated(logit: Callable[[Scored], Tensor], shift: float = 0.0) -> tuple[Calibration, Estimate]:
-        found = fit_calibration(logit(fit), label, position, shift=shift)
+        found = fit_by_prompts(logit(fit), label, position, fit.rows.prompt, shift=shift)
         return found, lambda scored: found.probability(logit(scored), scored.rows.position)
 
     def features(scored: Scored) -> Tensor:

@@ -8,15 +8,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_specdecpp.training.held_out import prompts_of
+from vllm_specdecpp.training.held_out import PromptName, prompts_of
 from vllm_specdecpp.training.responses import read_responses
 
 if TYPE_CHECKING:
     from vllm_specdecpp.training.chains import Chains
     from vllm_specdecpp.training.shards import Dataset
-
-PromptName = tuple[str, str]
-"""(id, set)."""
 
 
 def refuse_overlap(data: Sequence[Dataset], evaluate: Sequence[Dataset], judged: Chains) -> None:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from vllm_specdecpp.head_files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.training import provenance
 from vllm_specdecpp.training.dataset import LabelRows, load_rows, open_datasets, stream_batches
 from vllm_specdecpp.training.fitting import MemoryRows, Source, evaluate, fit, start_at_scalars, statistics
+from vllm_specdecpp.training.held_out import PromptName, prompt_lists, prompts_of
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.prompts import split_by_id
 
@@ -184,7 +185,8 @@ def run(options: TrainOptions) -> int:
     """
     _check_out(options)
     start = time.perf_counter()
-    manifests = [dataset.manifest for dataset in open_datasets(options.data)]
+    datasets = open_datasets(options.data)
+    manifests = [dataset.manifest for dataset in datasets]
 
     def held_out(prompt_id: str) -> bool:
         return options.validation > 0 and split_by_id(prompt_id, options.validation, options.seed)
@@ -216,7 +218,7 @@ def run(options: TrainOptions) -> int:
     }  # fmt: skip
     if val_rows is not None:
         metrics |= {f"val_{key}": value for key, value in evaluate(head, val_rows, options.w_rej, options.soft).items()}
-    _write_provenance(options, manifests, metrics)
+    _write_provenance(options, manifests, metrics, prompts_of(datasets))
     print(json.dumps({"head": str(options.out), **metrics}))
     return 0
 
@@ -251,7 +253,9 @@ def _write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     replace(folder / LOG_FILE, lambda to: to.write_text(text.getvalue(), encoding="utf-8"))
 
 
-def _write_provenance(options: TrainOptions, manifests: list[Any], metrics: dict[str, Any]) -> None:
+def _write_provenance(
+    options: TrainOptions, manifests: list[Any], metrics: dict[str, Any], prompts: Iterable[PromptName]
+) -> None:
     """``provenance.json``: what the head was made from, and how to make it again."""
     content = {
         "command": provenance.command_line(),
@@ -267,6 +271,7 @@ def _write_provenance(options: TrainOptions, manifests: list[Any], metrics: dict
             for folder, manifest in zip(options.data, manifests, strict=True)
         ],
         "metrics": metrics,
+        "prompts": prompt_lists(prompts, options.validation, options.seed),
     }
     text = json.dumps(content, indent=2) + "\n"
     replace(options.out / PROVENANCE_FILE, lambda to: to.write_text(text, encoding="utf-8"))

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from vllm_specdecpp.training.chains import Chains, load_chains, open_rounds
 from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.held_out import training_data
+from vllm_specdecpp.training.held_out import PromptName, refuse_trained_on, training_data
 from vllm_specdecpp.training.manifest import Manifest, write_whole
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.overlap import refuse_overlap
@@ -165,7 +165,7 @@ def _walks(
     return walks
 
 
-def not_trained_on(options: TuneOptions) -> Callable[[Manifest, str], bool] | None:
+def not_trained_on(options: TuneOptions) -> Callable[[Manifest, PromptName], bool] | None:
     """Leaves of the head's own training data the validation prompts only: it scores what it was fitted to too well.
 
     Returns:
@@ -177,12 +177,10 @@ def not_trained_on(options: TuneOptions) -> Callable[[Manifest, str], bool] | No
     trained = None if options.head is None else training_data(options.head)
     if trained is None:
         return None
-    for folder, dataset in zip(options.evaluate, open_rounds(options.evaluate), strict=True):
-        if trained.covers(dataset.manifest):
-            raise ValueError(f"specdecpp: evaluate={folder} has the prompts that the head was trained on; name others")
+    refuse_trained_on(open_rounds(options.evaluate) if options.evaluate else [], trained)
 
-    def keep(manifest: Manifest, prompt_id: str) -> bool:
-        return not trained.covers(manifest) or trained.is_validation(prompt_id)
+    def keep(manifest: Manifest, prompt: PromptName) -> bool:
+        return not trained.was_fitted_to(manifest, prompt)
 
     return keep
 
