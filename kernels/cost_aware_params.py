@@ -47,8 +47,8 @@ class CostAwareParams:
     """[max_tokens + 1] float32, of a verification, by tokens; beyond its end the last slope goes on."""
     bucket_of: Tensor
     """[num_positions] int64 on the host: the bucket whose intercepts and mean a position has."""
-    _device: Tensor
-    _host: Tensor
+    packed: Tensor
+    """[size] float32, all of the above but ``bucket_of``: what rank 0 hands to the others."""
 
     @classmethod
     def allocate(
@@ -80,8 +80,7 @@ class CostAwareParams:
         views: dict[str, Tensor] = {}
         for name, part in zip(sizes, packed.split(list(sizes.values())), strict=True):
             views[name] = part.view(torch.int32) if name in _WHOLE else part
-        host = torch.zeros(packed.shape, pin_memory=packed.is_cuda)
-        return cls(**views, bucket_of=torch.as_tensor(bucket_of)[positions], _device=packed, _host=host)
+        return cls(**views, bucket_of=torch.as_tensor(bucket_of)[positions], packed=packed)
 
     def load(
         self, *, limits: Any, held: bool, probe: bool, rate: float, explore_seconds: float, this: Any, next: Any,
@@ -89,8 +88,8 @@ class CostAwareParams:
     ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
-        Call it once a round, before the first step and outside of captured graphs. The copy of the round before must
-        be through: it is, once that round's tokens were read.
+        Call it once a round, before the first step and outside of captured graphs. The copy of the round before may
+        still be on its way.
 
         Args:
             limits: [num_reqs] whole numbers, for every request in the batch.
@@ -126,12 +125,13 @@ class CostAwareParams:
         floats = [torch.tensor([rate, explore_seconds, of["this"][0], of["next"][0]], dtype=torch.float64)]
         floats += [of[name][1] + of[name][2:][self.bucket_of] for name in ("this", "next")]
         floats += [of["means"][self.bucket_of], of["step"][: self.step_seconds.numel()], of["verify"]]
-        torch.cat([ints.view(torch.float32), torch.cat(floats).float()], out=self._host)
-        self._device.copy_(self._host, non_blocking=True)
+        host = torch.cat([ints.view(torch.float32), torch.cat(floats).float()])
+        # Pinned anew each time: torch hands the memory out again only once this copy is through.
+        self.packed.copy_(host.pin_memory() if self.packed.is_cuda else host, non_blocking=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to view, of those on the device."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bucket_of", "_device", "_host")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bucket_of", "packed")}
 
 
 _WHOLE = ("limits", "num_reqs", "held", "probe")

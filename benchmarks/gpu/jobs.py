@@ -57,4 +57,7 @@ def end_to_end_jobs(folder: Path, batches: list[int], layers: int | None) -> lis
         for method, options in (("draft_model", {}), ("specdecpp", {"rule": "fixed"})):
             config = {"method": method, **synthetic, **options}
             jobs.append({**shared, "way": f"{method}, K={num_candidates}", "speculative_config": config})
+    # What the default rule adds to a round: its launches, its host side, its own choice of a length.
+    config = {"method": "specdecpp", **synthetic}
+    jobs.append({**shared, "way": f"specdecpp, cost_aware, K<={num_candidates}", "speculative_config": config})
     return jobs

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from tests import engine_harness as harness
+from tests.v2 import harness as v2_harness
+from tests.v2.cost_rounds import late_copies
 from vllm_specdecpp.engine import graphs
 
 pytestmark = pytest.mark.gpu
+CURVES = {"first": {1: 2e-3}, "step": {1: 2e-3, 4: 3e-3}, "verify": {1: 10e-3, 8: 14e-3, 32: 30e-3}}
 PROMPTS = harness.prompts(12, seed=40)
 MODES = [graphs.EAGER, graphs.PER_PASS, graphs.IF_NODES]
 
@@ -32,6 +35,9 @@ def _rounds(tiny: Any, mode: str, monkeypatch: Any, **options: Any) -> list[Any]
     with harness.engine(tiny.target, config, enforce_eager=mode == graphs.EAGER, dtype="float32") as llm:
         speculator = llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
         assert (speculator.graphs is None) == (mode == graphs.EAGER)
+        if speculator.config.resolved_rule == "cost_aware":
+            assert speculator.cost_aware.rule.costs.points()["first"].keys() >= {1, 4}  # it was timed
+            v2_harness.fix_costs(llm, CURVES)
         outputs = harness.generate(llm, PROMPTS, max_tokens=40, ignore_eos=True)
         return harness.rounds_of(outputs, harness.take_rounds(llm))
 
@@ -42,6 +48,17 @@ def test_captured_rounds_equal_eager_ones(tiny, mode, monkeypatch):
     lengths = {len(candidates) for request in eager for candidates, *_ in request}
     assert len(lengths) >= 4
     assert _rounds(tiny, mode, monkeypatch) == eager
+
+
+@pytest.mark.parametrize("mode", [graphs.PER_PASS, graphs.IF_NODES])
+def test_captured_cost_aware_rounds_equal_eager_ones(tiny, mode, monkeypatch):
+    """What the rule learns is let come one round late everywhere: else it may, or may not, be there in time."""
+    late_copies(monkeypatch, by=1)
+    rule = {"rule": "cost_aware", "threshold": None}
+    eager = _rounds(tiny, graphs.EAGER, monkeypatch, **rule)
+    lengths = {len(candidates) for request in eager for candidates, *_ in request}
+    assert len(lengths) >= 4
+    assert _rounds(tiny, mode, monkeypatch, **rule) == eager
 
 
 @pytest.mark.parametrize("mode", MODES)

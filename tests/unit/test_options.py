@@ -171,13 +171,14 @@ def choose(monkeypatch):
 
 @pytest.mark.parametrize("runner", [None, "0", "1"])
 @pytest.mark.parametrize("triton", [True, False])
-def test_vllms_choice_of_a_model_runner_stands(no_hub, choose, runner, triton):
+@pytest.mark.parametrize("rule", ["confidence", "cost_aware"])
+def test_vllms_choice_of_a_model_runner_stands(no_hub, choose, runner, triton, rule):
     choose(runner, triton)
-    assert options.expand(_args(speculative_config=_ours())) is not None
+    assert options.expand(_args(speculative_config=_ours(rule=rule))) is not None
     assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == runner
 
 
-@pytest.mark.parametrize("only_v1", [{"rule": "cost_aware"}, {"record_dir": "recorded"}])
+@pytest.mark.parametrize("only_v1", [{"record_dir": "recorded"}])
 def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, only_v1):
     choose(None)
     assert options.expand(_args(speculative_config=_ours(**only_v1))) is not None
@@ -224,7 +225,7 @@ def test_adaptive_verification_needs_estimates(no_hub, choose):
 
 @pytest.mark.parametrize(
     ("chosen", "ours", "async_scheduling"),
-    [(False, {}, True), (True, {"rule": "cost_aware"}, None), (True, {"record_dir": "recorded"}, None)],
+    [(False, {}, True), (True, {"record_dir": "recorded"}, None)],
 )
 def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, chosen, ours, async_scheduling):
     """vLLM prefers V1 for some models and options, which only shows once its own configuration is made."""

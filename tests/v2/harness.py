@@ -32,7 +32,6 @@ def speculator(
     from vllm.config import set_current_vllm_config
 
     from vllm_specdecpp.config import SpecDecPPConfig
-    from vllm_specdecpp.decision.rules import make_rule
     from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
 
     sampling = (("draft_sample_method", draft_sample_method),)
@@ -41,5 +40,18 @@ def speculator(
     with set_current_vllm_config(vllm_config):
         made = (cls or SpecDecPPSpeculator)(vllm_config, torch.device("cpu"), config)
     oracle.attach(made)
-    made.round.set_rule(make_rule(config, None), config.min_speculative_tokens)
+    made.set_rule(config)
     return vllm_config, made
+
+
+def fix_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
+    """Give an engine's cost-aware rule these costs for good: real times teach it nothing. Returns its host side."""
+    from vllm_specdecpp.engine.v2_costs import FirstPassAlways
+
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    cost_aware = worker.model_runner.speculator.cost_aware
+    model: Any = FirstPassAlways(**curves, max_reqs=64, max_tokens=512)
+    model.observe = lambda *args: None
+    model.verify.freshness = lambda width: 99.0
+    cost_aware.rule.costs, cost_aware._overheads = model, None
+    return cost_aware

@@ -96,7 +96,7 @@ class Play:
         handed = self._propose(batch, num_sampled, num_rejected, num_speculative_tokens)
         given = self.speculator.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         bound = min(given, self.speculator.config.num_speculative_tokens)
-        wanted = [self._wanted(self.requests[name], bound, int(n)) for name, n in zip(names, num_sampled, strict=True)]
+        wanted = [self._wanted(name, bound, int(n)) for name, n in zip(names, num_sampled, strict=True)]
         self._compare(names, handed, wanted)
         self._hand_over(names, handed, wanted, bound)
 
@@ -171,10 +171,15 @@ class Play:
                 num_speculative_tokens=num_speculative_tokens,
             )  # fmt: skip
 
-    def _wanted(self, request: Request, bound: int, num_sampled: int) -> list[int]:
+    def _wanted(self, name: str, bound: int, num_sampled: int) -> list[int]:
+        request = self.requests[name]
         room = min(request.end, self.speculator.max_model_len) - 1 - len(request.tokens)  # one token is the target's
-        cap = min(bound, bound if request.cap is None else request.cap, room)
+        cap = min(bound, bound if request.cap is None else request.cap, room, self._planned(name))
         return self.stops.draft(request.tokens, cap, request.stops) if num_sampled and cap > 0 else []
+
+    def _planned(self, name: str) -> int:
+        """What the host allows the request in this round, beside its own limits."""
+        return self.speculator.num_speculative_steps
 
     def _compare(self, names: list[str], handed: torch.Tensor, wanted: list[list[int]]) -> None:
         got = self.speculator.draft_tokens[: len(names)].tolist()

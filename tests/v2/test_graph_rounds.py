@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.v2 import harness
+from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
 from vllm_specdecpp.engine.graphs import IF_NODES, DraftGraphs
@@ -58,13 +59,18 @@ def _model_state() -> Any:
     return types.SimpleNamespace(prepare_attn=prepare_attn)
 
 
-def _play(tiny: Any, sizes: list[int], seed: int, change: Callable[[Any], None] = lambda s: None) -> tuple[Play, int]:
+def _play(
+    tiny: Any, sizes: list[int], seed: int, change: Callable[[Any], None] = lambda s: None, *, cost_aware: bool = False
+) -> tuple[Play, int]:
     """Play with captured rounds; also gives how many of the rounds were replayed."""
     from vllm.config import set_current_vllm_config
 
-    config, speculator = harness.speculator(
-        tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH
-    )
+    if cost_aware:
+        config, speculator, _ = scripted(tiny, seed)
+    else:
+        config, speculator = harness.speculator(
+            tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH
+        )
     speculator.model_state = _model_state()
     for groups in speculator.attn_groups:
         for group in groups:
@@ -82,7 +88,7 @@ def _play(tiny: Any, sizes: list[int], seed: int, change: Callable[[Any], None] 
         return replay(size, max_length)
 
     graphs.replay = count  # type: ignore[method-assign]
-    play = Play(speculator, config, Stops(THRESHOLD), seed)
+    play = ScriptedPlay(speculator, config, seed) if cost_aware else Play(speculator, config, Stops(THRESHOLD), seed)
     play.run(num_steps=25)
     return play, replayed[0]
 
@@ -92,6 +98,39 @@ def test_drafts_equal_the_oracles(tiny, sizes):
     play, replayed = _play(tiny, sizes, seed=len(sizes))
     assert replayed >= (5 if 4 in sizes else 2)  # larger batches run eagerly
     assert {0, MAX_LENGTH} <= set(play.lengths)
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 2]], ids=str)
+def test_cost_aware_drafts_equal_the_oracles(tiny, sizes):
+    """What decides is loaded before each replay; rounds in which nobody drafts are replayed too."""
+    play, replayed = _play(tiny, sizes, seed=len(sizes), cost_aware=True)
+    assert replayed >= (5 if 4 in sizes else 2)
+    assert {0, MAX_LENGTH} <= set(play.lengths)
+    assert isinstance(play, ScriptedPlay) and play.num_checked >= 15
+    passes = sum(max([1, *map(len, truth.drafts)]) for truth in play.truths)
+    assert play.speculator.log.stats()["draft_passes"] == passes
+
+
+@pytest.mark.parametrize("name", ["rows of a larger batch draft", "what decides is captured, not loaded"])
+def test_bugs_of_captured_cost_aware_rounds_are_noticed(tiny, name):
+    def padding_runs(speculator: Any) -> None:
+        start = speculator._tail.start
+
+        def changed(max_lengths: Any, running: Any) -> None:
+            start(max_lengths, running)
+            running[(max_lengths == 0).nonzero()] = 1
+
+        speculator._tail.start = changed
+
+    def kept(speculator: Any) -> None:
+        params = speculator._tail.params.packed.clone()
+        speculator.round.admit = lambda: (
+            speculator._tail.params.packed.copy_(params),
+            speculator._tail.start(speculator.round.max_lengths, speculator.round.running),
+        )
+
+    with pytest.raises((AssertionError, IndexError)):
+        _play(tiny, [4], 1, padding_runs if name.startswith("rows") else kept, cost_aware=True)
 
 
 @pytest.mark.parametrize("name", ["rows of a larger batch go on drafting", "no slots for the later passes"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from tests import engine_harness as harness
 from tests.engine.test_parity import make_rule
 from tests.reference_loop import generate
 from tests.v2 import async_on_cpu
+from tests.v2 import harness as v2_harness
+from tests.v2.cost_rounds import late_copies
+from vllm_specdecpp.engine import costs
 
 MAX_LENGTH, MAX_TOKENS = 5, 16
 PROMPTS = harness.prompts(4, seed=12)
+CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 10e-3, 24: 13e-3}}
 CASE: dict[str, Any] = {"rule": "confidence", "threshold": 0.6, "num_speculative_tokens": MAX_LENGTH}
 
 
@@ -62,6 +67,40 @@ def test_rounds_equal_the_reference(tiny, reference, asynchronous):
         lengths |= {len(r.candidates) for r in theirs}
     assert len(lengths) >= 4
     assert set(booked) == {MAX_LENGTH}  # nothing was trimmed on the host
+
+
+def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous, monkeypatch):
+    """Each outcome comes when the next round has begun; every one reaches its own round, none twice, none never."""
+    monkeypatch.setattr(costs, "measure", lambda *args: CURVES)
+    late_copies(monkeypatch, by=1)
+    draft = reference("draft_good")
+    with _engine(tiny, rule="cost_aware", threshold=None) as llm:
+        cost_aware = v2_harness.fix_costs(llm, CURVES)
+        rule, told, in_flight = cost_aware.rule, [], []
+        finish = rule.finish
+
+        def spy(round_: Any, verified: Any, accepted: Any, *times: Any) -> None:
+            in_flight.append(len(cost_aware._begun))
+            told.append((round_.lengths.tolist(), list(verified), list(accepted)))
+            finish(round_, verified, accepted, *times)
+
+        rule.finish = spy
+        outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+        rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
+        stats = llm.collective_rpc("specdecpp_stats")[0]
+    assert harness.token_ids(outputs) == [tokens for _, tokens in _expected(tiny, reference)]
+    assert max(in_flight) == 1  # of the round that is verified in this step nothing is known yet
+    for mine, prompt, tokens in zip(rounds, PROMPTS, harness.token_ids(outputs), strict=True):
+        context = [*prompt, tokens[0]]
+        for candidates, accepted, next_token in mine:
+            assert candidates == [draft.steps([*context, *candidates[:k]])[0].token for k in range(len(candidates))]
+            context += [*candidates[:accepted], next_token]
+    known = [(v, a) for _, verified, wins in told for v, a in zip(verified, wins, strict=True) if v is not None]
+    logged = [(len(candidates), accepted) for mine in rounds for candidates, accepted, _ in mine]
+    # The last step's outcome is still on its way.
+    assert len(logged) - len(PROMPTS) <= len(known) <= len(logged)
+    assert not Counter(known) - Counter(logged)
+    assert len({n for n, _ in logged}) >= 4 and stats["cost_aware"]["rho"]["1"] > 0
 
 
 @pytest.mark.parametrize("masked", [True, False])

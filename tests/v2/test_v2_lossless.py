@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
+from tests.v2 import harness as v2_harness
+from vllm_specdecpp.engine import costs
+from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2_round import DeviceRound
 
 FAILS_BELOW = 1e-4
 """p-value. Seeds are fixed, so a passing case goes on passing; a planted bias lands far below."""
@@ -74,13 +79,82 @@ def test_a_peeking_stop_is_noticed():
     assert p_value(_emitted(target, draft, _drafts(draft, peeks=True), False), _law(target)) < FAILS_BELOW
 
 
+class _Given:
+    """Scores that somebody gives: noise, or, where it peeks, what was drawn."""
+
+    name, lag, needs = "given", 0, frozenset[str]()
+
+    def __call__(self, features: Any, position: int) -> torch.Tensor:
+        return self.scores
+
+    scores: torch.Tensor
+
+
+def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch.Tensor:
+    """[num_reqs, LENGTH] of one batch, in which each request goes on or not by how it compares with the others."""
+    given = _Given()
+    tail = CostAwareTail(given, num_reqs, LENGTH, 3 * num_reqs, "cpu")
+    tail._launch = cost_aware_tail_torch
+    device = DeviceRound(torch.zeros(num_reqs, LENGTH, dtype=torch.int64))
+    device.set_rule(tail, 1)
+    device.limits[:, 0], device.limits[:, 1], device.limits[:, 2:] = LENGTH, 100, -1
+    device.limits[:, 2] = 0  # a stop token, which ends a draft after it was submitted
+    column = torch.full((num_reqs,), 10, dtype=torch.int32)
+    device.start(num_reqs, column, column * 0, column)
+    most = len(tail.params.bucket_of)
+    # A score is the acceptance; a candidate is worth its row if it is 0.3 likely to be accepted.
+    tail.params.load(
+        limits=[LENGTH] * num_reqs, held=False, probe=False, rate=1.0, explore_seconds=5e-3, this=[1.0] + [0.0] * most,
+        next=[0.7] + [0.0] * most, means=[0.6] * most, step_seconds=[1e-3] * (num_reqs + 1),
+        verify_seconds=0.3 * torch.arange(3 * num_reqs + 1),
+    )  # fmt: skip
+    device.admit()
+    for step, q in enumerate(draft, 1):
+        logits = q.repeat(num_reqs, 1)
+        tokens = torch.multinomial(q.softmax(-1), num_reqs, replacement=True)
+        given.scores = torch.rand(num_reqs)
+        if peeks and step == 2:
+            given.scores = torch.where(tokens == tokens.mode().values, 0.2, 0.8)
+        device.observe(step, logits, logits)
+        device.append(step, tokens, logits)
+    return device.draft_tokens
+
+
+def _verified(target: torch.Tensor, draft: torch.Tensor, drafts: torch.Tensor) -> list[tuple[int, ...]]:
+    """Rejection sampling as in the textbook; what a round did not emit comes from the target alone."""
+    columns, drafting = [], torch.ones(len(drafts), dtype=torch.bool)
+    for j, (p, q) in enumerate(zip(target[:LENGTH].softmax(-1), draft.softmax(-1), strict=True)):
+        tokens = drafts[:, j].clamp(min=0)
+        drafting = drafting & (drafts[:, j] >= 0)
+        accepted = drafting & (torch.rand(len(drafts)) < (p / q)[tokens])
+        recovered = torch.multinomial((p - q).clamp(min=0) + 1e-12, len(drafts), replacement=True)
+        own = torch.multinomial(p, len(drafts), replacement=True)
+        columns.append(torch.where(accepted, tokens, torch.where(drafting, recovered, own)))
+        drafting = accepted
+    return [tuple(row) for row in torch.stack(columns, dim=1).tolist()]
+
+
+@pytest.mark.parametrize("peeks", [False, True])
+def test_a_batch_that_the_cost_aware_rule_couples_follows_the_law(peeks):
+    torch.manual_seed(1)
+    target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
+    drafts = _cost_aware_drafts(draft, 4000, peeks)
+    lengths = (drafts >= 0).sum(dim=1).tolist()
+    assert all(lengths.count(n) > 400 for n in range(LENGTH + 1))
+    p = p_value(_verified(target, draft, drafts), _law(target))
+    assert p < FAILS_BELOW if peeks else p > FAILS_BELOW
+
+
 PROMPT = [3, 5, 4, 7, 6]
 CASES: dict[str, dict[str, Any]] = {
     "greedy drafts": {"draft_sample_method": "greedy"},
     "probabilistic drafts": {"draft_sample_method": "probabilistic"},
     "block verification": {"draft_sample_method": "probabilistic", "rejection_sample_method": "block"},
     "asynchronous": {"draft_sample_method": "probabilistic"},
+    "cost-aware, asynchronous": {"draft_sample_method": "probabilistic", "rule": "cost_aware", "threshold": None},
 }
+CURVES = {"first": {1: 1e-3}, "step": {1: 5e-4, 32: 8e-4}, "verify": {1: 10e-3, 32: 10.5e-3, 128: 13e-3}}
+"""Of the cost-aware rule: some requests of a batch go on, some leave a candidate out, by what the others score."""
 
 
 def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> None:
@@ -92,23 +166,30 @@ def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> Non
         "num_speculative_tokens": 3, "trace_rounds": 100_000, **CASES[name],
     }  # fmt: skip
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": LENGTH + 3, "ignore_eos": True, "detokenize": False}
-    options = {"async_scheduling": True} if name == "asynchronous" else {}
+    options = {"async_scheduling": True} if "asynchronous" in name else {}
     with harness.engine(
         tiny.small_target, config, max_model_len=64, max_num_seqs=32, max_num_batched_tokens=512, **options
     ) as llm:
+        if "cost-aware" in name:
+            v2_harness.fix_costs(llm, CURVES)
         params = [SamplingParams(seed=i, **common) for i in range(num_samples)]
         outputs = llm.generate([{"prompt_token_ids": PROMPT}] * num_samples, params, use_tqdm=False)
         rounds = harness.take_rounds(llm)
-    assert {1, 2, 3} <= {len(r["candidates"]) for r in rounds}
+    assert len({len(r["candidates"]) for r in rounds}) >= 3
     candidates, accepted = sum(len(r["candidates"]) for r in rounds), sum(r["accepted"] for r in rounds)
     assert 0.1 < accepted / candidates < 0.95  # both branches of the rejection sampler are used
     assert p_value([tuple(t[:LENGTH]) for t in harness.token_ids(outputs)], law) > FAILS_BELOW
 
 
+@pytest.fixture(autouse=True)
+def costs_are_known(monkeypatch):
+    monkeypatch.setattr(costs, "measure", lambda *args: CURVES)
+
+
 def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):
     """A few samples through the whole engine; many more, and every kind, are in the slow test."""
     async_on_cpu.allow(monkeypatch)
-    _check_engine(tiny, reference, "asynchronous", 48)
+    _check_engine(tiny, reference, "cost-aware, asynchronous", 48)
 
 
 @pytest.mark.slow

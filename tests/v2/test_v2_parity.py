@@ -98,12 +98,26 @@ def test_counters_equal_the_rounds(pair):
     assert sum(length * n for length, n in stats["lengths"].items()) == num_candidates
 
 
+def test_nothing_runs_while_everybody_is_switched_off(pair):
+    """Nobody will read the draft model's KV, so it is not written."""
+    llm, draft = pair
+    if draft != "draft_good":
+        pytest.skip("one draft is enough")
+    configure(llm, CASES[2])
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    off = {"extra_args": {"specdecpp": "off"}, "max_tokens": 6, "ignore_eos": True}
+    harness.generate(llm, harness.prompts(2), **off)
+    stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
+    assert (stats["draft_passes"], stats["candidates"]) == (0, 0)
+    harness.generate(llm, harness.prompts(1), max_tokens=6, ignore_eos=True)
+    assert llm.collective_rpc("specdecpp_stats")[0]["candidates"] > 0
+
+
 def test_configure_refuses_bad_values(pair):
     llm, _ = pair
     for changes, word in (
         ({"threshold": 1.5}, "threshold"),
         ({"num_speculative_tokens": MAX_LENGTH + 1}, "num_speculative_tokens"),
-        ({"rule": "cost_aware", "threshold": None}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ):
         with pytest.raises(ValueError, match=word):
             harness.configure(llm, **changes)

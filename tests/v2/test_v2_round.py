@@ -125,10 +125,3 @@ def test_longest_draft(seq_len, rejected, sampled, cap, end, wanted):
     assert device.max_lengths.tolist() == [wanted, wanted, 0]
     assert device.next_positions.tolist() == [seq_len - rejected, seq_len - rejected, 0]
     assert device.running.tolist() == [int(wanted > 0)] * 2 + [0]
-
-
-def test_rule_without_a_device_form_is_refused():
-    from vllm_specdecpp.engine.v2_round import check_rule
-
-    with pytest.raises(ValueError, match="^specdecpp: rule='cost_aware' .*VLLM_USE_V2_MODEL_RUNNER=0$"):
-        check_rule("cost_aware")

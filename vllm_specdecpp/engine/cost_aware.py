@@ -83,8 +83,9 @@ class CostAwareDrafting:
             room: tokens that each request may emit after its next token.
         """
         if self.rule is not None:
-            self._finish({rows[index].request_id: outcome for index, outcome in outcomes.items()}, len(rows),
-                         since_last_seconds)  # fmt: skip
+            if self._round is not None:
+                by_request = {rows[index].request_id: outcome for index, outcome in outcomes.items()}
+                self.finish(self._round, self._step, by_request, len(rows), since_last_seconds)
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
             self._output_lengths.update(rows)
             self._leave_out(self._round, rows, first_missing, room)
@@ -132,12 +133,24 @@ class CostAwareDrafting:
         """The round's drafting has ended; ``step`` is what :meth:`RoundLog.step` says of it."""
         self._step = step
 
-    def _finish(
-        self, outcomes: Mapping[str, tuple[int, int]], num_reqs: int, since_last_seconds: float | None
+    def finish(
+        self,
+        round_: CostAwareRound,
+        step: Mapping[str, Any],
+        outcomes: Mapping[str, tuple[int, int]],
+        num_reqs: int,
+        since_last_seconds: float | None,
     ) -> None:
-        round_, step = self._round, self._step
-        if self.rule is None or round_ is None:
-            return
+        """Learn from a round that was verified; on the rank that decides.
+
+        Args:
+            round_: as it was drafted.
+            step: ``draft_seconds``, and ``caught_up``: above 0 if its first pass was no usual one.
+            outcomes: request id -> candidates verified and accepted.
+            num_reqs: in the step that verified it.
+            since_last_seconds: from the end of the round's drafting to the start of the next one's.
+        """
+        assert self.rule is not None
         known = [outcomes.get(request_id) for request_id in round_.request_ids]
         # The times are this round's own only if just these requests, with all their candidates, were in the step.
         whole = len(outcomes) == num_reqs == len(known) and all(
@@ -150,7 +163,6 @@ class CostAwareDrafting:
         self.reliability.verified(round_, verified, accepted)
         timed = self._without_overhead(since_last_seconds, round_) if whole and since_last_seconds is not None else None
         self.rule.finish(round_, verified, accepted, drafted, timed)
-        self._round = None
         self._num_rounds += 1
         if self._num_rounds % SAVE_EVERY == 0:
             self.save()

@@ -41,7 +41,8 @@ class SpecDecPPWorkerMixin:
         from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
 
         self.model_runner.speculator = None  # its buffers can be large
-        self.model_runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config)
+        runner = self.model_runner
+        runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
@@ -85,6 +86,7 @@ class SpecDecPPWorkerMixin:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._speculator is not None:
             logger.info("specdecpp: draft rounds run %s: %s", *self._speculator.how_rounds_run())
+            self._speculator.start_cost_aware()
             return times
         self._proposer.measure_widths()
         if self.device.type == "cpu":
@@ -111,10 +113,11 @@ class SpecDecPPWorkerMixin:
 
     def shutdown(self) -> None:
         """Write what was recorded and learnt and not written yet, then shut down as vLLM does."""
-        drafter = getattr(getattr(self, "model_runner", None), "drafter", None)
-        for part, end in (("recorder", "close"), ("cost_aware", "save")):
-            if (owner := getattr(drafter, part, None)) is not None:
-                getattr(owner, end)()
+        runner = getattr(self, "model_runner", None)
+        for name in ("drafter", "speculator"):
+            for part, end in (("recorder", "close"), ("cost_aware", "save")):
+                if (owner := getattr(getattr(runner, name, None), part, None)) is not None:
+                    getattr(owner, end)()
         super().shutdown()  # type: ignore[misc]
 
     def _start_recording(self) -> None:
@@ -157,9 +160,10 @@ class SpecDecPPWorkerMixin:
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.metrics.RoundLog`; and
         ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.cost_aware.CostAwareDrafting.stats`."""
-        stats = self._drafter.log.stats(reset=reset)
-        if self._speculator is None and self._proposer.cost_aware is not None:
-            stats["cost_aware"] = self._proposer.cost_aware.stats()
+        drafter = self._drafter
+        stats = drafter.log.stats(reset=reset)
+        if drafter.cost_aware is not None:
+            stats["cost_aware"] = drafter.cost_aware.stats()
         return stats
 
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:

@@ -98,8 +98,6 @@ def _needs_v1(config: SpecDecPPConfig) -> str | None:
     """The option that only Model Runner V1 can serve, with the reason, or None."""
     if config.record_dir is not None:
         return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
-    if config.resolved_rule == "cost_aware":
-        return "rule='cost_aware' does not run on Model Runner V2 yet"
     return None
 
 

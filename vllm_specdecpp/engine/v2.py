@@ -3,7 +3,8 @@
 
 Loading, KV groups, block tables and attention metadata stay vLLM's (``StandaloneARSpeculator``). A further pass is run
 only while some request wants it, requests that have stopped write no KV, and each one's candidates end with -1. The
-eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.graphs``) do not ask.
+eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.graphs``) do not ask. The
+cost-aware rule, too, decides on the device, by what the host loads once a round (``engine.v2_cost_aware``).
 
 How a length reaches the verification: with synchronous scheduling the Worker hands the scheduler lists of that length
 (:meth:`SpecDecPPSpeculator.ragged`), so fewer rows are verified; with asynchronous scheduling the scheduler has booked
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -25,12 +27,13 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision.rules import make_rule
-from vllm_specdecpp.engine import graphs
+from vllm_specdecpp.decision.rules import make_estimator, make_rule
+from vllm_specdecpp.engine import graphs, v2_start
+from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
+from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2_log import DeferredRounds
 from vllm_specdecpp.engine.v2_passes import SHORT, DraftPasses
 from vllm_specdecpp.engine.v2_requests import BatchRequests
-from vllm_specdecpp.engine.v2_round import check_rule
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training.provenance import model_label
 
@@ -44,18 +47,21 @@ class SpecDecPPSpeculator(DraftPasses):
         vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
         device: where the draft model runs.
         config: our checked options.
+        runner: the ``GPUModelRunner`` that owns this speculator; needed to time the target's passes.
 
     Attributes:
+        cost_aware: that rule's host side, once it was in force.
         submitted: [max_num_reqs] int32 by request state, candidates of the last round.
-
-    Raises:
-        ValueError: a rule that V2 has no form of.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
-        check_rule(config.resolved_rule)
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig, runner: Any = None
+    ) -> None:
         super().__init__(vllm_config, device)
         self.config = config
+        self.runner = runner
+        self.cost_aware: DeviceCostAware | None = None
+        self._tail: CostAwareTail | None = None
         self.head: AcceptanceHead | None = None
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
@@ -75,13 +81,36 @@ class SpecDecPPSpeculator(DraftPasses):
                 expected_draft=model_label(self.config.model),
                 device=self.device,
             )
-        self.round.set_rule(make_rule(self.config, self.head), self.config.min_speculative_tokens)
+        self.set_rule(self.config)
+
+    def set_rule(self, config: SpecDecPPConfig) -> None:
+        """Put the rule of these options in force; the cost-aware one drafts to the limit until its costs are known.
+
+        Raises:
+            ValueError: the rule cannot be made.
+        """
+        if config.resolved_rule != "cost_aware":
+            self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
+            return
+        if self._tail is None:
+            most = v2_start.most_tokens(self.scheduler_config)
+            self._tail = CostAwareTail(
+                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
+            )
+        self.round.set_rule(self._tail, 1)
+
+    def start_cost_aware(self) -> None:
+        """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
+        if self._tail is not None and self.round.rule is self._tail:
+            if self.cost_aware is None:
+                self.cost_aware = v2_start.start(self, self._tail, self.config, self._agree)
+            self.cost_aware.adapt(self.config.online_calibration)
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
         """Check ``changes`` against the options and put them in force.
 
         Raises:
-            ValueError: an unknown option, a bad value, a bound above the start-up value, or a rule that V2 lacks.
+            ValueError: an unknown option, a bad value, or a bound above the start-up value.
         """
         config = self.config.with_changes(changes)
         if config.num_speculative_tokens > self.num_speculative_steps:
@@ -89,14 +118,16 @@ class SpecDecPPSpeculator(DraftPasses):
                 f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
                 f"{self.num_speculative_steps} given at start-up; restart with a larger one"
             )
-        check_rule(config.resolved_rule)
-        rule = make_rule(config, self.head)
+        before = self.round.rule
+        self.set_rule(config)
         captured = (self.config.resolved_rule, self.config.min_speculative_tokens)
         if self.graphs is not None and captured != (config.resolved_rule, config.min_speculative_tokens):
             logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
             self.graphs = None
         self.config = config
-        self.round.set_rule(rule, config.min_speculative_tokens)
+        if self.cost_aware is not None and self.round.rule is not before:
+            self.cost_aware.drop_round()
+        self.start_cost_aware()
         self.log.drain(wait=True)
         self.log.log.resize(config.trace_rounds)
         return config
@@ -128,6 +159,8 @@ class SpecDecPPSpeculator(DraftPasses):
             [num_reqs, num_speculative_steps] int64: each request's candidates, then 0; ``submitted`` has their number.
         """
         num_reqs, request_ids = input_batch.num_reqs, input_batch.req_ids
+        if (costs := self._costs_in_force(dummy_run)) is not None:
+            costs.verified(request_ids, input_batch.is_prefilling_np.tolist(), num_sampled, num_rejected)
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         # vLLM's warm-up needs every kernel once, not K_max equal passes.
         bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
@@ -138,12 +171,44 @@ class SpecDecPPSpeculator(DraftPasses):
         num_passes: int | None = 0
         if dummy_run or not self.requests.all_off(request_ids):
             max_length, skip_attn = int(limits[:, 0].max()), dummy_run and skip_attn_for_dummy_run
+            planned = self._admit(costs, input_batch, limits)
+            if planned is not None and self._num_ranks == 1:  # ranks that follow do not know
+                max_length = min(max_length, planned)
             num_passes = self._draft(input_batch, num_rejected, last_sampled, max_length, dummy_run, skip_attn)
+            if costs is not None:
+                is_short = self._can_read_short(input_batch)
+                costs.drafted(is_short, num_reqs, self.round.max_lengths, self.round.lengths)
         if not dummy_run:
             self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
             self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
         # -1 is no row of an embedding table: see engine.v2_sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
+
+    def _costs_in_force(self, dummy_run: bool) -> DeviceCostAware | None:
+        """The host side of the rule that this step begins a round of; None while there is no such rule, or no costs."""
+        return None if dummy_run or self.round.rule is not self._tail else self.cost_aware
+
+    def _admit(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> int | None:
+        """Let the cost-aware rule, if it is in force, say who drafts; returns how many candidates at most, if known."""
+        planned = None
+        if costs is not None:
+            planned = costs.begin_round(input_batch.req_ids, self._known_room(input_batch, limits))
+        elif self._tail is not None:
+            self._tail.open()
+        self.round.admit()
+        return planned
+
+    def _known_room(self, input_batch: Any, limits: np.ndarray) -> list[int]:
+        """Upper bounds on the candidate lengths: exact ones where the device is the host, else what the host knows.
+
+        For the rule's plan only: what is drafted is bounded on the device.
+        """
+        if self.device.type == "cpu":
+            return self.round.max_lengths[: input_batch.num_reqs].tolist()
+        read = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        in_prompt = input_batch.is_prefilling_np & (read < input_batch.prefill_len_np)
+        room: list[int] = np.where(in_prompt, 0, limits[:, 0]).tolist()
+        return room
 
     def _draft(
         self,
@@ -197,7 +262,7 @@ class SpecDecPPSpeculator(DraftPasses):
             input_batch.is_prefilling_np.tolist(),
             self.requests.take_finished(),
             torch.cat((columns, self.draft_tokens[:num_reqs]), dim=1),  # [num_reqs, 3 + num_speculative_steps]
-            num_passes,
+            self.round.num_passes if num_passes is None else num_passes,
         )
 
     def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
@@ -251,12 +316,22 @@ class SpecDecPPSpeculator(DraftPasses):
                 mode, reason = graphs.EAGER, f"capture failed: {' '.join(str(error).split())}"
         self._mode = mode, reason
 
-    def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
-        """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""
+    def prepare_round(self, size: int, length: int) -> None:
+        """Set up a round of ``size`` requests that write no KV and draft ``length`` candidates each, or what a
+        threshold rule leaves of them."""
         self.idx_mapping.fill_(-1)
         ones = torch.ones(size, dtype=torch.int32, device=self.device)
-        self.round.limits[:size] = self.num_speculative_steps
+        self.round.limits[:size] = length
+        self.round.limits[:size, 1] = self.max_model_len
+        self.round.limits[:size, 2:] = -1
         self.round.start(size, ones, ones * 0, ones)
+        if self._tail is not None:
+            self._tail.open()
+        self.round.admit()
+
+    def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
+        """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""
+        self.prepare_round(size, self.num_speculative_steps)
         first_state, later_state = (
             prepare_inputs_to_capture(
                 size, size * query_len, self.model_state, self.input_buffers, self.block_tables, self.attn_groups,

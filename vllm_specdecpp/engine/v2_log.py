@@ -13,12 +13,32 @@ import torch
 from vllm_specdecpp.engine.metrics import RoundLog
 
 
+class HostCopy:
+    """A tensor that is on its way to the host, behind what is queued on the device.
+
+    Args:
+        source: [...] on any device; must not change before the copy is here, if that is the host.
+    """
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self.tensor = source
+        self._copied: Any = None
+        if source.device.type != "cpu":
+            self.tensor = source.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def is_here(self) -> bool:
+        """Whether :attr:`tensor` may be read; does not wait."""
+        return self._copied is None or bool(self._copied.query())
+
+
 @dataclass
 class _Step:
     request_ids: list[str]
     was_prefilling: list[bool]  # before the target's pass: nothing drafted was verified by it
     finished: list[str]
-    num_passes: int | None  # of the draft model; None: as many as the longest draft took
+    num_passes: int | torch.Tensor | None  # of the draft model; None: as many as the longest draft took
     numbers: torch.Tensor  # [num_reqs, 3 + num_speculative_steps] int64: sampled, rejected, last token, candidates
     copied: Any  # event after the copy of ``numbers`` to the host, None on a CPU
 
@@ -42,11 +62,13 @@ class DeferredRounds:
         was_prefilling: Sequence[bool],
         finished: list[str],
         numbers: torch.Tensor,
-        num_passes: int | None,
+        num_passes: int | torch.Tensor | None,
     ) -> None:
         """Note one step of the engine; its fields are those of ``_Step``. Does not wait."""
         copied = None
         if numbers.device.type != "cpu":
+            if isinstance(num_passes, torch.Tensor):
+                num_passes = num_passes.to("cpu", non_blocking=True)
             numbers = numbers.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -86,7 +108,7 @@ class DeferredRounds:
 
     def _account(self, step: _Step) -> None:
         drafted = _drafted(step)
-        num_passes = max(1, *map(len, drafted), 1) if step.num_passes is None else step.num_passes
+        num_passes = max(1, *map(len, drafted), 1) if step.num_passes is None else int(step.num_passes)
         for _ in range(num_passes):
             self.log.draft_pass()
         for index, request_id in enumerate(step.request_ids):

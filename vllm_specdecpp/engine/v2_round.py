@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One drafting phase on the device: the same decisions as ``decision.round.RoundState``, without asking the host.
+"""One drafting phase on the device: the decisions of ``decision.round``'s rounds, without asking the host.
 
 Everything lives in buffers that keep their address, so a step can be recorded in a CUDA graph and replayed. The rule's
 estimator is the one that V1 calls; what it reads of the logits comes from one pass over them
 (``vllm_specdecpp.kernels.logits_summary``), and survival, lengths, stop mask and the -1 fill are one launch
-(``vllm_specdecpp.kernels.threshold_tail``).
+(``vllm_specdecpp.kernels.threshold_tail``, or under the cost-aware rule that of ``engine.v2_cost_tail``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule
+from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2_requests import COLUMNS
 from vllm_specdecpp.kernels.logits_summary import logits_summary, make_partials
 from vllm_specdecpp.kernels.threshold_tail import threshold_tail
@@ -26,20 +27,6 @@ SUMMARY = ("top1_prob", "entropy", "margin")
 
 NEVER = 2.0
 """A threshold above every 1 - survival."""
-
-
-def check_rule(name: str) -> None:
-    """Refuse a rule that has no device form yet.
-
-    Raises:
-        ValueError: one line.
-    """
-    # cost_aware: its CostAwareRound.step belongs in append(), its begin and finish around DeviceRound.start.
-    if name not in ("fixed", "threshold", "confidence", "entropy"):
-        raise ValueError(
-            f"specdecpp: rule={name!r} does not run on Model Runner V2 yet; choose fixed, threshold, confidence or "
-            "entropy, or set VLLM_USE_V2_MODEL_RUNNER=0"
-        )
 
 
 class DeviceRound:
@@ -87,10 +74,11 @@ class DeviceRound:
         self._scored = False
         self.set_rule(FixedRule(), 1)
 
-    def set_rule(self, rule: StopRule, min_length: int) -> None:
-        """Put a rule in force; ``min_length`` is the least number of candidates that it may stop at."""
-        if not isinstance(rule, FixedRule | ThresholdRule):
-            check_rule("cost_aware")
+    def set_rule(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
+        """Put a rule in force; ``min_length`` is the least number of candidates that a :class:`StopRule` may stop at.
+
+        A captured graph holds the rule that was in force, and a tail's own buffers.
+        """
         self.rule = rule
         self.min_length = min_length
         self.threshold.fill_(rule.threshold if isinstance(rule, ThresholdRule) else NEVER)
@@ -124,6 +112,17 @@ class DeviceRound:
         if self.confidences is not None:
             self.confidences[rows] = 0.0
 
+    def admit(self) -> None:
+        """After :meth:`start`: under the cost-aware rule its parameters, loaded by now, say who drafts, and how far."""
+        if isinstance(self.rule, CostAwareTail):
+            self.rule.start(self.max_lengths, self.running)
+
+    @property
+    def num_passes(self) -> torch.Tensor:
+        """[] int64, draft passes that were of use to somebody; the first one counts in any case."""
+        counts = self.rule.widths > 0 if isinstance(self.rule, CostAwareTail) else self.lengths[None].amax(dim=1)
+        return counts.sum().clamp(min=1)
+
     def observe(self, step: int, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Score from the pass that yields candidate ``step``'s distribution, before that candidate is drawn.
 
@@ -148,7 +147,7 @@ class DeviceRound:
             # Nobody can know the draw yet: append() brings it.
             if name != "drawn_logprob" and (column := getattr(features, name)) is not None:
                 self._previous[name][rows] = column
-        if self.confidences is not None:
+        if self.confidences is not None and not isinstance(self.rule, CostAwareTail):
             certain = self.scores[rows].nan_to_num(0.0).clamp(0, 1) if self._scored else 1.0
             self.confidences[rows, step - 1] = torch.where(self.running[rows] > 0, certain, 0.0)
 
@@ -183,6 +182,13 @@ class DeviceRound:
             pair = logits.gather(1, torch.stack((token_ids, self._argmax[rows]), dim=1)).float()  # [num_reqs, 2]
             log_top1 = self._summary["top1_prob"][rows].log()
             self._previous["drawn_logprob"][rows] = pair[:, 0] - pair[:, 1] + log_top1
+        if isinstance(self.rule, CostAwareTail):
+            self._append_cost_aware(self.rule, rows, step)
+        else:
+            self._append(rows, step)
+        return self.draft_tokens[rows, step - 1]
+
+    def _append(self, rows: slice, step: int) -> None:
         threshold_tail(
             self.scores[rows],
             self.token_ids[rows],
@@ -198,4 +204,21 @@ class DeviceRound:
             any_running=self.any_running,
             scored=self._scored,
         )
-        return self.draft_tokens[rows, step - 1]
+
+    def _append_cost_aware(self, tail: CostAwareTail, rows: slice, step: int) -> None:
+        before = None if self.confidences is None else self.survival[rows].clone()
+        tail.append(
+            self.scores[rows],
+            self.token_ids[rows],
+            step,
+            survival=self.survival[rows],
+            lengths=self.lengths[rows],
+            running=self.running[rows],
+            stop_token_ids=self.limits[rows, 2:],
+            draft_tokens=self.draft_tokens[rows],
+            any_running=self.any_running,
+        )
+        if self.confidences is not None and before is not None:
+            # The calibrated estimate, which this step has multiplied the survival by.
+            certain = self.survival[rows] / before.clamp(min=1e-30)
+            self.confidences[rows, step - 1] = torch.where(self.draft_tokens[rows, step - 1] >= 0, certain, 0.0)

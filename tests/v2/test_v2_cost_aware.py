@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost-aware rule's rounds on V2 against the oracle: who drafts, the draft's KV, and what the rule learns when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, late_copies, scripted
+from tests.v2.oracle import Stops
+from tests.v2.play import Play
+from vllm_specdecpp.engine import v2_cost_aware
+
+
+@pytest.mark.parametrize(("late", "books"), [(0, False), (1, False), (2, True)])
+def test_drafts_are_the_oracles_and_outcomes_their_rounds(tiny, monkeypatch, late, books):
+    """Rounds in which nobody, some or all draft, as requests join, are read in chunks, are preempted, leave."""
+    late_copies(monkeypatch, late)
+    config, speculator, rule = scripted(tiny, seed=late)
+    play = ScriptedPlay(speculator, config, seed=20 + late, books=books)
+    lengths = play.run(num_steps=40)
+    assert {0, 1, MAX_LENGTH} <= set(lengths)
+    assert len(rule.plans) - 1 - late <= len(rule.told) == play.num_checked <= len(rule.plans) - 1
+    assert sum(told.verify_seconds is not None for told in rule.told) >= 4
+    nobody = [not any(truth.plan.values()) for truth in play.truths]
+    assert sum(nobody) >= 6
+
+
+def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny):
+    """It has no rule, and its own scores and draws are noise."""
+    said: list[torch.Tensor] = []
+    config, leader, rule = scripted(tiny, seed=3)
+
+    def say(tensor: torch.Tensor) -> torch.Tensor:
+        said.append(tensor.clone())
+        return tensor
+
+    _agree_by(leader, say)
+    first = ScriptedPlay(leader, config, seed=9)
+    first.run(num_steps=15)
+    config, follower, _ = scripted(tiny, seed=0, leads=False)
+    answers = iter(said)
+    _agree_by(follower, lambda tensor: next(answers).clone())
+    follower._num_ranks = 2
+    observe = follower.round.observe
+    follower.round.observe = lambda k, logits, h: observe(k, torch.randn_like(logits), h)
+    second = ScriptedPlay(follower, config, seed=9, plans=rule.plans)
+    second.run(num_steps=15)
+    assert second.lengths == first.lengths and next(answers, None) is None
+    assert len(set(first.lengths)) >= 4
+
+
+def _agree_by(speculator: Any, agree: Any) -> None:
+    speculator._agree = speculator.round.agree = speculator.cost_aware._agree = agree
+
+
+def test_until_its_costs_are_known_it_drafts_as_far_as_it_may(tiny):
+    """So that vLLM's warm-up runs what later rounds run."""
+    config, speculator, _ = scripted(tiny, seed=1)
+    speculator.cost_aware = None
+    lengths = Play(speculator, config, Stops(2.0), seed=8).run(num_steps=6)
+    assert max(lengths) == MAX_LENGTH
+
+
+def test_another_rule_and_back(tiny):
+    config, speculator, rule = scripted(tiny, seed=4)
+    play = ScriptedPlay(speculator, config, seed=14)
+    play.run(num_steps=6)
+    told, saved = len(rule.told), rule.explore_seconds + sum(b.set_apart for b in speculator.cost_aware._begun)
+    speculator.reconfigure({"rule": "confidence", "threshold": 0.45})
+    other = Play(speculator, config, Stops(0.45), seed=15)
+    other.run(num_steps=4)
+    assert len(rule.told) == told and rule.explore_seconds == pytest.approx(saved)
+    for name in list(other.requests):
+        other.leave(name)
+    speculator.reconfigure({"rule": "cost_aware"})
+    assert speculator.cost_aware.rule is rule and speculator.round.rule is speculator._tail
+    rule.plans, rule.told = [], []
+    again = ScriptedPlay(speculator, config, seed=16)
+    assert len(set(again.run(num_steps=8))) >= 3 and again.num_checked >= 6
+
+
+MUTATIONS: dict[str, Callable[[Any, Any], None]] = {}
+
+
+def mutation(name: str) -> Callable[[Any], Any]:
+    def register(plant: Any) -> Any:
+        MUTATIONS[name] = plant
+        return plant
+
+    return register
+
+
+def _after(monkeypatch: Any, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """``owner.name`` runs as it is, then ``change(*its arguments)``."""
+    original = getattr(owner, name)
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        change(*args)
+        return result
+
+    monkeypatch.setattr(owner, name, changed)
+
+
+@mutation("last round's parameters are not replaced")
+def _(monkeypatch, s):
+    monkeypatch.setattr(s._tail.params.__class__, "load", lambda self, **_: None)
+    s._tail.open()
+
+
+@mutation("what is drafted is not bounded by the room on the device")
+def _(monkeypatch, s):
+    original = s._tail.start
+    monkeypatch.setattr(s, "_known_room", lambda batch, limits: limits[:, 0].tolist())
+    monkeypatch.setattr(s._tail, "start", lambda most, running: original(torch.full_like(most, 99), running))
+
+
+@mutation("requests that sit out draft too")
+def _(monkeypatch, s):
+    def everybody(most: torch.Tensor, running: torch.Tensor) -> None:
+        running.copy_(most > 0)
+        s._tail.params.limits.copy_(most)
+
+    _after(monkeypatch, s._tail, "start", everybody)
+
+
+@mutation("no first pass where nobody drafts")
+def _(monkeypatch, s):
+    original = s._draft
+    monkeypatch.setattr(s, "_draft", lambda *args: original(*args) if args[3] else 0)
+
+
+@mutation("the plan's longest length is one too short")
+def _(monkeypatch, s):
+    original = s._admit
+    monkeypatch.setattr(s, "_admit", lambda *args: max(original(*args) - 1, 0))
+
+
+@mutation("last round's widths are reported")
+def _(monkeypatch, s):
+    kept = s._tail.widths.clone()
+    _after(monkeypatch, s.cost_aware, "drafted", lambda *_: kept.copy_(s._tail.widths))
+    _after(monkeypatch, s._tail, "start", lambda *_: s._tail.widths.copy_(kept))
+
+
+@mutation("scores of other rows are reported")
+def _(monkeypatch, s):
+    original = s._tail.report
+
+    def report(num_reqs: int, *args: Any) -> torch.Tensor:
+        s._tail._scores[:, :num_reqs] = s._tail._scores[:, :num_reqs].flip(1)
+        return original(num_reqs, *args)
+
+    monkeypatch.setattr(s._tail, "report", report)
+
+
+@mutation("lengths before the last pass are reported")
+def _(monkeypatch, s):
+    original = s.cost_aware.drafted
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda *args: original(*args[:3], (args[3] - 1).clamp(min=0)))
+
+
+@mutation("outcomes go to the round before")
+def _(monkeypatch, s):
+    """A deque that is one round longer than what is verified."""
+    original = s.cost_aware.begin_round
+
+    def begin(*args: Any) -> Any:
+        longest = original(*args)
+        begun = s.cost_aware._begun
+        if len(begun) >= 2:
+            begun[-1], begun[-2] = begun[-2], begun[-1]
+        elif len(begun) == 1:
+            begun.append(begun[0])
+        return longest
+
+    monkeypatch.setattr(s.cost_aware, "begin_round", begin)
+
+
+@mutation("booked room counts as verified")
+def _(monkeypatch, s):
+    original = v2_cost_aware._outcomes
+
+    def outcomes(begun: Any) -> dict[str, tuple[int, int]]:
+        rows = zip(begun.request_ids, begun.outcomes.tensor.tolist(), strict=True)
+        booked = {i: (n - 1 + r, n - 1) for i, (n, r) in rows}
+        return {i: booked[i] for i in original(begun)}
+
+    monkeypatch.setattr(v2_cost_aware, "_outcomes", outcomes)
+
+
+@mutation("a prompt that was read again counts as a verification")
+def _(monkeypatch, s):
+    original = s.cost_aware.verified
+    monkeypatch.setattr(s.cost_aware, "verified", lambda ids, old, *args: original(ids, [False] * len(ids), *args))
+
+
+@mutation("rejected counts as accepted")
+def _(monkeypatch, s):
+    original = s.cost_aware.verified
+    monkeypatch.setattr(
+        s.cost_aware, "verified", lambda ids, old, new, no: original(ids, old, new + no, torch.zeros_like(no))
+    )
+
+
+@mutation("times of steps with another batch are taken")
+def _(monkeypatch, s):
+    original = s.cost_aware.finish
+    monkeypatch.setattr(
+        s.cost_aware, "finish", lambda round_, step, told, n, seconds: original(round_, step, told, len(told), seconds)
+    )
+
+
+@mutation("times of first passes over prompts are taken")
+def _(monkeypatch, s):
+    original = s.cost_aware.drafted
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda short, *args: original(True, *args))
+
+
+def _mutant_play(tiny: Any, monkeypatch: Any, plant: Any) -> list[int]:
+    config, speculator, _ = scripted(tiny, seed=7)
+    if plant is not None:
+        plant(monkeypatch, speculator)
+    return ScriptedPlay(speculator, config, seed=5, books=True).run(num_steps=20)
+
+
+def test_without_a_bug_all_is_well(tiny, monkeypatch):
+    assert len(set(_mutant_play(tiny, monkeypatch, None))) >= 5
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_play_notices(tiny, monkeypatch, name):
+    with pytest.raises((AssertionError, IndexError)):
+        _mutant_play(tiny, monkeypatch, MUTATIONS[name])

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost-aware rule on Model Runner V2: the host begins rounds and learns from them; the device decides in them.
+
+What became of a round is copied to the host behind it and taken in once it is there, in order: before the next round is
+begun where the copy is there at once (a CPU), one round later on a GPU, later still with asynchronous scheduling.
+Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.logistic import NUM_BUCKETS
+from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail, Report
+from vllm_specdecpp.engine.v2_costs import FirstPassAlways
+from vllm_specdecpp.engine.v2_log import HostCopy
+
+
+class StreamClock:
+    """Times what is queued on a device, without waiting for it.
+
+    Args:
+        device: a CUDA one is timed with events on the current stream, any other with the host's clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """This moment in the order of the stream."""
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks that the device has passed."""
+        return start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+
+
+@dataclass
+class _Begun:
+    """A round that the rule has begun, and what has come back of it so far."""
+
+    round_: CostAwareRound
+    set_apart: float  # seconds that the device may spend on candidates that do not pay
+    start: Any  # mark
+    end: Any = None
+    is_short: bool = False  # its first pass read the usual two tokens a request
+    report: HostCopy | None = None
+    # Of the next step:
+    next_start: Any = None
+    request_ids: Sequence[str] = ()
+    was_prefilling: Sequence[bool] = ()
+    outcomes: HostCopy | None = None  # [num_reqs, 2] int64: sampled, rejected
+
+
+class DeviceCostAware(CostAwareDrafting):
+    """As :class:`CostAwareDrafting`, with the steps of a round on the device. Per step of the engine, all in order:
+    :meth:`verified`, :meth:`begin_round`, drafting, :meth:`drafted`.
+
+    Args:
+        rule, estimator, cache, agree, device, measured: as in :class:`CostAwareDrafting`; the rule's costs are
+            :class:`FirstPassAlways`.
+        tail: decides on the device.
+    """
+
+    def __init__(self, *args: Any, tail: CostAwareTail, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tail = tail
+        self._clock = StreamClock(self._device)
+        self._begun: deque[_Begun] = deque()
+        self._start: Any = None
+
+    def verified(
+        self,
+        request_ids: Sequence[str],
+        was_prefilling: Sequence[bool],
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+    ) -> None:
+        """The target has verified what the last step drafted; learn from the rounds whose outcome is here.
+
+        Args:
+            request_ids: of the batch.
+            was_prefilling: [num_reqs] requests of which this step verified nothing.
+            num_sampled: [>= num_reqs] tokens, on the device.
+            num_rejected: [>= num_reqs] booked candidates that were not accepted.
+        """
+        if self.rule is None:
+            return
+        self._start = self._clock.mark()
+        if self._begun and self._begun[-1].outcomes is None:
+            last, rows = self._begun[-1], slice(len(request_ids))
+            last.next_start, last.request_ids, last.was_prefilling = self._start, request_ids, was_prefilling
+            # Behind all else of that round: once it is here, so is the rest.
+            last.outcomes = HostCopy(torch.stack((num_sampled[rows].long(), num_rejected[rows].long()), dim=1))
+        self.settle()
+
+    def settle(self) -> None:
+        """Learn from the rounds whose outcome is here."""
+        while self._begun and (outcomes := self._begun[0].outcomes) is not None and outcomes.is_here():
+            self._learn_from(self._begun.popleft())
+
+    def begin_round(self, request_ids: Sequence[str], max_lengths: Sequence[int]) -> int | None:
+        """Choose who drafts, and load what the device decides by; on every rank.
+
+        Args:
+            request_ids: of the batch.
+            max_lengths: [num_reqs] upper bounds on the candidate lengths, as far as the host knows.
+
+        Returns:
+            The longest draft that may come of it; None on ranks that follow rank 0.
+        """
+        longest = None
+        if self.rule is not None:
+            costs = self._costs_of(len(request_ids))
+            round_ = self.rule.begin(request_ids, max_lengths)
+            limits = np.where(round_.drafts, round_.limits, 0)
+            longest = int(limits.max())
+            params, acceptance = self.tail.params, self.rule.acceptance
+            step, verify = costs.tables(params.step_seconds.numel() - 1, params.verify_seconds.numel() - 1)
+            # It comes back with the round's report, less what was spent: two rounds in flight must not spend it twice.
+            set_apart, self.rule.explore_seconds = self.rule.explore_seconds, 0.0
+            params.load(
+                limits=limits, held=round_.held, probe=round_.probe, rate=round_.rate, explore_seconds=set_apart,
+                this=acceptance.this.theta, next=acceptance.next.theta,
+                means=acceptance.mean(np.arange(NUM_BUCKETS)), step_seconds=step, verify_seconds=verify,
+            )  # fmt: skip
+            self._begun.append(_Begun(round_, set_apart, self._start))
+        self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
+        return longest
+
+    def drafted(self, is_short: bool, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
+        """The round that was begun last has been drafted, or what drafts it is queued.
+
+        Args:
+            is_short: whether its first pass read the usual two tokens a request.
+            num_reqs: in the batch.
+            max_lengths: [>= num_reqs] int32, what each request had room for.
+            lengths: [>= num_reqs] int32, candidates submitted.
+        """
+        if self.rule is None:
+            return
+        last = self._begun[-1]
+        last.is_short, last.end = is_short, self._clock.mark()
+        last.report = HostCopy(self.tail.report(num_reqs, max_lengths, lengths))
+
+    def drop_round(self) -> None:
+        """Another rule drafts from now on: what comes back is of no round that was begun here."""
+        super().drop_round()
+        if self.rule is not None:
+            self.rule.explore_seconds += sum(begun.set_apart for begun in self._begun)
+        self._begun.clear()
+
+    def stats(self) -> dict[str, Any]:
+        """See :meth:`CostAwareDrafting.stats`."""
+        self.settle()
+        out = super().stats()
+        if self.rule is not None:
+            for num_reqs in out["rho"]:
+                self._costs_of(int(num_reqs))
+                out["rho"][num_reqs] = self.rule.tokens_per_second(int(num_reqs))
+        return out
+
+    def _costs_of(self, num_reqs: int) -> FirstPassAlways:
+        assert self.rule is not None and isinstance(self.rule.costs, FirstPassAlways)
+        self.rule.costs.of_batch(num_reqs)
+        return self.rule.costs
+
+    def _learn_from(self, begun: _Begun) -> None:
+        assert self.rule is not None and begun.report is not None and begun.outcomes is not None
+        round_, num_reqs = begun.round_, len(begun.round_.request_ids)
+        report = Report.of(begun.report.tensor, num_reqs, len(self.tail.widths))
+        _fill(round_, report)
+        self.rule.explore_seconds += report.explore_seconds
+        first_seconds = self._costs_of(num_reqs).of_batch(num_reqs)
+        step = {
+            "draft_seconds": self._clock.seconds(begun.start, begun.end),
+            "caught_up": 0 if begun.is_short else 1,
+        }
+        # The first pass belongs to the rest of the round: see FirstPassAlways.
+        rest = first_seconds + self._clock.seconds(begun.end, begun.next_start)
+        self.finish(round_, step, _outcomes(begun), len(begun.request_ids), rest)
+
+
+def _fill(round_: CostAwareRound, report: Report) -> None:
+    """What :meth:`CostAwareRound.step` would have left in the round."""
+    room = report.max_lengths.numpy()
+    round_.caps, round_.limits = np.minimum(round_.caps, room), report.limits.numpy()
+    round_.drafts = report.drafts.numpy() > 0
+    round_.widths = [width for width in report.widths.tolist() if width]  # nobody looks again once nobody has
+    round_.scores = list(report.scores[: len(round_.widths)].double().numpy())
+    round_.lengths, round_.expected = report.lengths.numpy(), report.expected.double().numpy()
+    round_.running = np.zeros(len(room), dtype=np.bool_)
+
+
+def _outcomes(begun: _Begun) -> dict[str, tuple[int, int]]:
+    """Request id -> candidates verified and accepted, of those of the round that the next step verified."""
+    assert begun.outcomes is not None
+    submitted = dict(zip(begun.round_.request_ids, begun.round_.lengths.tolist(), strict=True))
+    found = {}
+    rows = zip(begun.request_ids, begun.was_prefilling, begun.outcomes.tensor.tolist(), strict=True)
+    for request_id, was_prefilling, (num_sampled, num_rejected) in rows:
+        if request_id in submitted and num_sampled and not was_prefilling:
+            # The scheduler may submit fewer than were drafted, or book room for more.
+            booked = num_sampled - 1 + num_rejected
+            found[request_id] = min(submitted[request_id], booked), num_sampled - 1
+    return found
