@@ -205,3 +205,15 @@ def test_what_follows_is_thought_better_of_while_only_first_candidates_are_seen(
     for _ in range(200):
         model.update_run([2.0], 1, 1)
     assert model.following(np.array([2.0]), 1, 1)[0, 0] > before + 0.03
+
+
+def test_a_stiff_regression_stays_nearer_to_its_start_and_returns_to_it_sooner():
+    rng = np.random.default_rng(0)
+    soft, stiff = OnlineLogistic(memory=200.0), OnlineLogistic(memory=200.0, stiffness=8.0)
+    moved = []
+    for model in (soft, stiff):
+        for _ in range(300):
+            x = rng.normal(0, 2, 4)
+            model.update(x, np.zeros(4, dtype=np.int64), (rng.random(4) < sigmoid(0.2 * x - 1)).astype(float))
+        moved.append(np.abs(model.theta[:3] - [1.0, 0.0, 0.0]).sum())
+    assert 0.2 * moved[0] < moved[1] < 0.9 * moved[0]

@@ -69,15 +69,19 @@ class OnlineLogistic:
         slope, common: start and prior mean.
         intercepts: [NUM_BUCKETS] start and prior mean of the bucket's own part; None: 0.
         memory: observations after which an old one counts 1/e.
+        stiffness: how hard the prior pulls, as a multiple.
     """
 
     def __init__(
-        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, memory: float = 1500.0
-    ) -> None:
+        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, memory: float = 1500.0,
+        stiffness: float = 1.0,
+    ) -> None:  # fmt: skip
         own = np.zeros(NUM_BUCKETS) if intercepts is None else np.asarray(intercepts, dtype=np.float64)
         self.theta = np.concatenate([[slope, common], own])  # [2 + NUM_BUCKETS]
         self._prior: list[float] = self.theta.tolist()
         self._memory = memory
+        priors = _SLOPE_PRIOR, _COMMON_PRIOR, _BUCKET_PRIOR
+        self._slope_prior, self._common_prior, self._bucket_prior = (stiffness * weight for weight in priors)
         # Faded sums over observations, by bucket: w, w x; and w x^2 over all.
         self._w, self._wx, self._wxx = [0.0] * NUM_BUCKETS, [0.0] * NUM_BUCKETS, 0.0
 
@@ -149,14 +153,14 @@ class OnlineLogistic:
         wx = [keep * old + new for old, new in zip(self._wx, wx, strict=True)]
         wxx = keep * self._wxx + wxx
         # Gradient: the misses, and the prior's pull in place of the part of the past that fades.
-        g_slope = miss_x + fade * _SLOPE_PRIOR * (prior[0] - theta[0])
-        g_common = sum(miss) + fade * _COMMON_PRIOR * (prior[1] - theta[1])
-        pull = fade * _BUCKET_PRIOR
+        g_slope = miss_x + fade * self._slope_prior * (prior[0] - theta[0])
+        g_common = sum(miss) + fade * self._common_prior * (prior[1] - theta[1])
+        pull = fade * self._bucket_prior
         g = [m + pull * (start - now) for m, start, now in zip(miss, prior[2:], theta[2:], strict=True)]
         # Eliminate the buckets: a 2 x 2 system in slope and common intercept is left.
-        a, b, c = wxx + _SLOPE_PRIOR, sum(wx), sum(w) + _COMMON_PRIOR
+        a, b, c = wxx + self._slope_prior, sum(wx), sum(w) + self._common_prior
         for w_b, wx_b, g_b in zip(w, wx, g, strict=True):
-            scale = 1 / (w_b + _BUCKET_PRIOR)
+            scale = 1 / (w_b + self._bucket_prior)
             a -= wx_b * wx_b * scale
             b -= wx_b * w_b * scale
             c -= w_b * w_b * scale
@@ -167,7 +171,7 @@ class OnlineLogistic:
         d_common = (a * g_common - b * g_slope) / determinant
         step = [d_slope, d_common]
         step += [
-            (g_b - wx_b * d_slope - w_b * d_common) / (w_b + _BUCKET_PRIOR)
+            (g_b - wx_b * d_slope - w_b * d_common) / (w_b + self._bucket_prior)
             for w_b, wx_b, g_b in zip(w, wx, g, strict=True)
         ]
         if not math.isfinite(sum(step)):

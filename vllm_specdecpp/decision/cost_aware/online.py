@@ -36,6 +36,9 @@ _MEAN, _MEAN_WEIGHT = 0.75, 4.0
 _CARRIES = 0.25
 """Share of a score's log-odds that the next candidate inherits, before it was learnt: 0.1 to 0.15 with the greedy Qwen
 pair, more where good and bad stretches are long."""
+_NEXT_STIFFNESS = 4.0
+"""Pull of that start. Drafts end where ``next`` says so, so it hardly sees what would speak against a low estimate:
+chat after code was drafted too short."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ class AcceptanceModel:
         self._centre = logit_one(_MEAN)
         own = None if intercepts is None else _CARRIES * np.asarray(intercepts, dtype=np.float64)
         start = _CARRIES * common + (1 - _CARRIES) * self._centre
-        self.next = OnlineLogistic(_CARRIES * slope, start, own, memory)
+        self.next = OnlineLogistic(_CARRIES * slope, start, own, memory, _NEXT_STIFFNESS)
         # Per bucket, faded: observed candidates, and accepted ones.
         self._observed, self._accepted = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
         self._mean = np.full(NUM_BUCKETS, _MEAN)
