@@ -12,9 +12,9 @@ TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
 
 
 def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], speedup: float = 1.5,
-         probe: bool = False, remaining: float = 0.0) -> list[bool]:  # fmt: skip
-    left = [remaining] * len(ids)
-    return catch_up.allowed(list(ids), np.array(wanted), seconds, left, speedup=speedup, probe=probe, **TIMES).tolist()
+         probe: bool = False, remaining: float = 0.0, room: int = 10**6) -> list[bool]:  # fmt: skip
+    left = [remaining] * len(ids), [room] * len(ids)
+    return catch_up.allowed(list(ids), np.array(wanted), seconds, *left, speedup=speedup, probe=probe, **TIMES).tolist()
 
 
 def test_usual_rounds_are_not_touched():
@@ -48,6 +48,14 @@ def test_where_no_request_is_worth_reading_one_is_read_now_and_then():
     assert 0.8 * PROBE_SHARE * rounds < sum(read) <= PROBE_SHARE * rounds
     catch_up = CatchUp()  # not where another request drafts: that one tells
     assert not any(_ask(catch_up, "ab", [True, True], [2.0, 0.0], 0.9)[0] for _ in range(400))
+
+
+def test_what_cannot_be_won_back_is_not_read_however_much_was_forgone():
+    """At twice the speed a token saves half a second: two seconds need four tokens."""
+    for room, read in ((3, False), (4, True)):
+        catch_up = CatchUp()
+        answers = [_ask(catch_up, "ab", [True, False], [1.0, 0.0], 2.0, room=room)[0] for _ in range(9)]
+        assert any(answers) is read and not answers[0]
 
 
 def test_after_it_was_read_the_next_stretch_is_saved_up_for_anew():

@@ -177,9 +177,13 @@ def test_times_that_are_not_the_rounds_own_are_left_out(
     assert spy.told[1] == [known[0][0], known[1][0] if 1 in known else None]
 
 
-@pytest.mark.parametrize(("room", "late"), [(2, range(2, 31)), (1000, range(1))])
-def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, late: range) -> None:
+@pytest.mark.parametrize(
+    ("room", "usual", "late"), [(1000, 1000, range(1)), (1000, 2, range(2, 31)), (2, 2, range(40, 41))]
+)
+def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: int, late: range) -> None:
     drafting, _ = _drafting()
+    for tokens in range(usual):
+        drafting._output_lengths.update([RowState("before", 0, 5 + tokens)])
     rows, drafted = [RowState("far", 8000, 8001), RowState("near", 8000, 8001)], [0, 0]
     outcomes: dict[int, tuple[int, int]] = {}
     for _ in range(40):
@@ -191,7 +195,7 @@ def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, late: ra
         outcomes = {row: (length, length) for row, length in enumerate(lengths)}
         drafted = [n + (length > 0) for n, length in zip(drafted, lengths, strict=True)]
     # 8000 tokens take 8000 * (12 - 10) / 63 * 1 / 10 = 25 s; drafting gains a few seconds a round and request.
-    # A thousand tokens more would save hundreds of seconds: then it is read at once.
+    # A thousand tokens more would save hundreds of seconds: then it is read at once; two are not worth it ever.
     assert drafted[1] - drafted[0] in late
 
 

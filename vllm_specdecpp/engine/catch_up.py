@@ -4,7 +4,7 @@
 The price of drafting for a request is, first of all, a draft pass over its prompt, or over all that was emitted since
 it was drafted for last: on a slow machine many rounds' time. It is paid at once where drafting will save as much over
 the tokens that the request is expected to emit; else, as in ski rental, the request first forgoes as much as it costs,
-since expectations may be wrong.
+since expectations may be wrong, and even then only while it may emit enough to win that back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class CatchUp:
 
     def allowed(
         self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float],
-        remaining: Sequence[float], *, first_seconds: float, off_seconds: float, speedup: float, probe: bool,
+        remaining: Sequence[float], room: Sequence[int], *, first_seconds: float, off_seconds: float, speedup: float,
+        probe: bool,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Call once a round.
 
@@ -38,6 +39,7 @@ class CatchUp:
             wanted: [num_reqs] requests that the rule would draft for.
             seconds: what each would take to read, beyond a usual first pass.
             remaining: tokens that each is expected to emit yet.
+            room: tokens that each may emit at most.
             first_seconds: a first pass.
             off_seconds: a round without drafting.
             speedup: tokens per second with drafting over those without.
@@ -62,7 +64,7 @@ class CatchUp:
             if seconds[index] <= max(small, per_token * remaining[index]):
                 continue
             saved = self._forgone.get(request_ids[index], 0.0) + gain
-            out[index] = saved >= seconds[index]
+            out[index] = saved >= seconds[index] and per_token * room[index] >= seconds[index]
             if not out[index]:
                 forgone[request_ids[index]] = saved
         if wanted.any() and not out.any():

@@ -113,6 +113,7 @@ class CostAwareDrafting:
             round_.running,
             [per_token * max(row.next_position - 1 - start, 0) for start, row in zip(first_missing, rows, strict=True)],
             [lengths.remaining(row.request_id, most) for row, most in zip(rows, room, strict=True)],
+            room,
             first_seconds=costs.first.at(num_reqs),
             off_seconds=costs.verify.at(num_reqs),
             speedup=self.rule.start.speedup,
