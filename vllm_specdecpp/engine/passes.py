@@ -68,9 +68,10 @@ class SinglePasses:
 
     @property
     def target_to_draft(self) -> float | None:
-        """Size of the target in draft models, where the target takes more than tokens and :meth:`target` cannot run."""
+        """Size of the target in draft models, where the target takes more than tokens, or has LoRA adapters (whose
+        kernels want to know the requests), so that :meth:`target` cannot run."""
         runner = self._runner
-        if not (runner.supports_mm_inputs or runner.uses_mrope):
+        if not (runner.supports_mm_inputs or runner.uses_mrope or runner.vllm_config.lora_config is not None):
             return None
         sizes = [
             sum(weight.numel() * weight.element_size() for weight in model.parameters())
