@@ -17,7 +17,7 @@ from tests.tiny_models import HIDDEN_SIZE
 pytest.importorskip("vllm")
 
 PROMPTS = harness.prompts(6, seed=11)
-OPTIONS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+OPTIONS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
 
 def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], speedup: float = 1.5,
          probe: bool = False, remaining: float = 0.0, room: int = 10**6) -> list[bool]:  # fmt: skip
-    left = [remaining] * len(ids), [room] * len(ids)
-    return catch_up.allowed(list(ids), np.array(wanted), seconds, *left, speedup=speedup, probe=probe, **TIMES).tolist()
+    return catch_up.allowed(
+        list(ids), np.array(wanted), seconds, [remaining] * len(ids), [room] * len(ids), speedup=speedup, probe=probe,
+        **TIMES,
+    ).tolist()  # fmt: skip
 
 
 def test_usual_rounds_are_not_touched():
