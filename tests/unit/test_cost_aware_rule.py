@@ -108,7 +108,8 @@ def test_nan_scores_fall_back_on_the_mean_acceptance():
 
 def test_the_future_changes_no_decision():
     rng = np.random.default_rng(4)
-    rule = paper_rule()
+    rows_cost = {1: 0.023, 64: 0.2}, {1: 0.023, 64: 0.2}, {1: 0.109, 1024: 4.0}  # so requests are told apart
+    rule = CostAwareRule(CostModel(*rows_cost), 8)
     decided = set()
     for _ in range(150):
         scores, other = rng.beta(4, 1, (8, 3)), rng.beta(4, 1, (8, 3))
