@@ -253,6 +253,9 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         write(part)
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)  # safetensors writes for its owner alone, and a server may run as somebody else
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from vllm_specdecpp import cli
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training import calibrate
 from vllm_specdecpp.training.calibrate import CalibrateOptions, run
+from vllm_specdecpp.training.calibration import Calibration
+from vllm_specdecpp.training.calibration_report import verdict
 from vllm_specdecpp.training.prompts import Prompt, digest, split_by_id
 from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
@@ -156,6 +158,27 @@ def test_w_rej_is_undone_and_the_head_judged(tmp_path: Path, lag: int) -> None:
     assert rows["all", "confidence_calibrated"]["ece"] < rows["all", "confidence"]["ece"]
     table = (head / "calibration" / "calibrate.md").read_text()
     assert "draft → target" in table and table.count("| logit features |") == 3 and str(tmp_path) not in table
+    assert "By log-loss on all, the head is **better than** the calibrated top-1 probability" in table
+    assert "**better than** a logistic regression on the draft's scalars" in table
+    by_chance = rows["all", "head"]["ece_by_chance"]
+    assert 0 < by_chance < 0.03 and f"({by_chance:.3f}) | - |" in table
+    assert "ece_by_chance" not in rows["all", "confidence"]
+
+
+def test_the_verdict_follows_from_the_interval() -> None:
+    def said(low: float, high: float) -> str:
+        row = {"set": "all", "log_loss_over_head_low": low, "log_loss_over_head_high": high}
+        lines = verdict([{**row, "estimator": name} for name in ("head", "confidence", "confidence_calibrated")])
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "**better than**" in said(0.001, 0.002) and "**worse than**" in said(-0.002, -0.001)
+    assert "**not told apart from**" in said(-0.001, 0.001)
+
+
+def test_how_a_calibration_is_said() -> None:
+    assert Calibration(1.0, (-0.0002, 0.0001)).shown() == "slope 1.000, intercept 0.000 at every position"
+    assert Calibration(1.2, (-0.1, -0.0001)).shown() == "slope 1.200, intercepts by position -0.100, 0.000"
 
 
 def test_the_engines_probability_is_the_calibrated_one(head: Path, fit: Path) -> None:

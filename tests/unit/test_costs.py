@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_specdecpp.decision.cost_aware.costs import CostCache
 from vllm_specdecpp.training.costs import Costs
 
 
@@ -21,6 +22,33 @@ def costs(**changes: Any) -> Costs:
     return Costs(**(values | changes))
 
 
+class TestEngineCosts:
+    """The file that the engine keeps for cost_aware serves as well."""
+
+    POINTS = {
+        "first": {1: 0.07, 2: 0.08}, "step": {1: 0.06, 2: 0.065},
+        "verify": {1: 0.17, 2: 0.2, 6: 0.18, 16: 0.4, 256: 4.0},
+    }  # fmt: skip
+
+    def test_of_one_request(self, tmp_path: Path) -> None:
+        cache = CostCache(tmp_path, {"target": "org/large", "draft": "org/small", "device": "a machine", "vllm": "1.2"})
+        assert cache.save(self.POINTS)
+        found = Costs.load(cache.path)
+        assert [found.draft(k) for k in (1, 2, 5)] == pytest.approx([0.07, 0.13, 0.31])
+        assert found.verify(6) == 0.18 and found.verify(4) == pytest.approx(0.19) and found.off_seconds == 0.17
+        assert (found.max_length, found.machine, found.draft_model, found.batch) == (15, "a machine", "org/small", 1)
+        assert found.round(3) == pytest.approx(0.19 + 0.19)
+
+    def test_damaged(self, tmp_path: Path) -> None:
+        cache = CostCache(tmp_path, {"target": "org/large"})
+        cache.save({**self.POINTS, "verify": {2: 0.2, 6: 0.18}})
+        with pytest.raises(ValueError, match=r"^specdecpp: costs file .* has no verification of one token; measure"):
+            Costs.load(cache.path)
+        cache.save({**self.POINTS, "first": {1: -1.0}})
+        with pytest.raises(ValueError, match="^specdecpp: [^\n]*$"):
+            Costs.load(cache.path)
+
+
 class TestCurves:
     @pytest.mark.parametrize(
         ("length", "seconds"), [(0, 0.0), (1, 0.05), (2, 0.10), (3, 0.20), (5, 0.40), (6, 0.50), (8, 0.70)]
@@ -29,14 +57,18 @@ class TestCurves:
         """Measured, between two points, and beyond the last one at the last piece's slope."""
         assert costs().draft(length) == pytest.approx(seconds)
 
-    @pytest.mark.parametrize(("rows", "seconds"), [(1, 0.25), (2, 0.20), (3, 0.15), (5, 0.17), (9, 0.21)])
+    @pytest.mark.parametrize(("rows", "seconds"), [(1, 0.125), (2, 0.20), (3, 0.15), (5, 0.17), (9, 0.21)])
     def test_verification_need_not_grow(self, rows: int, seconds: float) -> None:
         """Two rows may cost more than three (they do on some CPUs): what was measured is kept."""
         assert costs().verify(rows) == pytest.approx(seconds)
 
+    def test_one_token_is_what_speculation_off_does(self) -> None:
+        assert costs().verify(1) == 0.125
+        assert costs(verify_seconds={1: 0.13, 2: 0.20}).verify(1) == 0.13
+
     def test_a_round_is_both(self) -> None:
         assert costs().round(2) == pytest.approx(0.10 + 0.15)
-        assert costs().round(0) == pytest.approx(0.25)
+        assert costs().round(0) == pytest.approx(0.125)
 
     def test_noise_at_the_end_does_not_make_long_rounds_cheap(self) -> None:
         noisy = costs(verify_seconds={2: 0.20, 9: 0.30, 10: 0.28})

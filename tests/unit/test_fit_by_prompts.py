@@ -44,6 +44,21 @@ def test_few_prompts_teach_no_intercepts() -> None:
     assert losses[1] - losses[0] < 0.6 * (losses[2] - losses[0])
 
 
+def test_a_gain_that_a_dozen_prompts_make_by_chance_moves_nothing() -> None:
+    """Scores that are right on the whole, prompts that differ: the common intercept hardly follows a dozen of them."""
+    moved = torch.zeros(2)
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        logit = (1 + torch.randn(12, 120, generator=generator)).double()
+        own = 0.5 * torch.randn(12, 1, generator=generator)
+        accepted = torch.bernoulli((logit + own).sigmoid(), generator=generator).flatten()
+        prompt, position = torch.arange(12 * 120) // 120, torch.ones(12 * 120, dtype=torch.int64)
+        loose = calibration.fit_calibration(logit.flatten(), accepted, position)
+        found = calibration.fit_by_prompts(logit.flatten(), accepted, position, prompt)
+        moved += torch.tensor([abs(found.intercepts[0]), abs(loose.intercepts[0])])
+    assert moved[0] < 0.25 * moved[1]
+
+
 def test_many_prompts_do() -> None:
     effect = torch.tensor([1.0, 0.0, -0.5, -1.5], dtype=torch.float64)
     logit, accepted, position, prompt = rows(600, 0, effect)

@@ -362,3 +362,16 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
         text = load_error("org/name")
         assert "head='org/name' is no folder here, and the hub did not give it (no route to host); check" in text
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors alone would write it for its owner."""
+    before = os.umask(0o022)
+    try:
+        AcceptanceHead(8, 1).save_pretrained(tmp_path / "head")
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "head").iterdir()} == {
+        "config.json": 0o644,
+        "model.safetensors": 0o644,
+    }

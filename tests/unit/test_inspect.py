@@ -75,10 +75,12 @@ def test_a_released_head_says_what_is_missing(tiny, capsys):
 def test_the_serve_command_is_one_a_shell_understands(trained_head):
     import shlex
 
-    words = shlex.split(facts(str(trained_head))["serve"]["command"])
-    assert words[:4] == ["vllm", "serve", "org/big", "--speculative-config"]
+    commands = {name: shlex.split(text) for name, text in facts(str(trained_head))["serve"].items()}
+    assert all(words[:4] == ["vllm", "serve", "org/big", "--speculative-config"] for words in commands.values())
     expected = {"method": "specdecpp", "model": "org/it's small", "head": str(trained_head)}
-    assert json.loads(words[4]) == {**expected, "num_speculative_tokens": 9}
+    # The tuned bound belongs to the tuned rule: the default one needs room.
+    tuned = {**expected, "rule": "threshold", "num_speculative_tokens": 9}
+    assert [json.loads(words[4]) for words in commands.values()] == [expected, tuned]
 
 
 def test_costs(tmp_path, capsys):

@@ -60,6 +60,15 @@ def test_ece_by_hand() -> None:
     assert curve.accept_rate[3].item() == pytest.approx(2 / 3)
 
 
+def test_ece_by_chance_is_that_of_a_perfect_estimate() -> None:
+    generator = torch.Generator().manual_seed(9)
+    p = torch.rand(2000, generator=generator)
+    found = sum(metrics.ece(p, torch.bernoulli(p, generator=generator)) for _ in range(60)) / 60
+    assert metrics.chance_ece(p, seed=0) == pytest.approx(found, rel=0.08)
+    assert metrics.chance_ece(p[:200], seed=0) > 2 * found  # fewer rows, more chance
+    assert metrics.chance_ece((p > 0.5).double(), seed=0) == 0
+
+
 def test_an_edge_belongs_to_the_bin_above_it() -> None:
     assert metrics.reliability(torch.tensor([0.0, 0.5, 1.0]), torch.ones(3), bins=2).num.tolist() == [1, 2]
 

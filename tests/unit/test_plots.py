@@ -118,9 +118,18 @@ def test_pareto_joins_a_group_by_discard_rate_and_labels_what_matters(tmp_path: 
     assert list(axes.lines[0].get_xdata()) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
     labels = [text.get_text() for text in axes.texts]
-    assert labels == ["K=1", "K=3", "K=5"]  # the oracle's group says it already
+    assert labels == ["K=1", "K=5"]  # the oracle's group says it already
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fixed K, chosen: K=3", "oracle"]
     assert "N_discarded" in axes.get_xlabel() and "N_target" in axes.get_ylabel()
     assert is_png(tmp_path / "p.png")
+
+
+def test_pareto_labels_do_not_hide_each_other(tmp_path: Path, drawn: list[Any]) -> None:
+    ends = [pareto_point("a", "one", 0.0, 1.0), pareto_point("b", "one", 1.0, 0.0)]
+    near = [pareto_point("c", "two", 0.03, 0.96), pareto_point("d", "two", 0.5, 0.5)]
+    plots.plot_pareto([*ends, *near], tmp_path / "p.png")
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "d"]
 
 
 def test_groups_differ_in_colour_and_marker(tmp_path: Path, drawn: list[Any]) -> None:

@@ -279,7 +279,7 @@ class TestPolicies:
         generator = torch.Generator().manual_seed(0)
         bound = fixed_lengths(chains, max_length).candidates
         for _ in range(20):
-            random = torch.randint(1, max_length + 1, (chains.num_starts,), generator=generator)
+            random = torch.randint(0, max_length + 1, (chains.num_starts,), generator=generator)
             policies.append(Lengths(torch.minimum(random, bound), torch.zeros_like(chains.limited)))
         for lengths in policies:
             assert (walk(chains, lengths, COSTS).seconds >= best.seconds - 1e-9).all()
@@ -297,7 +297,7 @@ class TestPolicies:
             if place >= process.num_tokens:
                 return 0.0
             times = []
-            for length in range(1, 4):
+            for length in range(4):
                 length = min(length, process.num_tokens - place - 1)
                 accepted = 0
                 while accepted < length and process.matches[place + accepted]:

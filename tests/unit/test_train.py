@@ -23,8 +23,8 @@ HIDDEN = 12
 def options(**changes: Any) -> TrainOptions:
     """Quick settings for small data."""
     quick = {
-        "data": ["d"], "out": "o", "layers": 1, "features": ["none"], "lr": 3e-3, "epochs": 8, "batch_size": 64,
-        "dropout": 0.0, "weight_decay": 0.0, "patience": 8,
+        "data": ["d"], "out": "o", "layers": 1, "width": 0, "features": ["none"], "lr": 3e-3, "epochs": 8,
+        "batch_size": 64, "dropout": 0.0, "weight_decay": 0.0, "patience": 8,
     }  # fmt: skip
     return TrainOptions(**{**quick, **changes})
 
@@ -71,12 +71,12 @@ def test_the_loss_and_its_normaliser() -> None:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("changes", [{}, {"layers": 3, "tied": False}, {"width": 6}, {"lag": 0}])
+    @pytest.mark.parametrize("changes", [{}, {"layers": 3, "tied": False}, {"width": 6}, {"lag": 1}])
     def test_a_planted_problem(self, changes: dict[str, Any]) -> None:
         head, history = train_head(planted(3000), planted(500, 1), options(**changes))
         assert auc(head, planted(1000, 2)) > 0.95
         assert history[-1]["train_loss"] < 0.5 * math.log(2)
-        assert (head.lag, head.width, head.tied) == (changes.get("lag", 1), changes.get("width"), "tied" not in changes)
+        assert (head.lag, head.width, head.tied) == (changes.get("lag", 0), changes.get("width"), "tied" not in changes)
 
     def test_shuffled_labels_are_not_learned(self) -> None:
         rows, val_rows = planted(3000), planted(500, 1)
@@ -98,7 +98,7 @@ class TestLearning:
             value = -3 * (1 - value) if name == "drawn_logprob" else value
             return make_rows(torch.randn(num_rows, HIDDEN, generator=generator), accepted, **{name: value})
 
-        with_it, _ = train_head(rows(0), rows(1), options(features=[name], lr=0.02))
+        with_it, _ = train_head(rows(0), rows(1), options(features=[name], lr=0.02, lag=1))
         without, _ = train_head(rows(0), rows(1), options(lr=0.02))
         assert auc(with_it, rows(2)) > 0.95
         assert auc(without, rows(2)) == pytest.approx(0.5, abs=0.1)

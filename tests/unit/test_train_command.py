@@ -6,24 +6,26 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.head_sweep import PAPERS
 from vllm_specdecpp import cli
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training import train
-from vllm_specdecpp.training.dataset import load_rows
+from vllm_specdecpp.training.dataset import LabelRows, load_rows
 from vllm_specdecpp.training.fitting import evaluate, score
 from vllm_specdecpp.training.prompts import split_by_id
 from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.train import TrainOptions, run
+from vllm_specdecpp.training.train import TrainOptions, advice_on, run, train_head
 
 HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
 QUICK: dict[str, Any] = {"layers": 1, "lr": 3e-3, "epochs": 4, "batch_size": 64, "validation": 0.25}
-ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20}
+ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_decay": 0.1}
 """To learn a few hundred rows by heart."""
 
 
@@ -76,8 +78,8 @@ def options(data: Path | list[Path], out: Path, **changes: Any) -> TrainOptions:
 class TestRun:
     @pytest.mark.parametrize(
         "changes",
-        [{}, {"lag": 0}, {"width": 4, "layers": 2, "tied": False, "w_rej": 6.0, "soft": False}, {"features": ["none"]},
-         {"features": ["entropy"], "standardize": False, "validation": 0.0, "layers": 0}],
+        [{}, {"lag": 1}, {"width": 0}, {"width": 4, "layers": 2, "tied": False, "w_rej": 6.0, "soft": False},
+         {"features": ["none"]}, {"features": ["entropy"], "standardize": False, "validation": 0.0, "layers": 0}],
     )  # fmt: skip
     def test_the_engine_can_load_it(self, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         settings = options(data, tmp_path / "head", **changes)
@@ -106,11 +108,11 @@ class TestRun:
         def held_out(prompt_id: str) -> bool:
             return split_by_id(prompt_id, 0.25, 3)
 
-        val_rows = load_rows([data], 1, prompts_where=held_out)
+        val_rows = load_rows([data], 0, prompts_where=held_out)
         head = AcceptanceHead.from_pretrained(tmp_path / "head")
         metrics = made["metrics"]
         assert metrics["num_validation_rows"] == len(val_rows)
-        assert metrics["num_rows"] == len(load_rows([data], 1)) - len(val_rows)
+        assert metrics["num_rows"] == len(load_rows([data], 0)) - len(val_rows)
         best = min(float(row["val_log_loss"]) for row in log)
         assert metrics["val_log_loss"] == pytest.approx(best, rel=1e-5)
         assert evaluate(head, val_rows, 1.0, True)["log_loss"] == pytest.approx(best, rel=1e-5)
@@ -165,13 +167,13 @@ class TestRun:
         run(options([data, other], tmp_path / "head", epochs=1))
         made = json.loads((tmp_path / "head" / "provenance.json").read_text())
         assert [entry["folder"] for entry in made["data"]] == ["train", "other"]
-        assert made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"] == len(load_rows([data, other], 1))
+        assert made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"] == len(load_rows([data, other], 0))
 
     def test_the_scores_are_the_engines(self, data: Path, tmp_path: Path) -> None:
         """What training computes of a row is what HeadEstimator computes of the same step."""
         from vllm_specdecpp.decision import HeadEstimator, StepFeatures
 
-        run(options(data, tmp_path / "head", epochs=1))
+        run(options(data, tmp_path / "head", epochs=1, lag=1))
         head = AcceptanceHead.from_pretrained(tmp_path / "head")
         rows = load_rows([data], 1).select(torch.arange(7))
         with torch.no_grad():
@@ -180,6 +182,76 @@ class TestRun:
         previous = StepFeatures(**scalars)
         served = HeadEstimator(head)(StepFeatures(rows.hidden, previous=previous), 1)
         assert torch.equal(trained, served)
+
+
+class TestDefaults:
+    """What a user gets who names the data and a folder, and nothing else."""
+
+    def test_the_head(self, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", str(data), "--out", str(tmp_path / "head")]) == 0
+        head = AcceptanceHead.from_pretrained(tmp_path / "head")
+        assert (head.lag, head.width, head.num_layers, head.standardize) == (0, 16, 1, True)
+        assert list(head.features) == ["top1_prob", "entropy", "margin"]
+        captured = capsys.readouterr()
+        said = json.loads(captured.out)
+        log = list(csv.DictReader((tmp_path / "head" / "log.csv").open()))
+        assert said["val_log_loss_at_start"] == pytest.approx(float(log[0]["val_log_loss"]), abs=1e-6)
+        assert said["num_validation_prompts"] == sum(split_by_id(f"0-{i}", 0.2, 0) for i in range(40))
+        # Few rows: the last of 15 epochs is the best.
+        assert said["best_epoch"] == 15 and "the last epoch was the best; try --epochs 30" in captured.err
+
+    def test_a_hidden_state_that_tells_is_used_and_one_that_does_not_does_no_harm(self) -> None:
+        """Rows as many as of a small collection; the scalars tell half of it."""
+
+        def rows(seed: int, weight: float, num_rows: int) -> LabelRows:
+            generator = torch.Generator().manual_seed(seed)
+            hidden = torch.randn(num_rows, 64, generator=generator)
+            guess = torch.randn(num_rows, generator=generator)
+            known = weight * hidden[:, :8].sum(1) / 8**0.5 + 2 * guess + 1
+            accepted = torch.bernoulli(known.sigmoid(), generator=generator)
+            scalars = {"top1_prob": guess.sigmoid(), "entropy": guess.exp(), "margin": guess.exp()}
+            prompt = torch.arange(num_rows) // 50
+            names = tuple((str(i), "a") for i in range(int(prompt[-1]) + 1))
+            return LabelRows(
+                hidden, {**scalars, "drawn_logprob": -guess.exp()}, torch.ones(num_rows, dtype=torch.int64), accepted,
+                torch.full((num_rows,), math.nan), prompt, names,
+            )  # fmt: skip
+
+        gains = []
+        for weight in (1.0, 0.0):
+            judged = rows(2, weight, 6000)
+            losses: list[float] = []
+            started: dict[str, Any] = {"lr": 1e-9, "epochs": 1}
+            for changes in (started, {}):
+                settings = TrainOptions(data=[Path("d")], out=Path("o"), **changes)
+                head, _ = train_head(rows(0, weight, 12_000), rows(1, weight, 3000), settings)
+                losses.append(evaluate(head, judged, 1.0, True)["log_loss"])
+            gains.append(losses[0] - losses[1])
+        assert gains[0] > 0.01 and gains[1] > -0.001
+
+    def test_the_papers_options_are_in_the_help(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """And they are those that the benchmark calls the paper's."""
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        shown = re.search(r"--lag 1 .*--weight-decay 0(?= )", text)
+        assert shown is not None
+        found = cli.parse(TrainOptions, ["d", "--out", "o", *shown[0].split()], "train")
+        expected = {**PAPERS}
+        assert expected.pop("patience") >= expected["epochs"]  # no early end
+        assert {name: getattr(found, name) for name in expected} == expected
+
+    def test_advice(self, data: Path) -> None:
+        def history(best: int, last: int) -> list[dict[str, Any]]:
+            return [{"epoch": i, "best": int(i == best), "val_log_loss": 0.3} for i in range(last + 1)]
+
+        settings = options(data, Path("o"))
+        assert "the hidden state added nothing" in str(advice_on(history(0, 3), settings))
+        assert "try --epochs 8" in str(advice_on(history(4, 4), settings))
+        assert advice_on(history(2, 4), settings) is None
+        # A start that is no regression says nothing.
+        assert advice_on(history(0, 3), options(data, Path("o"), features=["none"])) is None
+        assert advice_on([{"epoch": 4, "best": 1}], settings) is None  # no validation rows
 
 
 def refused(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -199,7 +271,7 @@ class TestRefusals:
             (["--features", "top1"], "--features top1: input should be 'top1_prob'"),
             (["--features", "margin", "margin"], "features=margin,margin names one twice"),
             (["--features", "none", "margin"], "features=none goes alone"),
-            (["--features", "drawn_logprob", "--lag", "0"], "is not lossless; leave it out, or use lag=1"),
+            (["--features", "drawn_logprob"], "is not lossless; leave it out, or use lag=1"),
             (["--lag", "2"], "--lag 2: input should be 0 or 1"),
             (["--w-rej", "0"], "--w-rej 0: input should be greater than 0"),
             (["--dropout", "1"], "--dropout 1: input should be less than 1"),

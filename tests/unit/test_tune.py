@@ -15,6 +15,7 @@ import torch
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training.chains import load_chains
+from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
 from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.prompts import split_by_id
 from vllm_specdecpp.training.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
@@ -167,7 +168,7 @@ class TestRun:
     def test_without_a_head(self, files: Files) -> None:
         before = files.config()
         run(files.options(head=None))
-        assert {row["policy"] for row in files.rows()} == {"fixed", "confidence", "entropy", "oracle"}
+        assert {row["policy"] for row in files.rows()} == {"fixed", "confidence", "entropy", "cost_aware", "oracle"}
         assert files.config() == before
 
     def test_no_write_leaves_the_head(self, files: Files) -> None:
@@ -178,7 +179,8 @@ class TestRun:
     def test_only_some_rules(self, files: Files) -> None:
         before = files.config()
         run(files.options(rules=["confidence"]))
-        assert {row["policy"] for row in files.rows()} == {"fixed", "confidence", "oracle"}
+        policies = {"fixed", "confidence", "cost_aware", "cost_aware with the head", "oracle"}
+        assert {row["policy"] for row in files.rows()} == policies
         assert files.config() == before  # the head's own rule was not tuned
 
     def test_without_an_evaluation_it_says_so(self, files: Files) -> None:
@@ -200,6 +202,26 @@ class TestRun:
         num = sum(split_by_id(i, 0.5, 3) for i in ids)
         assert 0 < num < 8
         assert files.config()["rule"]["tuned_on"].startswith(f"{num} prompts of train")
+        table = (files.out / "tune.md").read_text()
+        others = "confidence, entropy: on all 8"
+        assert f"Tuned on {num} prompts that the head was not trained on ({others}); judged on 8 others" in table
+        assert f"Warning: thresholds that were chosen on {num} prompts are uncertain" in table
+        # A rule that reads no head is tuned as it is without one.
+        with_head = {row["policy"]: row["threshold"] for row in files.rows() if row["chosen"]}
+        run(files.options(head=None, out=files.root / "without"))
+        files.out = files.root / "without"
+        without = {row["policy"]: row["threshold"] for row in files.rows() if row["chosen"]}
+        assert without == {name: with_head[name] for name in ("fixed", "confidence", "entropy")}
+
+    def test_the_default_rule_is_reported(self, files: Files) -> None:
+        run(files.options())
+        head = AcceptanceHead.from_pretrained(files.head)
+        chains = load_chains([files.held_out], head)
+        for policy, read in (("cost_aware", None), ("cost_aware with the head", head)):
+            (row,) = [row for row in files.rows() if (row["set"], row["policy"]) == ("all", policy)]
+            found = walk(chains, cost_aware_lengths(chains, COSTS, read, 16), COSTS)
+            assert row["tokens_per_second"] == pytest.approx(found.tokens_per_second())
+            assert f"| all | {policy} | {row['tokens_per_second']:.2f} |" in (files.out / "tune.md").read_text()
 
 
 class TestRefusals:
@@ -340,7 +362,7 @@ class TestReport:
         rows, (chains, choice) = self.rows(files)
         rows = [row | {"cut_rate": 0.05 if row["policy"] == "confidence" else 0.0} for row in rows]
         assert "Warning: 5.0% of the rounds of confidence h=0.9" in warnings(rows, COSTS)[0]
-        assert "Warning: 5.0%" in markdown(rows, {"confidence": choice}, COSTS, chains, chains)
+        assert "Warning: 5.0%" in markdown(rows, {"confidence": choice}, COSTS, {"confidence": chains}, chains)
 
     def test_bootstrap_is_reproducible_and_over_prompts(self, files: Files) -> None:
         first, second = (self.rows(files)[0] for _ in range(2))

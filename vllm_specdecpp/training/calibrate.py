@@ -33,6 +33,7 @@ from vllm_specdecpp.training.estimates import (
 )
 from vllm_specdecpp.training.held_out import TrainingData, name_digest, refuse_seen, training_data
 from vllm_specdecpp.training.manifest import Manifest, write_whole
+from vllm_specdecpp.training.metrics import chance_ece
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.shards import Dataset
 
@@ -106,8 +107,7 @@ def run(options: CalibrateOptions) -> int:
         scored = score_rows(head, load_rows(options.evaluate, head.lag, max_rows=options.max_rows))
         _report(options, head, calibration, fitted_on, scored, estimates)
     _write_calibration(options.head, calibration, fitted_on)
-    shown = " ".join(f"{each:.3f}" for each in calibration.intercepts)
-    print(f"calibrated {options.head}: slope {calibration.slope:.3f}, intercepts {shown}; fitted on {fitted_on}")
+    print(f"calibrated {options.head}: {calibration.shown()}; fitted on {fitted_on}")
     if "rule" in head.metadata:
         print("its stop rule was tuned before this calibration: run vllm-specdecpp tune again", file=sys.stderr)
     return 0
@@ -206,6 +206,7 @@ def _report(
     with tqdm(total=total, desc="bootstrap", unit="figure", delay=2.0, leave=False, file=sys.stderr) as progress:
         for name, of_set in sets.items():
             found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed, tick=progress.update)
+            found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
             rows += [{**row, **same} for row in found]
     table = markdown(rows, head, calibration)
     write_whole(options.folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())

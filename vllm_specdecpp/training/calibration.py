@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.training.metrics import log_loss
+from vllm_specdecpp.training.metrics import row_losses
 
 SLOPE_PRECISION = 1.0
 """The slope's prior is Normal(1, 1 / precision): it damps the slope where scores separate the labels perfectly."""
@@ -64,6 +64,13 @@ class Calibration:
         table = torch.tensor(self.intercepts, dtype=torch.float64)  # [num_positions]
         index = (position.long().cpu() - 1).clamp(0, len(table) - 1)  # [num_rows]
         return (self.slope * logit.double().cpu() + table[index]).sigmoid()
+
+    def shown(self) -> str:
+        """Slope and intercepts in words."""
+        texts = [f"{each + 0.0:.3f}".replace("-0.000", "0.000") for each in self.intercepts]
+        if len(set(texts)) == 1:
+            return f"slope {self.slope:.3f}, intercept {texts[0]} at every position"
+        return f"slope {self.slope:.3f}, intercepts by position {', '.join(texts)}"
 
     def config(self, fitted_on: str) -> dict[str, Any]:
         """The head config's ``calibration``."""
@@ -115,8 +122,9 @@ def fit_by_prompts(
 ) -> Calibration:
     """:func:`fit_calibration` with priors as strong as serves prompts that it was not fitted on.
 
-    Each part of the prompts is left out once; the factor of :data:`STRENGTHS` with the lowest log-loss on what was left
-    out is taken, the weakest if there is but one prompt.
+    Each part of the prompts is left out once. Of the factors of :data:`STRENGTHS` the strongest is taken whose log-loss
+    on what was left out is within a standard error over prompts of the lowest: a gain that a few prompts may have made
+    by chance moves nothing. With but one prompt the weakest is taken.
 
     Args:
         logit: [num_rows] the score on the log-odds scale.
@@ -137,15 +145,15 @@ def fit_by_prompts(
     prompts, number = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
     if (num_folds := min(FOLDS, len(prompts))) > 1:
         _checked(logit, accepted, None)
-        losses = []
-        for each in STRENGTHS:
-            loss = 0.0
+        losses = torch.zeros(len(STRENGTHS), len(prompts), dtype=torch.float64)  # summed over each prompt's rows
+        for i, each in enumerate(STRENGTHS):
             for fold in range(num_folds):
                 out = number % num_folds == fold  # [num_rows]
                 p = fitted(~out, each).probability(logit[out], position[out])
-                loss += float(log_loss(p, accepted[out])) * int(out.sum())
-            losses.append(loss)
-        strength = STRENGTHS[losses.index(min(losses))]
+                losses[i].index_add_(0, number[out], row_losses(p, accepted[out]))
+        over = losses - losses[losses.sum(1).argmin()]  # [num_strengths, num_prompts]
+        error = over.std(dim=1) * math.sqrt(len(prompts))
+        strength = max(each for each, near in zip(STRENGTHS, over.sum(1) <= error, strict=True) if near)
     return fitted(whole, strength)
 
 

@@ -14,6 +14,9 @@ from typing import Any
 from vllm_specdecpp.training.manifest import write_whole
 
 FORMAT = 1
+_MOST_ROWS = 32
+"""Of one request: the engine times wider verifications for batches."""
+
 _MEND = "measure again with: vllm-specdecpp measure"
 
 
@@ -70,7 +73,12 @@ class Costs:
         return _read(self.draft_seconds, num_candidates) if num_candidates > 0 else 0.0
 
     def verify(self, num_rows: int) -> float:
-        """Seconds between two draft phases when the target reads ``num_rows`` tokens of the request."""
+        """Seconds between two draft phases when the target reads ``num_rows`` tokens of the request.
+
+        One token, unless it was measured, takes what it takes without speculation.
+        """
+        if num_rows == 1 and 1 not in self.verify_seconds:
+            return self.off_seconds
         return _read(self.verify_seconds, num_rows)
 
     def round(self, num_candidates: int) -> float:
@@ -88,7 +96,7 @@ class Costs:
 
     @classmethod
     def load(cls, path: Path) -> Costs:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote, or a file of costs that the engine keeps.
 
         Raises:
             ValueError: one line: no such file, no JSON, a missing or a bad value.
@@ -99,6 +107,8 @@ class Costs:
             raise ValueError(f"specdecpp: costs file {path} cannot be read ({error.strerror}); {_MEND}") from None
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"specdecpp: costs file {path} is not valid JSON ({error}); {_MEND}") from None
+        if isinstance(data, dict) and {"key", "first", "step", "verify"} <= data.keys():
+            return cls._of_engine(path)
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"specdecpp: costs file {path} is not of format {FORMAT}; {_MEND}")
         try:
@@ -108,6 +118,26 @@ class Costs:
             raise ValueError(f"specdecpp: costs file {path}: {str(error).removeprefix('specdecpp: ')}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"specdecpp: costs file {path} lacks or mistakes a field ({error}); {_MEND}") from None
+
+    @classmethod
+    def _of_engine(cls, path: Path) -> Costs:
+        """Of a batch of one: a first draft pass, further ones, and the verification as the engine measured them."""
+        from vllm_specdecpp.decision.cost_aware.costs import CostCache
+
+        setting, points = CostCache.read(path)
+        if 1 not in points["verify"]:
+            raise ValueError(f"specdecpp: costs file {path} has no verification of one token; {_MEND}")
+        first, step = (points[name][min(points[name])] for name in ("first", "step"))
+        longest = max([width for width in points["verify"] if width <= _MOST_ROWS] or [2]) - 1
+        return cls(
+            draft_seconds={k: first + (k - 1) * step for k in range(1, max(longest, 2) + 1)},
+            verify_seconds=points["verify"],
+            off_seconds=points["verify"][1],
+            machine=setting.get("device", ""),
+            versions={name: setting[name] for name in ("vllm", "torch") if name in setting},
+            target=setting.get("target", ""),
+            draft_model=setting.get("draft", ""),
+        )
 
 
 def check_free(path: Path, force: bool) -> None:

@@ -134,7 +134,7 @@ def _head(source: str) -> dict[str, Any]:
         or {"state": f"none: its score is no probability; vllm-specdecpp calibrate {shlex.quote(source)} ... fits one"},
         "on held-out prompts": _figures(folder),
         "rule": rule or {"state": f"the engine's default; vllm-specdecpp tune {shlex.quote(source)} ... chooses one"},
-        "serve": {"command": _serve_command(pair, source, rule)},
+        "serve": _serve_commands(pair, source, rule),
     }
 
 
@@ -171,13 +171,15 @@ def _figures(folder: Path) -> dict[str, Any]:
         raise ValueError(f"specdecpp: {path} is damaged; remove it, or calibrate the head again") from None
 
 
-def _serve_command(pair: Mapping[str, Any], source: str, rule: Any) -> str:
+def _serve_commands(pair: Mapping[str, Any], source: str, rule: Any) -> dict[str, str]:
+    """Of the engine's default rule, and of the tuned one."""
     config: dict[str, Any] = {"method": "specdecpp", "model": pair["draft"] or "DRAFT", "head": source}
+    configs = {"command": config}
     # The engine takes the tuned threshold from the head; the upper bound sizes vLLM's buffers and has to be given.
-    if isinstance(rule, Mapping) and "num_speculative_tokens" in rule:
-        config["num_speculative_tokens"] = rule["num_speculative_tokens"]
-    words = ["vllm", "serve", pair["target"] or "TARGET", "--speculative-config", json.dumps(config)]
-    return shlex.join(words)
+    if isinstance(rule, Mapping) and {"rule", "num_speculative_tokens"} <= rule.keys():
+        configs["with the tuned rule"] = config | {name: rule[name] for name in ("rule", "num_speculative_tokens")}
+    words = ["vllm", "serve", pair["target"] or "TARGET", "--speculative-config"]
+    return {name: shlex.join([*words, json.dumps(each)]) for name, each in configs.items()}
 
 
 def _dataset(folder: Path) -> dict[str, Any]:

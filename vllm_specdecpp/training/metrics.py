@@ -72,7 +72,16 @@ def log_loss(probability: Tensor, accepted: Tensor) -> float:
     Raises:
         ValueError: as :func:`auc`, or a probability outside [0, 1].
     """
-    return float(_losses(*_checked(probability, accepted, in_unit=True)).mean())
+    return float(row_losses(probability, accepted).mean())
+
+
+def row_losses(probability: Tensor, accepted: Tensor) -> Tensor:
+    """Log-loss of each row: [num_rows] float64.
+
+    Raises:
+        ValueError: as :func:`log_loss`.
+    """
+    return _losses(*_checked(probability, accepted, in_unit=True))
 
 
 def brier(probability: Tensor, accepted: Tensor) -> float:
@@ -92,6 +101,17 @@ def ece(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> float:
         ValueError: as :func:`reliability`.
     """
     return reliability(probability, accepted, bins).ece
+
+
+def chance_ece(probability: Tensor, seed: int, bins: int = NUM_BINS, draws: int = 50) -> float:
+    """Mean ECE of outcomes that are drawn from the estimate itself, each row by itself: what chance alone makes of it.
+
+    Raises:
+        ValueError: as :func:`reliability`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    p = probability.detach().double().cpu()
+    return sum(ece(p, torch.bernoulli(p, generator=generator), bins) for _ in range(draws)) / draws
 
 
 def reliability(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> Reliability:

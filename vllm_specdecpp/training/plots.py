@@ -19,6 +19,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#777777"
 _PANELS_A_ROW = 3
 _MIN_ROWS = 10
+_RATES = ("discard_rate", "verification_rate")
+_NEAR = 0.12
+"""Labels of the Pareto plot keep this share of the axes apart."""
+
 _CHARACTERS_AN_INCH = 9  # of a title
 
 
@@ -140,12 +144,12 @@ def plot_pareto(
 ) -> None:
     """The paper's plot (arXiv:2405.19715): target passes a token against discarded candidates a token.
 
-    Lower left is better. The points of a group are joined in the order of their discard rate. Labels go beside the
-    first and last point of a group and beside those with ``emphasis``: more would hide each other.
+    Lower left is better. The points of a group are joined in the order of their discard rate. The legend says the
+    labels of those with ``emphasis``; beside the first and last point of a group goes theirs, unless one is near.
 
     Args:
         points: mappings with ``label``, ``group``, ``discard_rate`` (N_discarded / N), ``verification_rate``
-            (N_target / N) and, if wanted, ``emphasis`` (bool: a larger mark with its label, for a chosen setting).
+            (N_target / N) and, if wanted, ``emphasis`` (bool: a larger mark, for a chosen setting).
         path: of the PNG.
         title: names the pair and the number of tokens.
 
@@ -154,29 +158,33 @@ def plot_pareto(
     """
     _check(points, ("group", "label", "discard_rate", "verification_rate"), "Pareto plot")
     figure, [[axes]] = _figure((7.6, 5.4), title)
+    reach = [max(p[key] for p in points) - min(p[key] for p in points) or 1.0 for key in _RATES]
+    labelled: list[tuple[float, float]] = []
     for i, (group, members) in enumerate(_groups(points).items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         members = sorted(members, key=lambda point: (point["discard_rate"], -point["verification_rate"]))
         x = [point["discard_rate"] for point in members]
         y = [point["verification_rate"] for point in members]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=group, zorder=2)
+        chosen = [str(p["label"]) for p in members if p.get("emphasis") and str(p["label"]) != group]
+        name = f"{group}, chosen: {', '.join(chosen)}" if chosen else group
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, zorder=2)
         for j, point in enumerate(members):
             if point.get("emphasis"):
                 axes.scatter(
                     x[j], y[j], s=150, marker=marker, color=colour, edgecolors="black", linewidths=1.4, zorder=4
                 )
-                # Above the line at even groups, below at odd ones: two groups often run side by side.
-                place = {"xytext": (7, 9 if i % 2 == 0 else -9), "ha": "left", "va": "bottom" if i % 2 == 0 else "top"}
-            elif j == 0:
+            if j == 0:
                 place = {"xytext": (-8, 0), "ha": "right", "va": "center"}
             elif j == len(members) - 1:
                 place = {"xytext": (8, 0), "ha": "left", "va": "center"}
             else:
                 continue
-            if str(point["label"]) != group:
+            near = any(math.hypot((x[j] - a) / reach[0], (y[j] - b) / reach[1]) < _NEAR for a, b in labelled)
+            if str(point["label"]) != group and not near:
+                labelled.append((x[j], y[j]))
                 axes.annotate(
                     str(point["label"]), (x[j], y[j]), textcoords="offset points", fontsize=9, color=colour,
-                    fontweight="bold" if point.get("emphasis") else "normal", path_effects=[_halo()], zorder=5, **place,
+                    path_effects=[_halo()], zorder=5, **place,
                 )  # fmt: skip
     axes.set_xlabel("discard rate: rejected or unused candidates a token (N_discarded / N)")
     axes.set_ylabel("verification rate: target passes a token (N_target / N)")

@@ -43,6 +43,9 @@ class Lengths:
     cut: Tensor
     """[num_starts] bool: the record ended first, so L is a lower bound."""
 
+    passes: Tensor | None = None
+    """[num_starts] int64 draft passes, where they may be more than L: a pass whose candidate is not submitted."""
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -202,12 +205,12 @@ def fixed_lengths(chains: Chains, num_candidates: int) -> Lengths:
 
 
 def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
-    """The best that any policy with at most ``max_length`` candidates can do, knowing every outcome.
+    """The best that any policy with 0 to ``max_length`` candidates can do, knowing every outcome.
 
     All policies emit the same tokens, so the highest long-run rate is the least time: a shortest path through each
     prompt's starts, found from its end. No policy's walk is faster.
     """
-    choices = torch.arange(1, max_length + 1)  # [num_choices]
+    choices = torch.arange(max_length + 1)  # [num_choices]
     bound = fixed_lengths(chains, max_length).candidates  # [num_starts]
     seconds = _round_seconds(costs, max_length)  # [max_length + 1]
     ends, sizes = chains.prompt_starts[1:], chains.prompt_starts.diff()
@@ -237,6 +240,11 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
         here = after[here][after[here] < ends[here]]
     rounds = visited.nonzero().squeeze(1)
     candidates = lengths.candidates[rounds]
+    passes = candidates if lengths.passes is None else lengths.passes[rounds]
+    longest = max(int(lengths.candidates.max()), int(passes.max()))
+    draft, verify = (
+        torch.tensor([f(k) for k in range(longest + 2)], dtype=torch.float64) for f in (costs.draft, costs.verify)
+    )
 
     def total(values: Tensor) -> Tensor:
         sums = torch.zeros(len(chains.prompts), dtype=torch.float64)
@@ -247,7 +255,7 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
         rounds=total(torch.ones_like(rounds)),
         candidates=total(candidates),
         accepted=total(accepted[rounds]),
-        seconds=total(_round_seconds(costs, int(lengths.candidates.max()))[candidates]),
+        seconds=total(draft[passes] + verify[candidates + 1]),
         cut=total(lengths.cut[rounds]),
         seams=total(candidates > chains.to_seam[rounds]),
     )

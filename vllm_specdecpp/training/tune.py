@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from vllm_specdecpp.training.chains import Chains, load_chains, open_rounds
+from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
 from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.held_out import PromptName, refuse_trained_on, training_data
 from vllm_specdecpp.training.manifest import Manifest, write_whole
@@ -30,7 +31,16 @@ from vllm_specdecpp.training.replay import (
     threshold_lengths,
     walk,
 )
-from vllm_specdecpp.training.tune_report import ALL, Choice, Walks, markdown, pareto_points, table_rows
+from vllm_specdecpp.training.tune_report import (
+    ALL,
+    COST_AWARE,
+    COST_AWARE_HEAD,
+    Choice,
+    Walks,
+    markdown,
+    pareto_points,
+    table_rows,
+)
 
 if TYPE_CHECKING:
     from vllm_specdecpp.head import AcceptanceHead
@@ -44,8 +54,9 @@ _BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 class TuneOptions(CommandOptions):
     """Replay recorded rounds under every stop rule with this machine's step costs, and keep the fastest.
 
-    Predicts tokens per second of each fixed candidate length, of each rule over its threshold, and of an oracle that
-    knows the outcomes; writes a table, the paper's Pareto plot, and the chosen rule into the head's config.json.
+    Predicts tokens per second of each fixed candidate length, of each rule over its threshold, of the engine's default
+    rule with the head and without, and of an oracle that knows the outcomes; writes a table, the paper's Pareto plot,
+    and the chosen rule into the head's config.json.
     """
 
     head: Path | None = Field(default=None, json_schema_extra=POSITIONAL)
@@ -58,7 +69,7 @@ class TuneOptions(CommandOptions):
     """Datasets to report on, with other prompts than the data; by default the data, which favours the rules."""
 
     costs: Path
-    """Step costs of this machine, from vllm-specdecpp measure."""
+    """Step costs of this machine: of vllm-specdecpp measure, or the engine's own file in VLLM_CACHE_ROOT/specdecpp."""
 
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
@@ -103,6 +114,11 @@ def run(options: TuneOptions) -> int:
     with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
         judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
         data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
+        # Rules that read no head have no training data to keep out of.
+        data_of = dict.fromkeys(rules, data)
+        if judged is not None and keep is not None:
+            whole = load_chains(options.data)
+            data_of |= {rule: whole for rule in rules if rule != "threshold"}
     if judged is None:
         judged = data
     else:
@@ -114,13 +130,13 @@ def run(options: TuneOptions) -> int:
     rows: list[dict[str, Any]] = []
     with _progress("rules tried", len(rules) * len(bounds) * len(options.thresholds)) as tick:
         for rule in rules:
-            choices[rule] = choose(data, costs, rule, head, options.thresholds, bounds, tick)
+            choices[rule] = choose(data_of[rule], costs, rule, head, options.thresholds, bounds, tick)
     walks = _walks(judged, costs, head, choices, options.thresholds, recorded_length)
     for name in [*judged.sets, ALL]:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
-    _write_results(options, rows, markdown(rows, choices, costs, data, judged), f"{manifest.target} / {manifest.draft}")
+    _write_results(options, rows, markdown(rows, choices, costs, data_of, judged), pair_of(manifest))
     if head is not None and options.write and "threshold" in choices:
         _write_rule(options, choices["threshold"], costs, data, datasets[: len(options.data)])
     return 0
@@ -161,6 +177,11 @@ def _walks(
         for threshold in sorted({*thresholds, choice.threshold}):
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
             walks[rule, threshold, choice.num_speculative_tokens] = walk(chains, lengths, costs)
+    walks[COST_AWARE, 0.0, max_length] = walk(chains, cost_aware_lengths(chains, costs, None, max_length), costs)
+    if head is not None:
+        walks[COST_AWARE_HEAD, 0.0, max_length] = walk(
+            chains, cost_aware_lengths(chains, costs, head, max_length), costs
+        )
     walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
     return walks
 
@@ -252,6 +273,11 @@ def _write_rule(options: TuneOptions, choice: Choice, costs: Costs, data: Chains
     }
     update_config(str(options.head), rule=rule)
     print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)
+
+
+def pair_of(manifest: Manifest) -> str:
+    """Draft and target by their last names."""
+    return " → ".join(str(name).rpartition("/")[2] for name in (manifest.draft, manifest.target))
 
 
 def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: str, pair: str) -> None:

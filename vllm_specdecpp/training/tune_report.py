@@ -15,6 +15,14 @@ from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.provenance import command_line
 from vllm_specdecpp.training.replay import CUT_RATE_WARNING, Walk
 
+COST_AWARE, COST_AWARE_HEAD = "cost_aware", "cost_aware with the head"
+"""The engine's default rule, which has no threshold to choose; without a head it reads the top-1 probability."""
+
+_UNTUNED = (COST_AWARE, COST_AWARE_HEAD, "oracle")
+
+FEW_PROMPTS = 30
+"""Below so many a threshold depends on which prompts they are: on 12 of the Qwen pair's it was off by 0.2."""
+
 ALL = "all"
 """The set of all prompts together."""
 
@@ -91,18 +99,37 @@ def _interval(samples: Tensor) -> tuple[float, float]:
 
 
 def markdown(
-    rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], costs: Costs, data: Chains, judged: Chains
-) -> str:
-    """The table of the chosen policies, with what it rests on and what to doubt."""
+    rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], costs: Costs, data_of: Mapping[str, Chains],
+    judged: Chains,
+) -> str:  # fmt: skip
+    """The table of the chosen policies, with what it rests on and what to doubt.
+
+    Args:
+        data_of: rule → what its threshold was chosen on.
+        judged: what the rows are of.
+    """
+    num_prompts = {rule: len(data.prompts) for rule, data in data_of.items()}
+    own = min(num_prompts.values())
+    others = [rule for rule, num in num_prompts.items() if num > own]
+    tuned_on = f"Tuned on {own} prompts"
+    if others:
+        tuned_on += f" that the head was not trained on ({', '.join(others)}: on all {num_prompts[others[0]]})"
+    same = any(judged is data for data in data_of.values())
     lines = ["# Predicted tokens/s of the stop rules", ""]
     lines += [
         f"* Command: `{command_line()}`",
         f"* Step costs: {costs.machine or 'machine unknown'}, batch {costs.batch}, "
         f"{1 / costs.off_seconds:.2f} tok/s without speculation",
-        f"* Tuned on {len(data.prompts)} prompts; judged on "
-        + (f"{len(judged.prompts)} others." if judged is not data else "the same ones, which favours the rules."),
+        f"* {tuned_on}; judged on "
+        + ("the same ones, which favours the rules." if same else f"{len(judged.prompts)} others."),
         "* Best K is chosen on the very set it is judged by, which favours it. Prefill is left out.",
+        f"* {COST_AWARE} is the engine's default and has nothing to tune; here it starts cold and learns as it serves.",
     ]
+    if own < FEW_PROMPTS:
+        lines.append(
+            f"* Warning: thresholds that were chosen on {own} prompts are uncertain; give --data more that the head "
+            "was not trained on, or train with a larger --validation."
+        )
     lines += [f"* {warning}" for warning in warnings(rows, costs)]
     lines += [
         "",
@@ -111,7 +138,7 @@ def markdown(
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if not (row["chosen"] or row["policy"] == "oracle"):
+        if not (row["chosen"] or row["policy"] in _UNTUNED):
             continue
         gap = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
         over = f"{row['over_best_fixed'] - 1:+.1%}"
@@ -129,12 +156,13 @@ def pareto_points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one set as points of :func:`vllm_specdecpp.training.plots.plot_pareto`."""
     points = []
     for row in rows:
-        label = {"fixed": f"K={row['num_speculative_tokens']}", "oracle": "oracle"}.get(row["policy"])
+        untuned = row["policy"] in _UNTUNED
+        label = f"K={row['num_speculative_tokens']}" if row["policy"] == "fixed" else f"h={row['threshold'] or 0:g}"
         points.append(
             {
                 "group": "fixed K" if row["policy"] == "fixed" else row["policy"],
-                "label": label or f"h={row['threshold']:g}",
-                "emphasis": row["chosen"],
+                "label": row["policy"] if untuned else label,
+                "emphasis": row["chosen"] or (untuned and row["policy"] != "oracle"),
                 "discard_rate": row["discard_rate"],
                 "verification_rate": row["verification_rate"],
             }
@@ -145,7 +173,7 @@ def pareto_points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def warnings(rows: Sequence[Mapping[str, Any]], costs: Costs) -> list[str]:
     """What makes the prediction doubtful, one line each."""
     found = []
-    told = [row for row in rows if row["set"] == ALL and (row["chosen"] or row["policy"] == "oracle")]
+    told = [row for row in rows if row["set"] == ALL and (row["chosen"] or row["policy"] in _UNTUNED)]
     for row in told:
         if row["cut_rate"] > CUT_RATE_WARNING:
             found.append(
@@ -163,6 +191,6 @@ def warnings(rows: Sequence[Mapping[str, Any]], costs: Costs) -> list[str]:
 def _label(row: Mapping[str, Any]) -> str:
     if row["policy"] == "fixed":
         return f"best fixed K={row['num_speculative_tokens']}"
-    if row["policy"] == "oracle":
-        return "oracle"
+    if row["policy"] in _UNTUNED:
+        return str(row["policy"])
     return f"{row['policy']} h={row['threshold']:g} K≤{row['num_speculative_tokens']}"
