@@ -43,6 +43,10 @@ class SpecDecPPWorkerMixin:
         self.model_runner.speculator = None  # its buffers can be large
         runner = self.model_runner
         runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
+        if self.vllm_config.lora_config is not None:
+            from vllm_specdecpp.engine import v2_lora
+
+            v2_lora.count_rows(runner)
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tp_group
 
@@ -66,13 +68,18 @@ def _cache(speculator: SpecDecPPSpeculator) -> CostCache:
     """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
     v1 = costs.cost_cache(speculator.vllm_config, speculator.device)
     mode, is_async = speculator.how_rounds_run()[0], speculator.scheduler_config.async_scheduling
-    return CostCache(v1.path.parent, {**v1.key, "model_runner": f"V2/{mode}", "async_scheduling": str(is_async)})
+    lora = speculator.vllm_config.lora_config
+    ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
+    if lora is not None:
+        ours["lora"] = f"{lora.max_loras} of rank {lora.max_lora_rank}"
+    return CostCache(v1.path.parent, {**v1.key, **ours})
 
 
 def measure(speculator: SpecDecPPSpeculator, agree: Agree) -> costs.Points:
     """Time both models as they will run; see :func:`vllm_specdecpp.engine.costs.measure`."""
     passes = V2Passes(speculator)
-    points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, agree)
+    with passes.adapters():
+        points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, agree)
     if speculator.graphs is not None:
         points |= _captured(speculator, passes, agree)
     return points
@@ -81,7 +88,8 @@ def measure(speculator: SpecDecPPSpeculator, agree: Agree) -> costs.Points:
 class V2Passes:
     """Runs one pass of a given width and waits for the device (:class:`vllm_specdecpp.engine.costs.Passes`).
 
-    The draft's are without attention and KV; the target's is vLLM's own dummy run, with its graphs.
+    The draft's are without attention and KV; the target's is vLLM's own dummy run, with its graphs. Where the engine
+    takes LoRA adapters, a dummy one is on every row of the target's, which needs :meth:`adapters` around it.
 
     Args:
         speculator: with both models loaded.
@@ -92,6 +100,13 @@ class V2Passes:
     def __init__(self, speculator: SpecDecPPSpeculator) -> None:
         self._speculator = speculator
         self._hidden_states: torch.Tensor | None = None
+
+    def adapters(self) -> AbstractContextManager[None]:
+        """Dummy LoRA adapters, if the engine takes any; at its end all adapters are gone, and vLLM loads anew what a
+        request asks for."""
+        runner = self._speculator.runner
+        context: AbstractContextManager[None] = runner.maybe_setup_dummy_loras(runner.lora_config)
+        return context
 
     @torch.inference_mode()
     def draft(self, num_rows: int) -> None:
@@ -116,12 +131,22 @@ class V2Passes:
     @torch.inference_mode()
     def target(self, num_rows: int) -> None:
         """The target's forward pass and lm_head."""
-        runner = self._speculator.runner
+        runner, rows = self._speculator.runner, np.array([num_rows], dtype=np.int32)
+
+        def adapter(*_: Any, **__: Any) -> AbstractContextManager[None]:
+            """vLLM's own would make the adapters anew in each run, and leaves out the further rows of logits."""
+            context: AbstractContextManager[None] = runner.maybe_select_dummy_loras(
+                runner.lora_config, rows, num_sampled_tokens=rows, num_active_loras=1
+            )
+            return context
+
         runner.speculator = None  # it would draft as well
+        runner.maybe_dummy_run_with_lora = adapter
         try:
             hidden_states, _ = runner._dummy_run(num_rows, skip_eplb=True)
         finally:
             runner.speculator = self._speculator
+            del runner.maybe_dummy_run_with_lora
         runner.model.compute_logits(hidden_states[:num_rows])
         self.synchronize()
 

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_tensor_parallel.py in a process of its own: two CPU ranks on Model Runner V2, the second with noise
+planted in its draft.
+
+The ranks are spawned, which imports this module first in each: so the interpreter is there before vLLM is.
+Prints "ready" once the engine stands, then one JSON object: rule -> output tokens and the rounds of each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from tests import engine_harness as harness
+from tests import tiny_models
+from tests.v2 import interpreted_triton
+
+interpreted_triton.install()
+
+NOISE, ALONE = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE"
+"""Environment: standard deviation of the noise; 1: no rank listens to another."""
+
+RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": 0.8}]
+PROMPTS = harness.prompts(4, seed=31)
+MAX_TOKENS = 16
+CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}}
+"""Seconds that the cost-aware rule goes by: candidates are worth it while they are likely."""
+
+
+def plant() -> None:
+    """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
+    import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
+
+    from vllm_specdecpp.engine import costs, v2_costs
+    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v2_passes import StandaloneARSpeculator
+
+    if getattr(SpecDecPPSpeculator, "_planted", False):
+        return
+    scale, original, measure = float(os.environ[NOISE]), StandaloneARSpeculator.compute_draft_logits, costs.measure
+
+    def noisy(self: Any, *args: Any) -> torch.Tensor:
+        from vllm.distributed import get_tp_group
+
+        logits = original(self, *args)
+        return logits + scale * torch.randn_like(logits) if get_tp_group().rank_in_group == 1 else logits
+
+    def measure_in_vain(*args: Any) -> Any:
+        """The ranks meet in every pass that is timed."""
+        points = measure(*args)
+        assert min(min(curve.values()) for curve in points.values()) > 0
+        return CURVES
+
+    StandaloneARSpeculator.compute_draft_logits = noisy
+    costs.measure = measure_in_vain  # type: ignore[assignment]
+    costs.SECONDS_PER_CURVE = 0.1
+    v2_costs.FirstPassAlways.observe = lambda *args: None  # type: ignore[method-assign]
+    v2_costs._Raised.freshness = lambda *args: 99.0  # type: ignore[method-assign]
+    if os.environ[ALONE] == "1":
+        SpecDecPPSpeculator._agree = lambda self, tensor: tensor  # type: ignore[method-assign]
+    SpecDecPPSpeculator._planted = True
+
+
+def main() -> None:
+    tiny = tiny_models.ensure()
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": 5, "trace_rounds": 10_000
+    }  # fmt: skip
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with harness.engine(tiny.target, config, **options) as llm:
+        print("ready", flush=True)
+        found = {}
+        for rule in RULES:
+            harness.configure(llm, **rule)
+            llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
+            outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+            rounds = llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
+            found[rule["rule"]] = {"tokens": harness.token_ids(outputs), "rounds": rounds}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
