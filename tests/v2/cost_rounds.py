@@ -13,7 +13,7 @@ from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests.v2 import harness
 from tests.v2.oracle import Stops, predict
 from tests.v2.play import Play
-from vllm_specdecpp.decision.cost_aware import CostAwareRule
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 
 MAX_LENGTH = 5
@@ -39,9 +39,7 @@ class Script(CostAwareRule):
     """
 
     def __init__(self, seed: int, max_reqs: int) -> None:
-        from vllm_specdecpp.engine.v2_costs import FirstPassAlways
-
-        super().__init__(FirstPassAlways(**CURVES, max_reqs=max_reqs, max_tokens=256), MAX_LENGTH)
+        super().__init__(CostModel(**CURVES, max_reqs=max_reqs, max_tokens=256), MAX_LENGTH)
         self._random = np.random.default_rng(seed)
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
@@ -66,6 +64,7 @@ class Truth:
 
     plan: dict[str, int]
     is_short: bool
+    is_usual: bool = True
     drafts: list[list[float]] = field(default_factory=list)  # by row: the confidence of each candidate
     outcomes: dict[str, tuple[int, int]] | None = None  # request id -> verified, accepted, in the next step
     next_names: list[str] = field(default_factory=list)
@@ -76,14 +75,12 @@ class ScriptedPlay(Play):
     of a round with what became of it.
 
     Args:
-        speculator, vllm_config, seed, books: as in :class:`Play`.
+        speculator, vllm_config, seed, scheduler: as in :class:`Play`.
         plans: of rank 0's play with the same seed, for a rank that follows; None: of the speculator's own rule.
     """
 
-    def __init__(
-        self, speculator: Any, vllm_config: Any, seed: int, *, books: bool = False, plans: Any = None
-    ) -> None:  # fmt: skip
-        super().__init__(speculator, vllm_config, Stops(2.0), seed, books=books)
+    def __init__(self, speculator: Any, vllm_config: Any, seed: int, *, plans: Any = None, **scheduler: bool) -> None:
+        super().__init__(speculator, vllm_config, Stops(2.0), seed, **scheduler)
         self._rule: Script = speculator.cost_aware.rule
         self._plans = self._rule.plans if plans is None else plans
         self.truths: list[Truth] = []
@@ -118,9 +115,14 @@ class ScriptedPlay(Play):
     def _planned(self, name: str) -> int:
         return self.truths[-1].plan[name] if self._began else 0
 
+    def _reads(self, names: list[str]) -> bool:
+        return self._began and any(self.truths[-1].plan.values())
+
     def _compare(self, names: list[str], handed: torch.Tensor, wanted: list[list[int]]) -> None:
         super()._compare(names, handed, wanted)
         if self._began:
+            truth = self.truths[-1]
+            truth.is_usual = not self._reads(names) or (truth.is_short and not self.caught_up)
             contexts = [self.requests[name].tokens for name in names]
             self.truths[-1].drafts = [
                 [predict([*context, *drafted[:k]])[1] for k in range(len(drafted))]
@@ -151,7 +153,7 @@ def check(told: Told, truth: Truth) -> None:
     assert wins == [outcome[1] for outcome in known if outcome is not None]
     whole = told.verified == drafted and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
-    assert (told.draft_seconds is not None) == (whole and truth.is_short)
+    assert (told.draft_seconds is not None) == (whole and truth.is_usual)
 
 
 def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script | None:
@@ -163,6 +165,7 @@ def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script |
     speculator.cost_aware = DeviceCostAware(
         rule, tail.estimator, None, speculator._agree, speculator.device, tail=tail
     )  # fmt: skip
+    speculator.cost_aware._leave_out = lambda *args, **kwargs: None  # the script has the last word
     return rule
 
 

@@ -120,7 +120,12 @@ def attach(speculator: Any) -> OracleModel:
     model = OracleModel((max_num_reqs * blocks_each + 1) * BLOCK_SIZE)
     groups = [types.SimpleNamespace(layer_names=[LAYER], kv_cache_spec=None)]
     speculator.model = model
-    speculator.kv_cache_config = types.SimpleNamespace(kv_cache_groups=groups)
+    speculator.draft_attn_layer_names = {LAYER}
+    num_blocks = len(model.tokens) // BLOCK_SIZE
+    speculator.kv_cache_config = types.SimpleNamespace(kv_cache_groups=groups, num_blocks=num_blocks)
+    token_ids = torch.zeros(max_num_reqs, speculator.max_model_len, dtype=torch.int32)
+    req_states = types.SimpleNamespace(all_token_ids=types.SimpleNamespace(gpu=token_ids))
+    speculator.runner = types.SimpleNamespace(req_states=req_states)
     speculator.attn_groups = [[_Group()]]
     speculator.block_tables = BlockTables([BLOCK_SIZE], max_num_reqs, speculator.max_num_tokens, [blocks_each], device)
     speculator.expanded_slot_mappings = torch.empty(1, speculator.max_num_tokens + max_num_reqs, dtype=torch.int64)

@@ -24,10 +24,15 @@ class Play:
         stops: the rule in force.
         seed: of everything random.
         books: whether the scheduler books the upper bound for everybody, as asynchronous scheduling does.
+        caches: whether requests that join may have their first blocks from one that left, KV in them and all.
     """
 
-    def __init__(self, speculator: Any, vllm_config: Any, stops: Stops, seed: int, *, books: bool = False) -> None:
+    def __init__(
+        self, speculator: Any, vllm_config: Any, stops: Stops, seed: int, *, books: bool = False, caches: bool = False
+    ) -> None:
         self.speculator, self.config, self.stops, self.books = speculator, vllm_config, stops, books
+        self.caches, self.caps = caches, [None, None, None, None, 0, 2]
+        self.cached: list[tuple[list[int], list[int]]] = []  # tokens of whole blocks, and the blocks
         self.model: OracleModel = speculator.model
         self.random = np.random.default_rng(seed)
         self.free_states = list(range(speculator.max_num_reqs))
@@ -38,6 +43,8 @@ class Play:
         self.last_sampled = torch.zeros(speculator.max_num_reqs, 1, dtype=torch.int64)
         self.num_joined = 0
         self.lengths: list[int] = []  # of all drafts compared
+        self.num_left_out = self.num_caught_up = 0  # steps without a draft pass; passes that caught up
+        self.caught_up = 0  # those of the last step
 
     def run(self, num_steps: int) -> list[int]:
         """Play; returns the lengths of the drafts that were compared."""
@@ -60,13 +67,20 @@ class Play:
         """A prompt comes in, with limits of its own."""
         self.num_joined += 1
         request = Request(self.free_states.pop(), self.random.integers(0, VOCAB, self.random.integers(1, 90)).tolist())
+        if self.cached and self.random.random() < 0.7:
+            tokens, request.blocks = self.cached.pop()
+            request.num_read = len(tokens)
+            request.tokens = tokens + request.tokens[:60]
         request.prefill = len(request.tokens)
-        request.cap = [None, None, None, None, 0, 2][self.random.integers(6)]
+        request.cap = self.caps[self.random.integers(len(self.caps))]
         if self.random.random() < 0.5:
             request.end = len(request.tokens) + int(self.random.integers(2, 16))
         request.stops = frozenset({STOP_TOKEN}) if self.random.random() < 0.5 else frozenset()
         name = f"request {self.num_joined}"
         self.requests[name] = request
+        self._add(name, request)
+
+    def _add(self, name: str, request: Request) -> None:
         extra_args = None if request.cap is None else {"specdecpp": {"num_speculative_tokens": request.cap}}
         params = types.SimpleNamespace(
             extra_args=extra_args, max_tokens=request.end - request.prefill,
@@ -78,6 +92,10 @@ class Play:
         """A request ends; its state and its blocks go to others, KV in them and all."""
         request = self.requests.pop(name)
         self.free_states.insert(0, request.state)
+        num_whole = request.num_read // BLOCK_SIZE
+        if self.caches and 0 < num_whole <= 3 and len(self.cached) < 2:
+            self.cached.append((request.tokens[: num_whole * BLOCK_SIZE], request.blocks[:num_whole]))
+            request.blocks = request.blocks[num_whole:]
         self.free_blocks += request.blocks
         self.speculator.requests.update(types.SimpleNamespace(finished_req_ids=[name], scheduled_new_reqs=[]))
 
@@ -86,6 +104,7 @@ class Play:
         request = self.requests[name]
         self.free_blocks += request.blocks
         request.blocks, request.drafts, request.num_read, request.prefill = [], [], 0, len(request.tokens)
+        self._add(name, request)
 
     def step(self, num_speculative_tokens: int | None = None) -> None:
         """One step of the engine: the target reads and verifies, the speculator drafts, all is compared."""
@@ -105,6 +124,7 @@ class Play:
         ids: list[int] = []
         positions: list[int] = []
         starts, seq_lens, sampled, rejected, prefilling = [0], [], [], [], []
+        read_before = [min(self.requests[name].num_read, self.requests[name].prefill) for name in names]
         for name in names:
             request = self.requests[name]
             prefilling.append(request.num_read < request.prefill)
@@ -126,6 +146,9 @@ class Play:
                 request.tokens += [*request.drafts[:accepted], emitted]
                 request.num_read = len(request.tokens) - 1
                 self.last_sampled[request.state] = emitted
+            held = self.speculator.runner.req_states.all_token_ids.gpu[request.state]
+            held.fill_(STOP_TOKEN)
+            held[: len(request.tokens)] = torch.tensor(request.tokens, dtype=torch.int32)[: len(held)]
             self._allocate(request)
         states = torch.tensor([self.requests[name].state for name in names])
         tables = self.speculator.block_tables
@@ -137,7 +160,8 @@ class Play:
             query_start_loc=torch.tensor(starts, dtype=torch.int32), query_start_loc_np=np.array(starts, np.int32),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
             seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
-            is_prefilling_np=np.array(prefilling),
+            is_prefilling_np=np.array(prefilling), num_computed_prefill_tokens_np=np.array(read_before),
+            num_scheduled_tokens=np.diff(starts),
         )  # fmt: skip
         return batch, torch.tensor(sampled, dtype=torch.int32), torch.tensor(rejected, dtype=torch.int32)
 
@@ -181,6 +205,10 @@ class Play:
         """What the host allows the request in this round, beside its own limits."""
         return self.speculator.num_speculative_steps
 
+    def _reads(self, names: list[str]) -> bool:
+        """Whether the draft model has to read anything in this step."""
+        return any(self.requests[name].cap != 0 for name in names)
+
     def _compare(self, names: list[str], handed: torch.Tensor, wanted: list[list[int]]) -> None:
         got = self.speculator.draft_tokens[: len(names)].tolist()
         for row, (name, drafted) in enumerate(zip(names, wanted, strict=True)):
@@ -189,11 +217,16 @@ class Play:
             assert handed[row].tolist() == [max(token, JUNK) for token in padded]
             assert int(self.speculator.submitted[self.requests[name].state]) == len(drafted)
         assert self.speculator.log.candidates(names) == wanted
-        if all(self.requests[name].cap == 0 for name in names):
-            assert self.model.passes == []
+        self.caught_up = 0
+        if not self._reads(names):
+            assert self.model.passes == [] and not any(wanted)
+            self.num_left_out += 1
             return
-        assert len(self.model.passes) == max(1, *map(len, wanted), 1)
-        for index, wrote in enumerate(self.model.passes[1:], 2):
+        num_passes = max(1, *map(len, wanted), 1)
+        self.caught_up = len(self.model.passes) - num_passes
+        assert 0 <= self.caught_up <= (self.num_left_out > 0) * 12
+        self.num_caught_up += self.caught_up
+        for index, wrote in enumerate(self.model.passes[self.caught_up + 1 :], 2):
             wants = [len(drafted) >= index for drafted in wanted]
             assert wrote == wants + [False] * (len(wrote) - len(wants)), f"pass {index} wrote KV for {wrote}"
         self.lengths += map(len, wanted)

@@ -14,6 +14,7 @@ import torch
 from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests.v2.kernels.cost_aware_cases import Case, _fragile, make_round
 from tests.v2.test_v2_round import HIDDEN, VOCAB, _head
+from vllm_specdecpp.decision.cost_aware import CostModel
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import CostAwareState
@@ -39,7 +40,6 @@ class _Twins:
     def __init__(self, case: Case, seed: int, twin: bool) -> None:
         from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
         from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-        from vllm_specdecpp.engine.v2_costs import FirstPassAlways
         from vllm_specdecpp.engine.v2_round import DeviceRound
 
         self.rng = np.random.default_rng(seed)
@@ -49,8 +49,7 @@ class _Twins:
         rule: Any = begun.rule
         costs = rule.costs
         tokens = len(costs.verify.table()) - 1
-        rule.costs = FirstPassAlways(**costs.points(), max_reqs=self.most, max_tokens=tokens)
-        rule.costs.of_batch(self.n)
+        rule.costs = CostModel(**costs.points(), max_reqs=self.most, max_tokens=tokens)
         begun.caps = begun.limits
         self.host = copy.deepcopy(begun)
         self.estimator = _estimator(case.lag)
@@ -80,7 +79,7 @@ class _Twins:
         lens = torch.full((self.most,), 20, dtype=torch.int32)
         self.device.start(self.n, lens, lens * 0, lens * 0 + 1)
         self.costs.verified(self.host.request_ids, [False] * self.n, lens, lens)
-        self.costs.begin_round(self.host.request_ids, [0] * self.n)
+        self.costs.begin_round(self.host.request_ids, *[[0] * self.n] * 4)
         self.device.admit()
 
     def step(self, k: int) -> bool:
@@ -146,7 +145,6 @@ class _Twins:
         )  # fmt: skip
         assert (verified, wins) == (submitted.tolist(), accepted.tolist())
         host.widths = round_.widths
-        rule.costs.of_batch(self.n)
         rule.finish(host, verified, wins)
         learnt = self.costs.rule
         assert learnt.explore_seconds == pytest.approx(rule.explore_seconds, rel=1e-4, abs=1e-6)
@@ -178,7 +176,7 @@ def test_time_set_apart_is_not_spent_by_two_rounds_in_flight():
     twins = _Twins(Case(1, explore=1.0), 100, twin=True)
     costs, given = twins.costs, []
     for _ in range(2):
-        costs.begin_round(["0"], [6])
+        costs.begin_round(["0"], [6], [0], [8], [99])
         given.append(float(costs.tail.params.explore_seconds))
     assert given == [1.0, 0.0] and costs.rule.explore_seconds == 0.0
     costs.drop_round()

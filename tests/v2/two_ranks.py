@@ -34,7 +34,9 @@ def plant() -> None:
     """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
 
-    from vllm_specdecpp.engine import costs, v2_costs
+    from vllm_specdecpp.decision.cost_aware.costs import CostModel
+    from vllm_specdecpp.decision.cost_aware.curves import Curve
+    from vllm_specdecpp.engine import costs
     from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
     from vllm_specdecpp.engine.v2_passes import StandaloneARSpeculator
 
@@ -57,8 +59,8 @@ def plant() -> None:
     StandaloneARSpeculator.compute_draft_logits = noisy
     costs.measure = measure_in_vain  # type: ignore[assignment]
     costs.SECONDS_PER_CURVE = 0.1
-    v2_costs.FirstPassAlways.observe = lambda *args: None  # type: ignore[method-assign]
-    v2_costs._Raised.freshness = lambda *args: 99.0  # type: ignore[method-assign]
+    CostModel.observe = lambda *args: None  # type: ignore[method-assign]
+    Curve.freshness = lambda *args: 99.0  # type: ignore[method-assign]
     if os.environ[ALONE] == "1":
         SpecDecPPSpeculator._agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPSpeculator._planted = True

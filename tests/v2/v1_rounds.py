@@ -19,9 +19,9 @@ CHANGES: list[dict[str, Any]] = [
     {"rule": "fixed", "threshold": None},
     {"rule": "cost_aware", "threshold": None},
 ]
-FIRST = 4e-3
+FIRST = 1e-3
 CURVES: dict[str, dict[int, float]] = {
-    "step": {1: 2e-3, 4: 3e-3}, "verify": {1: 10e-3, 4: 11e-3, 8: 16e-3, 9: 15e-3, 32: 40e-3}
+    "step": {1: 0.7e-3, 4: 1e-3}, "verify": {1: 10e-3, 4: 10.5e-3, 8: 13e-3, 9: 12e-3, 32: 30e-3}
 }  # fmt: skip
 """Seconds: some candidates are worth theirs."""
 PROMPTS = engine_harness.prompts(4, seed=31)
@@ -46,17 +46,18 @@ def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
 
 
 def _fix_costs(llm: Any) -> None:
-    """The same prices on both runners, whatever the clock says: on V2 every round has a first pass."""
+    """The same prices on both runners, whatever the clock says; and what is missing is read at once: V1 reads prompts
+    with the first pass that drafts, V2 with the target."""
+    curves = {"first": {1: FIRST}, **CURVES}
     if conftest.os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         from tests.v2 import harness
 
-        harness.fix_costs(llm, {"first": {1: FIRST}, **CURVES})
-        return
-    verify = {width: seconds + FIRST for width, seconds in CURVES["verify"].items()}
-    engine_harness.set_costs(llm, {**CURVES, "first": {1: 1e-12}, "verify": verify})
-    cost_aware = engine_harness.proposer(llm).cost_aware
-    cost_aware._overheads = None
-    cost_aware._leave_out = lambda *args: None  # on V2 there is nothing to catch up with
+        cost_aware = harness.fix_costs(llm, curves)
+    else:
+        engine_harness.set_costs(llm, curves)
+        cost_aware = engine_harness.proposer(llm).cost_aware
+        cost_aware._overheads = None
+    cost_aware._leave_out = lambda *args, **kwargs: None
 
 
 if __name__ == "__main__":

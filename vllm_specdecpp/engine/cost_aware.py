@@ -88,7 +88,7 @@ class CostAwareDrafting:
                 self.finish(self._round, self._step, by_request, len(rows), since_last_seconds)
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
             self._output_lengths.update(rows)
-            self._leave_out(self._round, rows, first_missing, room)
+            self._leave_out(self._round, rows, _reading(rows, first_missing), room)
         state = CostAwareState(
             self._round, self.estimator, self.estimator.needs, len(rows), stop_token_ids=stop_token_ids,
             agree=self._agree, device=self._device,
@@ -98,20 +98,34 @@ class CostAwareDrafting:
         return state
 
     def _leave_out(
-        self, round_: CostAwareRound, rows: Sequence[RowState], first_missing: Sequence[int], room: Sequence[int]
+        self,
+        round_: CostAwareRound,
+        rows: Sequence[RowState],
+        missing: Sequence[int],
+        room: Sequence[int],
+        extra_seconds: float = 0.0,
     ) -> None:
-        """Leave out the requests that the draft model would have to read too much of."""
+        """Leave out the requests that the draft model would have to read too much of.
+
+        Args:
+            round_: as the rule began it.
+            rows: the batch.
+            missing: tokens that the draft model would have to read of each beyond a usual first pass.
+            room: tokens that each request may emit after its next token.
+            extra_seconds: what reading for any of them costs besides.
+        """
         assert self.rule is not None
         costs, num_reqs = self.rule.costs, len(rows)
         # The draft's rows cost what the target's do, in proportion.
         widest = max(costs.verify.widths[-1], 2)
         slope = max(costs.verify.at(widest) - costs.verify.at(1), 0.0) / (widest - 1)
         per_token = slope * costs.step.at(1) / costs.verify.at(1)
+        shared = extra_seconds / max(sum(count > 0 for count in missing), 1)
         lengths = self._output_lengths
         allowed = self._catch_up.allowed(
             round_.request_ids,
             round_.running,
-            [per_token * max(row.next_position - 1 - start, 0) for start, row in zip(first_missing, rows, strict=True)],
+            [per_token * count + shared * (count > 0) for count in missing],
             [lengths.remaining(row.request_id, most) for row, most in zip(rows, room, strict=True)],
             room,
             first_seconds=costs.first.at(num_reqs),
@@ -209,3 +223,8 @@ class CostAwareDrafting:
                 for name, curve in self.rule.costs.points().items()
             },
         }
+
+
+def _reading(rows: Sequence[RowState], first_missing: Sequence[int]) -> list[int]:
+    """Tokens of each request that the draft model has to read, beyond the two of a usual first pass."""
+    return [max(row.next_position - 1 - start, 0) for start, row in zip(first_missing, rows, strict=True)]

@@ -13,13 +13,14 @@ the upper bound already, and ``engine.v2_sampler`` ends each request's verificat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
 from vllm.utils import torch_utils
@@ -29,8 +30,9 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
 from vllm_specdecpp.engine import graphs, v2_start
-from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
+from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware, Plan
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2_draft_kv import DraftKVGaps
 from vllm_specdecpp.engine.v2_log import DeferredRounds
 from vllm_specdecpp.engine.v2_passes import SHORT, DraftPasses
 from vllm_specdecpp.engine.v2_requests import BatchRequests
@@ -65,6 +67,7 @@ class SpecDecPPSpeculator(DraftPasses):
         self.head: AcceptanceHead | None = None
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
+        self.gaps = DraftKVGaps(self)
         self.graphs: graphs.DraftGraphs | None = None
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._full_graphs = False
@@ -168,19 +171,19 @@ class SpecDecPPSpeculator(DraftPasses):
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
-        num_passes: int | None = 0
-        if dummy_run or not self.requests.all_off(request_ids):
-            max_length, skip_attn = int(limits[:, 0].max()), dummy_run and skip_attn_for_dummy_run
-            planned = self._admit(costs, input_batch, limits)
-            if planned is not None and self._num_ranks == 1:  # ranks that follow do not know
-                max_length = min(max_length, planned)
-            num_passes = self._draft(input_batch, num_rejected, last_sampled, max_length, dummy_run, skip_attn)
-            if costs is not None:
-                is_short = self._can_read_short(input_batch)
-                costs.drafted(is_short, num_reqs, self.round.max_lengths, self.round.lengths)
-        if not dummy_run:
-            self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
-            self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
+        if dummy_run:
+            longest = int(limits[:, 0].max())
+            self._open()
+            self._draft(input_batch, num_rejected, last_sampled, longest, dummy_run, skip_attn_for_dummy_run)
+            return self.draft_tokens[:num_reqs].clamp(min=0)
+        self.gaps.arrive(input_batch, self.requests.take_arrived())
+        num_passes: int | torch.Tensor = 0
+        if self.requests.all_off(request_ids):
+            self.gaps.leave_out(input_batch)
+        else:
+            num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
+        self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
+        self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
         # -1 is no row of an embedding table: see engine.v2_sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
 
@@ -188,15 +191,69 @@ class SpecDecPPSpeculator(DraftPasses):
         """The host side of the rule that this step begins a round of; None while there is no such rule, or no costs."""
         return None if dummy_run or self.round.rule is not self._tail else self.cost_aware
 
-    def _admit(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> int | None:
-        """Let the cost-aware rule, if it is in force, say who drafts; returns how many candidates at most, if known."""
-        planned = None
+    def _round(
+        self,
+        costs: DeviceCostAware | None,
+        input_batch: Any,
+        limits: np.ndarray,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+    ) -> int | torch.Tensor:
+        """Draft for the batch, or leave it; returns the draft model's passes."""
+        num_reqs = input_batch.num_reqs
+        plan = self._plan(costs, input_batch, limits)
+        num_passes: int | torch.Tensor = 0
+        is_usual = True
+        if plan.reads:
+            num_read = self._catch_up(input_batch, plan.drafts)
+            is_usual = self._can_read_short(input_batch) and not num_read
+            drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
+            num_passes = num_read + (self.round.num_passes if drafted is None else drafted)
+            self.gaps.read(input_batch)
+        else:
+            self.gaps.leave_out(input_batch)
         if costs is not None:
-            planned = costs.begin_round(input_batch.req_ids, self._known_room(input_batch, limits))
-        elif self._tail is not None:
+            costs.drafted(is_usual, num_reqs, self.round.max_lengths, self.round.lengths)
+        return num_passes
+
+    def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
+        """Who drafts, on every rank: under the cost-aware rule as rank 0 decides, else whoever may."""
+        if costs is None:
+            self._open()
+            may_draft = limits[:, 0] > 0
+            return Plan(int(limits[:, 0].max()), tuple(np.flatnonzero(may_draft).tolist()), reads=True)
+        names = input_batch.req_ids
+        prompts = np.where(input_batch.is_prefilling_np, input_batch.num_scheduled_tokens, 0)
+        next_positions = input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy()
+        plan = costs.begin_round(
+            names,
+            self._known_room(input_batch, limits),
+            (prompts + self.gaps.missing(names)).tolist(),
+            next_positions.tolist(),
+            np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
+        )
+        self.round.admit()
+        return self._tell(plan)
+
+    def _open(self) -> None:
+        """Let everybody draft as far as they may: other rules, and the cost-aware one until its costs are known."""
+        if self._tail is not None:
             self._tail.open()
         self.round.admit()
-        return planned
+
+    def _tell(self, plan: Plan | None) -> Plan:
+        """Rank 0's plan on every rank, between the hosts: the device is not waited for."""
+        told: Plan | None = plan if self._num_ranks == 1 else get_tp_group().broadcast_object(plan, src=0)
+        assert told is not None
+        return told
+
+    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> int:
+        """Read what these requests' draft KV lacks before the first pass; returns how many passes that took."""
+        if self._can_read_short(input_batch):
+            ends = self.round.next_positions[: input_batch.num_reqs] - 1
+        else:  # vLLM's first pass reads this step's tokens anew
+            ends = input_batch.positions[input_batch.query_start_loc[: input_batch.num_reqs].long()]
+        return self.gaps.catch_up(input_batch, rows, ends)
 
     def _known_room(self, input_batch: Any, limits: np.ndarray) -> list[int]:
         """Upper bounds on the candidate lengths: exact ones where the device is the host, else what the host knows.
@@ -216,8 +273,8 @@ class SpecDecPPSpeculator(DraftPasses):
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
         max_length: int,
-        dummy_run: bool,
-        skip_attn: bool,
+        dummy_run: bool = False,
+        skip_attn: bool = False,
     ) -> int | None:
         """The draft loop; returns how many passes of the draft model it ran, None if only the device knows.
 
@@ -251,7 +308,7 @@ class SpecDecPPSpeculator(DraftPasses):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
-        num_passes: int | None,
+        num_passes: int | torch.Tensor,
     ) -> None:
         """Put the step down for the log; the numbers follow when the device has them."""
         num_reqs = input_batch.num_reqs
@@ -262,7 +319,7 @@ class SpecDecPPSpeculator(DraftPasses):
             input_batch.is_prefilling_np.tolist(),
             self.requests.take_finished(),
             torch.cat((columns, self.draft_tokens[:num_reqs]), dim=1),  # [num_reqs, 3 + num_speculative_steps]
-            self.round.num_passes if num_passes is None else num_passes,
+            num_passes,
         )
 
     def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
@@ -325,9 +382,7 @@ class SpecDecPPSpeculator(DraftPasses):
         self.round.limits[:size, 1] = self.max_model_len
         self.round.limits[:size, 2:] = -1
         self.round.start(size, ones, ones * 0, ones)
-        if self._tail is not None:
-            self._tail.open()
-        self.round.admit()
+        self._open()
 
     def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
         """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""

@@ -20,8 +20,8 @@ import torch
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import NUM_BUCKETS
 from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.draft_inputs import RowState
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail, Report
-from vllm_specdecpp.engine.v2_costs import FirstPassAlways
 from vllm_specdecpp.engine.v2_log import HostCopy
 
 
@@ -48,6 +48,18 @@ class StreamClock:
         return start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 has decided about a round before its first draft pass; every rank follows it."""
+
+    longest: int
+    """Candidates of the longest draft that may come of it."""
+    drafts: tuple[int, ...]
+    """Rows of the batch that may draft."""
+    reads: bool
+    """Whether the draft model reads what the target has just read. If not, no draft pass is run at all."""
+
+
 @dataclass
 class _Begun:
     """A round that the rule has begun, and what has come back of it so far."""
@@ -56,7 +68,7 @@ class _Begun:
     set_apart: float  # seconds that the device may spend on candidates that do not pay
     start: Any  # mark
     end: Any = None
-    is_short: bool = False  # its first pass read the usual two tokens a request
+    is_usual: bool = False  # its first pass, if any, read the usual two tokens a request, and nothing was caught up
     report: HostCopy | None = None
     # Of the next step:
     next_start: Any = None
@@ -70,8 +82,7 @@ class DeviceCostAware(CostAwareDrafting):
     :meth:`verified`, :meth:`begin_round`, drafting, :meth:`drafted`.
 
     Args:
-        rule, estimator, cache, agree, device, measured: as in :class:`CostAwareDrafting`; the rule's costs are
-            :class:`FirstPassAlways`.
+        rule, estimator, cache, agree, device, measured: as in :class:`CostAwareDrafting`.
         tail: decides on the device.
     """
 
@@ -112,40 +123,70 @@ class DeviceCostAware(CostAwareDrafting):
         while self._begun and (outcomes := self._begun[0].outcomes) is not None and outcomes.is_here():
             self._learn_from(self._begun.popleft())
 
-    def begin_round(self, request_ids: Sequence[str], max_lengths: Sequence[int]) -> int | None:
+    def begin_round(
+        self,
+        request_ids: Sequence[str],
+        max_lengths: Sequence[int],
+        missing: Sequence[int],
+        next_positions: Sequence[int],
+        room: Sequence[int],
+    ) -> Plan | None:
         """Choose who drafts, and load what the device decides by; on every rank.
 
         Args:
             request_ids: of the batch.
             max_lengths: [num_reqs] upper bounds on the candidate lengths, as far as the host knows.
+            missing: [num_reqs] tokens that the draft model would have to read before it drafts.
+            next_positions: [num_reqs] of the token that the target emitted last, as far as the host knows.
+            room: [num_reqs] tokens that each request may emit after it.
 
         Returns:
-            The longest draft that may come of it; None on ranks that follow rank 0.
+            None on ranks that follow rank 0.
         """
-        longest = None
+        plan = None
         if self.rule is not None:
-            costs = self._costs_of(len(request_ids))
             round_ = self.rule.begin(request_ids, max_lengths)
-            limits = np.where(round_.drafts, round_.limits, 0)
-            longest = int(limits.max())
-            params, acceptance = self.tail.params, self.rule.acceptance
-            step, verify = costs.tables(params.step_seconds.numel() - 1, params.verify_seconds.numel() - 1)
-            # It comes back with the round's report, less what was spent: two rounds in flight must not spend it twice.
-            set_apart, self.rule.explore_seconds = self.rule.explore_seconds, 0.0
-            params.load(
-                limits=limits, held=round_.held, probe=round_.probe, rate=round_.rate, explore_seconds=set_apart,
-                this=acceptance.this.theta, next=acceptance.next.theta,
-                means=acceptance.mean(np.arange(NUM_BUCKETS)), step_seconds=step, verify_seconds=verify,
-            )  # fmt: skip
-            self._begun.append(_Begun(round_, set_apart, self._start))
+            wanted = round_.running.copy()
+            rows = [RowState(name, at, at) for name, at in zip(request_ids, next_positions, strict=True)]
+            self._output_lengths.update(rows)
+            # A pass of its own reads what is missing.
+            self._leave_out(round_, rows, missing, room, extra_seconds=self.rule.costs.first.at(len(rows)))
+            plan = self._plan(round_, bool(wanted.any()))
+            if any(max_lengths):
+                self.drafting = bool(plan.drafts)
+            self._load(round_)
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
-        return longest
+        return plan
 
-    def drafted(self, is_short: bool, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
+    def _plan(self, round_: CostAwareRound, was_wanted: bool) -> Plan:
+        assert self.rule is not None
+        limits = np.where(round_.drafts, round_.limits, 0)
+        drafts = tuple(np.flatnonzero(limits).tolist())
+        # While drafting pays, a round that has nobody to draft for yet reads prompts, and one that is left out to see
+        # what a round takes without keeps the draft model's KV up to date.
+        reads = bool(drafts) or (self.rule.start.drafting and not was_wanted and not round_.held)
+        return Plan(int(limits.max(initial=0)), drafts, reads)
+
+    def _load(self, round_: CostAwareRound) -> None:
+        """Give the device what it decides by in this round."""
+        assert self.rule is not None
+        params, acceptance, costs = self.tail.params, self.rule.acceptance, self.rule.costs
+        # It comes back with the round's report, less what was spent: two rounds in flight must not spend it twice.
+        set_apart, self.rule.explore_seconds = self.rule.explore_seconds, 0.0
+        params.load(
+            limits=np.where(round_.drafts, round_.limits, 0), held=round_.held, probe=round_.probe, rate=round_.rate,
+            explore_seconds=set_apart, this=acceptance.this.theta, next=acceptance.next.theta,
+            means=acceptance.mean(np.arange(NUM_BUCKETS)),
+            step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
+            verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
+        )  # fmt: skip
+        self._begun.append(_Begun(round_, set_apart, self._start))
+
+    def drafted(self, is_usual: bool, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
         """The round that was begun last has been drafted, or what drafts it is queued.
 
         Args:
-            is_short: whether its first pass read the usual two tokens a request.
+            is_usual: whether its first pass, if there was one, was like most: its time tells of others.
             num_reqs: in the batch.
             max_lengths: [>= num_reqs] int32, what each request had room for.
             lengths: [>= num_reqs] int32, candidates submitted.
@@ -153,7 +194,7 @@ class DeviceCostAware(CostAwareDrafting):
         if self.rule is None:
             return
         last = self._begun[-1]
-        last.is_short, last.end = is_short, self._clock.mark()
+        last.is_usual, last.end = is_usual, self._clock.mark()
         last.report = HostCopy(self.tail.report(num_reqs, max_lengths, lengths))
 
     def drop_round(self) -> None:
@@ -166,17 +207,7 @@ class DeviceCostAware(CostAwareDrafting):
     def stats(self) -> dict[str, Any]:
         """See :meth:`CostAwareDrafting.stats`."""
         self.settle()
-        out = super().stats()
-        if self.rule is not None:
-            for num_reqs in out["rho"]:
-                self._costs_of(int(num_reqs))
-                out["rho"][num_reqs] = self.rule.tokens_per_second(int(num_reqs))
-        return out
-
-    def _costs_of(self, num_reqs: int) -> FirstPassAlways:
-        assert self.rule is not None and isinstance(self.rule.costs, FirstPassAlways)
-        self.rule.costs.of_batch(num_reqs)
-        return self.rule.costs
+        return super().stats()
 
     def _learn_from(self, begun: _Begun) -> None:
         assert self.rule is not None and begun.report is not None and begun.outcomes is not None
@@ -184,13 +215,11 @@ class DeviceCostAware(CostAwareDrafting):
         report = Report.of(begun.report.tensor, num_reqs, len(self.tail.widths))
         _fill(round_, report)
         self.rule.explore_seconds += report.explore_seconds
-        first_seconds = self._costs_of(num_reqs).of_batch(num_reqs)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
-            "caught_up": 0 if begun.is_short else 1,
+            "caught_up": 0 if begun.is_usual else 1,
         }
-        # The first pass belongs to the rest of the round: see FirstPassAlways.
-        rest = first_seconds + self._clock.seconds(begun.end, begun.next_start)
+        rest = self._clock.seconds(begun.end, begun.next_start)
         self.finish(round_, step, _outcomes(begun), len(begun.request_ids), rest)
 
 

@@ -7,16 +7,20 @@ recorded in a CUDA graph (``engine.graphs``) as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
+from vllm.utils import torch_utils
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm_specdecpp.engine.v2_draft_kv import Span
 from vllm_specdecpp.engine.v2_round import DeviceRound
 
 SHORT = 2
@@ -32,7 +36,10 @@ class DraftPasses(StandaloneARSpeculator):
 
     Attributes:
         round: what is known of each request of the batch.
+        runner: the ``GPUModelRunner`` that owns this speculator.
     """
+
+    runner: Any
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -111,6 +118,50 @@ class DraftPasses(StandaloneARSpeculator):
             bound = input_batch.seq_lens_cpu_upper_bound
             metadata = self._metadata(num_reqs, query_len, bound, self._step, CUDAGraphMode.NONE)
         self._run_pass(num_reqs, query_len, metadata, slot_mappings)
+
+    def read_spans(self, input_batch: Any, spans: Sequence[Span]) -> torch.Tensor:
+        """A pass that draws nothing: the draft model reads tokens that the target has read before.
+
+        Args:
+            input_batch: of the step.
+            spans: positions of each request of the batch; at an empty one a token is read whose KV goes nowhere.
+
+        Returns:
+            [num_kv_cache_groups, num_tokens] the slots that were written, -1 for none.
+        """
+        num_reqs, buffers = input_batch.num_reqs, self.input_buffers
+        counts = np.array([max(end - start, 1) for start, end in spans], dtype=np.int32)  # [num_reqs]
+        ends = np.array([start for start, _ in spans], dtype=np.int32) + counts
+        query_starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        num_tokens = int(query_starts[-1])
+        rows = np.repeat(np.arange(num_reqs), counts)
+        offsets = np.arange(num_tokens) - query_starts[rows]
+        positions = self._on_device((ends - counts)[rows] + offsets)  # [num_tokens] int64
+        states = input_batch.idx_mapping[self._on_device(rows)]
+        reads = self._on_device(np.array([end > start for start, end in spans]))  # [num_reqs]
+        buffers.input_ids[:num_tokens] = self.runner.req_states.all_token_ids.gpu[states, positions]
+        buffers.positions[:num_tokens] = positions
+        buffers.query_start_loc[: num_reqs + 1] = self._on_device(query_starts)
+        buffers.seq_lens[:num_reqs] = self._on_device(ends)
+        self._writing[:num_reqs] = torch.where(reads, input_batch.idx_mapping, -1)
+        slots = self.block_tables.compute_slot_mappings(
+            self._writing[:num_reqs], buffers.query_start_loc[: num_reqs + 1], buffers.positions[:num_tokens],
+            num_tokens,
+        )  # fmt: skip
+        metadata = self._build_attn_metadata(
+            num_reqs=num_reqs,
+            batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs),
+            query_start_loc_np=query_starts,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
+            step=0,
+            slot_mappings=slots,
+        )
+        by_layer = build_slot_mappings_by_layer(slots, self.kv_cache_config)
+        self._run_model(buffers.input_ids[:num_tokens], buffers.positions[:num_tokens], metadata, by_layer, None)
+        return slots
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch_utils.async_tensor_h2d(array, device=self.device)
 
     def _run_pass(self, num_reqs: int, query_len: int, metadata: Any, slot_mappings: Any) -> None:
         """The model over the loaded tokens, and the draw of candidate ``_step`` after each request's last one."""

@@ -30,6 +30,10 @@ class BatchRequests:
     def __init__(self) -> None:
         self._rows: dict[str, np.ndarray] = {}  # request id -> [COLUMNS] int64
         self._finished: list[str] = []
+        self._arrived: set[str] = set()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._rows
 
     def update(self, scheduler_output: Any) -> None:
         """Take in new requests and drop finished ones (``vllm.v1.core.sched.output.SchedulerOutput``).
@@ -56,6 +60,12 @@ class BatchRequests:
         stop_token_ids = [*first, *sorted(set(params.stop_token_ids or ()) - set(first))][:NUM_STOP_TOKENS]
         row[2 : 2 + len(stop_token_ids)] = stop_token_ids
         self._rows[request_id] = row
+        self._arrived.add(request_id)
+
+    def take_arrived(self) -> set[str]:
+        """The requests that came, or came back after a preemption, since the last call."""
+        arrived, self._arrived = self._arrived, set()
+        return arrived
 
     def take_finished(self) -> list[str]:
         """The requests that ended since the last call."""

@@ -13,12 +13,11 @@ import torch
 from vllm.distributed import get_tp_group
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision.cost_aware import CostAwareRule
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.costs import CostCache
 from vllm_specdecpp.engine import costs
 from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-from vllm_specdecpp.engine.v2_costs import FirstPassAlways
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
@@ -58,7 +57,7 @@ def start(
         points = measure(speculator, told)
     rule = None
     if leads and points is not None:
-        model = FirstPassAlways(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most_tokens(scheduler))
+        model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most_tokens(scheduler))
         bound = speculator.num_speculative_steps
         rule = CostAwareRule(model, bound, lag=tail.estimator.lag, adapt=config.online_calibration)
     return DeviceCostAware(rule, tail.estimator, cache, agree, speculator.device, measured, tail=tail)

@@ -86,6 +86,11 @@ class StartGate:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def drafting(self) -> bool:
+        """Whether the last :meth:`choose` found that drafting pays."""
+        return self._drafting
+
     def choose(self, request_ids: Sequence[str], allowed: Mask, rate: float, costs: CostModel) -> tuple[Mask, bool]:
         """Who drafts.
 
