@@ -15,7 +15,7 @@ def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], 
          probe: bool = False, remaining: float = 0.0, room: int = 10**6) -> list[bool]:  # fmt: skip
     return catch_up.allowed(
         list(ids), np.array(wanted), seconds, [remaining] * len(ids), [room] * len(ids), speedup=speedup, probe=probe,
-        **TIMES,
+        share_seconds=1.0 / len(ids), **TIMES,
     ).tolist()  # fmt: skip
 
 

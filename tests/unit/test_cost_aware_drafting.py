@@ -199,6 +199,25 @@ def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: i
     assert drafted[1] - drafted[0] in late
 
 
+@pytest.mark.parametrize(("usual", "reads"), [(1, True), (4, False)])
+def test_a_request_that_is_alone_for_a_moment_is_judged_by_the_usual_batch(usual: int, reads: bool) -> None:
+    """Alone it would pay to read its prompt; among four, as soon as the others have come, it would not."""
+    steep = {"first": {1: 1.0, 4: 4.0}, "step": {1: 1.0, 4: 4.0}, "verify": {1: 10.0, 4: 10.0, 5: 20.0, 20: 60.0}}
+    rule = CostAwareRule(CostModel(**steep, max_reqs=8, max_tokens=64), 8)
+    rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
+    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    lengths = [0] * usual
+    for at in range(150):
+        rows = [RowState(f"old {i}", at, at + 1) for i in range(usual)]
+        told = {i: (length, length) for i, length in enumerate(lengths)}
+        state = drafting.begin(rows, told, [8] * usual, None, None, [at] * usual, [99] * usual)
+        lengths = _play(state, torch.full((8, usual), 0.9))
+        drafting.timed({"draft_seconds": 1.0})
+    state = drafting.begin([RowState("new", 999, 1000)], {}, [8], None, None, [699], [99])
+    assert rule.start.speedup > 1.1
+    assert state.any_running() is reads
+
+
 def test_a_round_of_another_rule_teaches_nothing() -> None:
     drafting, spy = _drafting()
     _round(drafting, "a", {})

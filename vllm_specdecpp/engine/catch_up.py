@@ -29,8 +29,8 @@ class CatchUp:
 
     def allowed(
         self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float],
-        remaining: Sequence[float], room: Sequence[int], *, first_seconds: float, off_seconds: float, speedup: float,
-        probe: bool,
+        remaining: Sequence[float], room: Sequence[int], *, first_seconds: float, off_seconds: float,
+        share_seconds: float, speedup: float, probe: bool,
     ) -> NDArray[np.bool_]:  # fmt: skip
         """Call once a round.
 
@@ -42,7 +42,8 @@ class CatchUp:
             room: tokens that each may emit at most.
             first_seconds: a first pass.
             off_seconds: a round without drafting.
-            speedup: tokens per second with drafting over those without.
+            share_seconds: a request's share of such a round, in the batches that it will be in.
+            speedup: tokens per second with drafting over those without, there.
             probe: whether the round is a probe.
 
         Returns:
@@ -57,8 +58,8 @@ class CatchUp:
             if not out.any():
                 self._pool += PROBE_SHARE * off_seconds
             return out
-        gain = max(speedup - 1, PROBE_SHARE) * off_seconds / max(len(request_ids), 1)
-        per_token = max(1 - 1 / speedup, 0.0) * off_seconds / max(len(request_ids), 1)  # seconds saved
+        gain = max(speedup - 1, PROBE_SHARE) * share_seconds
+        per_token = max(1 - 1 / speedup, 0.0) * share_seconds  # seconds saved
         forgone: dict[str, float] = {}
         for index in np.flatnonzero(wanted).tolist():
             if seconds[index] <= max(small, per_token * remaining[index]):

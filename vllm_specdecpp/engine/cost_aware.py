@@ -24,6 +24,8 @@ logger = logging.getLogger("vllm.specdecpp")
 
 OVERHEAD_ROUNDS = 8
 """Rounds from which a step's time beside the passes that were timed at start-up is taken."""
+BATCH_MEMORY = 128.0
+"""Rounds that the usual batch size remembers."""
 SAVE_EVERY = 1000
 """Rounds after which the costs are saved: a server may end without a word."""
 
@@ -55,6 +57,7 @@ class CostAwareDrafting:
         self.reliability = ReliabilityLog()
         self._catch_up = CatchUp()
         self._output_lengths = OutputLengths()
+        self._mean_reqs, self._weight = 0.0, 0.0  # requests in a batch lately
         self._overheads: list[float] | None = [] if measured else None
         self._agree, self._device = agree, device
         self._round: CostAwareRound | None = None
@@ -115,7 +118,12 @@ class CostAwareDrafting:
             extra_seconds: what reading for any of them costs besides.
         """
         assert self.rule is not None
-        costs, num_reqs = self.rule.costs, len(rows)
+        costs, gate, num_reqs = self.rule.costs, self.rule.start, len(rows)
+        # Where batches are larger as a rule, others are about to join this one, or have just left it: what reading
+        # brings must be worth it there.
+        self._weight = min(self._weight + 1, BATCH_MEMORY)
+        self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
+        usual = max(round(self._mean_reqs), num_reqs, 1)
         # The draft's rows cost what the target's do, in proportion.
         widest = max(costs.verify.widths[-1], 2)
         slope = max(costs.verify.at(widest) - costs.verify.at(1), 0.0) / (widest - 1)
@@ -130,7 +138,8 @@ class CostAwareDrafting:
             room,
             first_seconds=costs.first.at(num_reqs),
             off_seconds=costs.verify.at(num_reqs),
-            speedup=self.rule.start.speedup,
+            share_seconds=costs.verify.at(usual) / usual,
+            speedup=gate.speedup if usual == num_reqs else min(gate.speedup, gate.speedup_of(usual, costs)),
             probe=round_.probe and not self.drafting,
         )
         round_.leave_out(~allowed)

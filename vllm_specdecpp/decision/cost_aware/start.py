@@ -148,6 +148,12 @@ class StartGate:
         self._skipped = 0
         return allowed.copy(), True
 
+    def speedup_of(self, num_reqs: int, costs: CostModel) -> float:
+        """Tokens per second of drafting for all of a batch over those of drafting for none, by the means of all."""
+        draft = costs.first.at(num_reqs) + max(self._passes - 1, 0.0) * costs.step.at(num_reqs)
+        verify = float(_between(costs, np.array([num_reqs * (1 + self._drafted)]))[0])
+        return (1 + self._accepted) * costs.verify.at(num_reqs) / (draft + verify)
+
     def update(
         self,
         request_ids: Sequence[str],
