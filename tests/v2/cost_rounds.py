@@ -163,7 +163,7 @@ def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script |
     tail = speculator._tail
     rule = Script(seed, speculator.max_num_reqs) if leads else None
     speculator.cost_aware = DeviceCostAware(
-        rule, tail.estimator, None, speculator._agree, speculator.device, tail=tail
+        rule, tail.estimator, None, speculator.agree, speculator.device, tail=tail
     )  # fmt: skip
     speculator.cost_aware._leave_out = lambda *args, **kwargs: None  # the script has the last word
     return rule

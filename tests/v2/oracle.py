@@ -113,12 +113,14 @@ class _Group:
 
 def attach(speculator: Any) -> OracleModel:
     """Give a speculator the oracle for a draft model, and the KV cache that goes with it."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.worker.gpu.block_table import BlockTables
 
     max_num_reqs, device = speculator.max_num_reqs, torch.device("cpu")
     blocks_each = speculator.max_model_len // BLOCK_SIZE + 1
     model = OracleModel((max_num_reqs * blocks_each + 1) * BLOCK_SIZE)
-    groups = [types.SimpleNamespace(layer_names=[LAYER], kv_cache_spec=None)]
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    groups = [types.SimpleNamespace(layer_names=[LAYER], kv_cache_spec=spec)]
     speculator.model = model
     speculator.draft_attn_layer_names = {LAYER}
     num_blocks = len(model.tokens) // BLOCK_SIZE

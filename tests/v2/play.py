@@ -162,6 +162,7 @@ class Play:
             seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
             is_prefilling_np=np.array(prefilling), num_computed_prefill_tokens_np=np.array(read_before),
             num_scheduled_tokens=np.diff(starts),
+            prefill_len_np=np.array([self.requests[name].prefill for name in names]),
         )  # fmt: skip
         return batch, torch.tensor(sampled, dtype=torch.int32), torch.tensor(rejected, dtype=torch.int32)
 

@@ -79,7 +79,7 @@ class _Twins:
         lens = torch.full((self.most,), 20, dtype=torch.int32)
         self.device.start(self.n, lens, lens * 0, lens * 0 + 1)
         self.costs.verified(self.host.request_ids, [False] * self.n, lens, lens)
-        self.costs.begin_round(self.host.request_ids, *[[0] * self.n] * 4)
+        self.costs.begin_round(self.host.request_ids, *[[0] * self.n] * 5)
         self.device.admit()
 
     def step(self, k: int) -> bool:
@@ -176,7 +176,7 @@ def test_time_set_apart_is_not_spent_by_two_rounds_in_flight():
     twins = _Twins(Case(1, explore=1.0), 100, twin=True)
     costs, given = twins.costs, []
     for _ in range(2):
-        costs.begin_round(["0"], [6], [0], [8], [99])
+        costs.begin_round(["0"], [6], [0], [0], [8], [99])
         given.append(float(costs.tail.params.explore_seconds))
     assert given == [1.0, 0.0] and costs.rule.explore_seconds == 0.0
     costs.drop_round()

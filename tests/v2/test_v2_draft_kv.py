@@ -72,17 +72,17 @@ def test_nothing_is_kept_until_a_pass_is_left_out(tiny):
 
 
 class _Tables:
-    """In the place of vLLM's block tables: request state -> ids of its blocks of four tokens."""
+    """In the place of vLLM's block tables: request state -> ids of its blocks of four tokens, in the second group."""
 
-    block_sizes = (4,)
+    block_sizes, cp_size = (99, 4), 1
 
     def __init__(self, ids: list[list[int]]) -> None:
-        self.block_tables = [SimpleNamespace(gpu=torch.tensor(ids, dtype=torch.int32))]
+        self.block_tables = [None, SimpleNamespace(gpu=torch.tensor(ids, dtype=torch.int32))]
 
     def compute_slot_mappings(self, states: Any, starts: Any, positions: Any, num_tokens: int) -> torch.Tensor:
         owners = torch.repeat_interleave(torch.arange(len(states)), starts.diff())
-        blocks = self.block_tables[0].gpu[states[owners], positions // 4].long()
-        return (blocks * 4 + positions % 4)[None, :num_tokens]
+        blocks = self.block_tables[1].gpu[states[owners], positions // 4].long()  # type: ignore[union-attr]
+        return (blocks * 4 + positions % 4)[None, :num_tokens].expand(2, -1)
 
 
 def _batch(read: dict[str, tuple[int, int]]) -> Any:
@@ -92,11 +92,26 @@ def _batch(read: dict[str, tuple[int, int]]) -> Any:
         req_ids=list(read), num_reqs=len(read), num_tokens=sum(counts), idx_mapping=torch.arange(len(read)),
         query_start_loc=torch.tensor([0, *np.cumsum(counts)]), is_prefilling_np=np.zeros(len(read), dtype=bool),
         positions=torch.cat([torch.arange(*span) for span in read.values()]),
+        seq_lens_cpu_upper_bound=torch.tensor([end for _, end in read.values()]),
         num_scheduled_tokens=np.array(counts), num_computed_prefill_tokens_np=np.zeros(len(read), dtype=int),
     )  # fmt: skip
 
 
-def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_another(tiny):
+def _gaps(tables: Any, read_spans: Any = None, spec: Any = None) -> DraftKVGaps:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = spec or FullAttentionSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    layers = [SimpleNamespace(layer_names=["target"]), SimpleNamespace(layer_names=["draft"], kv_cache_spec=spec)]
+    return DraftKVGaps(
+        SimpleNamespace(
+            block_tables=tables, kv_cache_config=SimpleNamespace(kv_cache_groups=layers, num_blocks=8),
+            draft_attn_layer_names={"draft"}, device=torch.device("cpu"), max_num_tokens=99, read_spans=read_spans,
+            requests=("a", "b"), on_device=torch.tensor, agree=lambda tensor: tensor, pcp_manager=None,
+        )
+    )  # fmt: skip
+
+
+def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_another():
     """Both have block 1; b's catching up makes it right, a's own block 2 stays wrong while a sits out."""
     spans: list[Any] = []
     tables = _Tables([[1, 2, 5], [1, 3, 6]])
@@ -108,14 +123,7 @@ def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_ano
         starts = torch.tensor([0, *np.cumsum(counts)])
         return tables.compute_slot_mappings(batch.idx_mapping, starts, positions, len(positions))
 
-    layers = [SimpleNamespace(layer_names=["draft"])]
-    gaps = DraftKVGaps(
-        SimpleNamespace(
-            block_tables=tables, kv_cache_config=SimpleNamespace(kv_cache_groups=layers, num_blocks=8),
-            draft_attn_layer_names={"draft"}, device=torch.device("cpu"), max_num_tokens=99, read_spans=read_spans,
-            requests=("a", "b"),
-        )
-    )  # fmt: skip
+    gaps = _gaps(tables, read_spans)
     gaps.leave_out(_batch({"a": (2, 7), "b": (2, 7)}))
     batch = _batch({"a": (7, 8), "b": (7, 8)})
     gaps.arrive(batch, ())
@@ -126,6 +134,41 @@ def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_ano
     assert spans == [[(0, 0), (0, 7)], [(4, 7), (0, 0)]]
     assert gaps.missing(["a", "b"]) == [0, 0]
     assert gaps._stale is not None and not gaps._stale[:4].any()
+
+
+def test_what_the_prefix_cache_holds_rightly_is_not_counted_as_missing():
+    """The device says so; until it has, all that was cached counts."""
+    gaps = _gaps(_Tables([[1, 2, 5], [4, 3, 6]]))
+    gaps.leave_out(_batch({"old": (4, 6)}))  # block 2
+    batch = _batch({"a": (8, 9), "b": (8, 9)})
+    batch.num_computed_prefill_tokens_np = np.array([8, 8])
+    gaps.arrive(batch, {"a", "b"})
+    assert gaps._behind == {"a": 8, "b": 8}
+    assert gaps.missing(["a", "b"]) == [4, 0]
+    gaps.read(batch)  # b's new block is right, a's is not
+    assert gaps._stale is not None and gaps._stale.nonzero().flatten().tolist() == [2, 5]
+
+
+def test_where_blocks_change_hands_or_ranks_no_pass_is_left_out():
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    window = SlidingWindowSpec(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=8)
+    sharded = _Tables([[1]])
+    sharded.cp_size = 2
+    usual = _Tables([[1]])
+    for gaps, can in ((_gaps(usual, spec=window), False), (_gaps(sharded), False), (_gaps(usual), True)):
+        assert gaps.can_catch_up is can
+        gaps.leave_out(_batch({"a": (0, 3)}))
+        assert (gaps._stale is not None) is can
+
+
+def test_there_the_first_pass_is_run_for_nobody(tiny):
+    config, speculator, rule = scripted(tiny, seed=5)
+    speculator.gaps.__dict__["can_catch_up"] = False
+    play = ScriptedPlay(speculator, config, seed=5)
+    play._reads = lambda names: play._began  # type: ignore[method-assign]
+    play.run(num_steps=25)
+    assert sum(not any(plan.values()) for plan in rule.plans) >= 4 and play.num_caught_up == 0
 
 
 MUTATIONS: dict[str, Callable[[Any], None]] = {}
@@ -142,7 +185,7 @@ def mutation(name: str) -> Callable[[Any], Any]:
 @mutation("what was left out is not marked")
 def _(gaps):
     original = gaps._mark
-    gaps._mark = lambda batch, stale: original(batch, stale) if stale is not None else None
+    gaps._mark = lambda batch, stale: original(batch, stale) if stale is not True else None
 
 
 @mutation("requests that were left out count as up to date")

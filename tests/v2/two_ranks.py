@@ -62,7 +62,7 @@ def plant() -> None:
     CostModel.observe = lambda *args: None  # type: ignore[method-assign]
     Curve.freshness = lambda *args: 99.0  # type: ignore[method-assign]
     if os.environ[ALONE] == "1":
-        SpecDecPPSpeculator._agree = lambda self, tensor: tensor  # type: ignore[method-assign]
+        SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPSpeculator._planted = True
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 PROBE_SHARE = 0.004
 """Of the time without drafting, what probes may spend on reading; the gate allows them as much again for drafting."""
 SMALL = 0.5
-"""Part of a first pass's time that may be spent on reading at once, without being saved up for."""
+"""Part of a first pass's time that a round may spend on reading, for all of them, without its being saved up for."""
 
 
 class CatchUp:
@@ -61,8 +61,11 @@ class CatchUp:
         gain = max(speedup - 1, PROBE_SHARE) * share_seconds
         per_token = max(1 - 1 / speedup, 0.0) * share_seconds  # seconds saved
         forgone: dict[str, float] = {}
-        for index in np.flatnonzero(wanted).tolist():
-            if seconds[index] <= max(small, per_token * remaining[index]):
+        for index in sorted(np.flatnonzero(wanted).tolist(), key=lambda i: seconds[i]):
+            if seconds[index] <= per_token * remaining[index]:
+                continue
+            if seconds[index] <= small:
+                small -= seconds[index]
                 continue
             saved = self._forgone.get(request_ids[index], 0.0) + gain
             out[index] = saved >= seconds[index] and per_token * room[index] >= seconds[index]
@@ -86,6 +89,8 @@ class CatchUp:
     def _spend(self, out: NDArray[np.bool_], seconds: Sequence[float], small: float) -> None:
         """Leave those out of a probe that the pool does not pay for, the cheapest first."""
         for index in sorted(np.flatnonzero(out).tolist(), key=lambda i: seconds[i]):
-            if seconds[index] > small:
+            if seconds[index] <= small:
+                small -= seconds[index]
+            else:
                 out[index] = seconds[index] <= self._pool
                 self._pool -= seconds[index] * out[index]

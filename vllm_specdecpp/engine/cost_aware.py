@@ -106,7 +106,7 @@ class CostAwareDrafting:
         rows: Sequence[RowState],
         missing: Sequence[int],
         room: Sequence[int],
-        extra_seconds: float = 0.0,
+        extra: Sequence[float] | None = None,
     ) -> None:
         """Leave out the requests that the draft model would have to read too much of.
 
@@ -115,7 +115,7 @@ class CostAwareDrafting:
             rows: the batch.
             missing: tokens that the draft model would have to read of each beyond a usual first pass.
             room: tokens that each request may emit after its next token.
-            extra_seconds: what reading for any of them costs besides.
+            extra: seconds that reading for each of them costs besides; None: nothing.
         """
         assert self.rule is not None
         costs, gate, num_reqs = self.rule.costs, self.rule.start, len(rows)
@@ -128,12 +128,11 @@ class CostAwareDrafting:
         widest = max(costs.verify.widths[-1], 2)
         slope = max(costs.verify.at(widest) - costs.verify.at(1), 0.0) / (widest - 1)
         per_token = slope * costs.step.at(1) / costs.verify.at(1)
-        shared = extra_seconds / max(sum(count > 0 for count in missing), 1)
         lengths = self._output_lengths
         allowed = self._catch_up.allowed(
             round_.request_ids,
             round_.running,
-            [per_token * count + shared * (count > 0) for count in missing],
+            [per_token * count + more for count, more in zip(missing, extra or [0.0] * num_reqs, strict=True)],
             [lengths.remaining(row.request_id, most) for row, most in zip(rows, room, strict=True)],
             room,
             first_seconds=costs.first.at(num_reqs),

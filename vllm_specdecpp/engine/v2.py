@@ -106,7 +106,7 @@ class SpecDecPPSpeculator(DraftPasses):
         """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
         if self._tail is not None and self.round.rule is self._tail:
             if self.cost_aware is None:
-                self.cost_aware = v2_start.start(self, self._tail, self.config, self._agree)
+                self.cost_aware = v2_start.start(self, self._tail, self.config, self.agree)
             self.cost_aware.adapt(self.config.online_calibration)
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
@@ -204,7 +204,7 @@ class SpecDecPPSpeculator(DraftPasses):
         plan = self._plan(costs, input_batch, limits)
         num_passes: int | torch.Tensor = 0
         is_usual = True
-        if plan.reads:
+        if plan.reads or not self.gaps.can_catch_up:
             num_read = self._catch_up(input_batch, plan.drafts)
             is_usual = self._can_read_short(input_batch) and not num_read
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
@@ -224,11 +224,15 @@ class SpecDecPPSpeculator(DraftPasses):
             return Plan(int(limits[:, 0].max()), tuple(np.flatnonzero(may_draft).tolist()), reads=True)
         names = input_batch.req_ids
         prompts = np.where(input_batch.is_prefilling_np, input_batch.num_scheduled_tokens, 0)
-        next_positions = input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy()
+        # The first token's position, too, while a prompt is read in chunks.
+        next_positions = np.maximum(
+            input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy(), input_batch.prefill_len_np
+        )
         plan = costs.begin_round(
             names,
             self._known_room(input_batch, limits),
-            (prompts + self.gaps.missing(names)).tolist(),
+            self.gaps.missing(names),
+            prompts.tolist(),
             next_positions.tolist(),
             np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
         )

@@ -127,7 +127,8 @@ class DeviceCostAware(CostAwareDrafting):
         self,
         request_ids: Sequence[str],
         max_lengths: Sequence[int],
-        missing: Sequence[int],
+        behind: Sequence[int],
+        prompts: Sequence[int],
         next_positions: Sequence[int],
         room: Sequence[int],
     ) -> Plan | None:
@@ -136,7 +137,8 @@ class DeviceCostAware(CostAwareDrafting):
         Args:
             request_ids: of the batch.
             max_lengths: [num_reqs] upper bounds on the candidate lengths, as far as the host knows.
-            missing: [num_reqs] tokens that the draft model would have to read before it drafts.
+            behind: [num_reqs] tokens of earlier steps that the draft model would have to read before it drafts.
+            prompts: [num_reqs] tokens of prompts in this step, which it reads if anybody drafts.
             next_positions: [num_reqs] of the token that the target emitted last, as far as the host knows.
             room: [num_reqs] tokens that each request may emit after it.
 
@@ -149,8 +151,12 @@ class DeviceCostAware(CostAwareDrafting):
             wanted = round_.running.copy()
             rows = [RowState(name, at, at) for name, at in zip(request_ids, next_positions, strict=True)]
             self._output_lengths.update(rows)
-            # A pass of its own reads what is missing.
-            self._leave_out(round_, rows, missing, room, extra_seconds=self.rule.costs.first.at(len(rows)))
+            late, new = np.array(behind, dtype=np.int64), np.array(prompts, dtype=np.int64)
+            if (wanted & (late + new == 0)).any():
+                new[:] = 0  # this step's prompts are read in any case
+            # A pass of its own reads what was left out earlier; those that want it share its price.
+            extra = np.where(late > 0, self.rule.costs.first.at(len(rows)) / max((wanted & (late > 0)).sum(), 1), 0.0)
+            self._leave_out(round_, rows, (late + new).tolist(), room, extra.tolist())
             plan = self._plan(round_, bool(wanted.any()))
             if any(max_lengths):
                 self.drafting = bool(plan.drafts)

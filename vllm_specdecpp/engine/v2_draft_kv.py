@@ -9,10 +9,15 @@ Until a first pass is left out for the first time nothing of this is kept, or co
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_specs
+
+from vllm_specdecpp.engine.v2_log import HostCopy
 
 Span = tuple[int, int]
 """Positions of a request: the first, and the one after the last."""
@@ -54,7 +59,19 @@ class DraftKVGaps:
     def __init__(self, speculator: Any) -> None:
         self._speculator = speculator
         self._stale: torch.Tensor | None = None  # [num_blocks] bool
-        self._behind: dict[str, int] = {}  # request id -> tokens that the draft model lacks, about
+        self._behind: dict[str, int] = {}  # request id -> tokens that the draft model lacks, at most about
+        self._right: dict[str, int] = {}  # how many of these the device has found right after all
+        self._asked: deque[tuple[list[str], HostCopy]] = deque()
+
+    @cached_property
+    def can_catch_up(self) -> bool:
+        """Whether rounds may do without a draft pass: a request keeps all of its blocks, and each rank holds all
+        positions of a block. Else a row of the block table may name blocks that are another's by now."""
+        speculator, names = self._speculator, self._speculator.draft_attn_layer_names
+        groups = [group for group in speculator.kv_cache_config.kv_cache_groups if names & set(group.layer_names)]
+        specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
+        plain = all(isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec) for spec in specs)
+        return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
 
     def arrive(self, input_batch: Any, new: Collection[str]) -> None:
         """A step begins.
@@ -67,28 +84,49 @@ class DraftKVGaps:
             return
         held = self._speculator.requests
         self._behind = {name: n for name, n in self._behind.items() if name not in new and name in held}
-        for index, name in enumerate(input_batch.req_ids):
-            # What the prefix cache gave it may lack the draft's KV: only the device could tell.
-            if name in new and (cached := int(input_batch.num_computed_prefill_tokens_np[index])):
-                self._behind[name] = cached
+        self._right = {name: n for name, n in self._right.items() if name in self._behind}
+        cached = input_batch.num_computed_prefill_tokens_np
+        rows = [row for row, name in enumerate(input_batch.req_ids) if name in new and cached[row]]
+        if not rows:
+            return
+        # What the prefix cache gave them may lack the draft's KV: only the device can tell, and answers later.
+        ends = self._speculator.on_device(cached[rows].astype("int64"))
+        starts = self._first_stale(input_batch, self._speculator.on_device(rows), ends)
+        names = [input_batch.req_ids[row] for row in rows]
+        self._behind |= dict(zip(names, cached[rows].tolist(), strict=True))
+        self._asked.append((names, HostCopy(starts)))
 
     def missing(self, request_ids: Sequence[str]) -> list[int]:
-        """Tokens of each request that the draft model would have to read before it drafts; about, and 0 for none."""
-        return [self._behind.get(name, 0) for name in request_ids]
+        """Tokens of each request that the draft model would have to read before it drafts; about, and 0 for none.
+
+        Ranks may differ in it: what they run must not depend on it.
+        """
+        while self._asked and self._asked[0][1].is_here():
+            names, starts = self._asked.popleft()
+            self._right |= dict(zip(names, starts.tensor.tolist(), strict=True))
+        return [max(self._behind.get(name, 0) - self._right.get(name, 0), 0) for name in request_ids]
 
     def leave_out(self, input_batch: Any) -> None:
         """The target has read this step's tokens; the draft model will not."""
+        if not self.can_catch_up:
+            return
         if self._stale is None:
             self._stale = torch.zeros(self._num_blocks(), dtype=torch.bool, device=self._speculator.device)
-        self._mark(input_batch, None)
+        self._mark(input_batch, True)
         self._grow(input_batch, input_batch.req_ids)
 
     def read(self, input_batch: Any) -> None:
-        """The draft model has read this step's tokens as well, rightly for the requests that are not behind."""
+        """The draft model has read this step's tokens as well: rightly for requests whose KV was right before it."""
         if self._stale is None:
             return
-        self._mark(input_batch, torch.tensor([name in self._behind for name in input_batch.req_ids]))
-        self._grow(input_batch, [name for name in input_batch.req_ids if name in self._behind])
+        behind = [name for name in input_batch.req_ids if name in self._behind]
+        if not behind:
+            self._mark(input_batch, False)
+            return
+        rows = torch.arange(input_batch.num_reqs, device=self._stale.device)
+        begins = input_batch.positions[input_batch.query_start_loc[rows].long()]
+        self._mark(input_batch, self._first_stale(input_batch, rows, begins) < begins)
+        self._grow(input_batch, behind)
 
     def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> int:
         """Read what these requests lack. Waits for the device if there is any.
@@ -104,22 +142,21 @@ class DraftKVGaps:
         rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
         if not rows or self._stale is None:
             return 0
-        table = self._block_table().gpu[input_batch.idx_mapping[rows]].long()  # [num_rows, max_num_blocks]
-        upto = ends[rows].clamp(min=0)  # [num_rows]
-        num_blocks = (upto + self._block_size - 1) // self._block_size
-        columns = torch.arange(table.shape[1], device=table.device)
-        stale = self._stale[table] & (columns < num_blocks[:, None])  # [num_rows, max_num_blocks]
-        first = torch.where(stale.any(dim=1), stale.int().argmax(dim=1), num_blocks)
-        starts = torch.minimum(first * self._block_size, upto)
+        index = self._speculator.on_device(rows)
+        upto = ends[index].clamp(min=0)  # [num_rows]
+        starts = self._first_stale(input_batch, index, upto)
         spans = [(0, 0)] * input_batch.num_reqs
-        for row, span in zip(rows, torch.stack((starts, upto), dim=1).tolist(), strict=True):
+        # Ranks must run the same passes.
+        agreed = self._speculator.agree(torch.stack((starts, upto), dim=1)).tolist()
+        for row, span in zip(rows, agreed, strict=True):
             spans[row] = tuple(span)
         passes = reading_passes(spans, self._speculator.max_num_tokens)
         for taken in passes:
             slots = self._speculator.read_spans(input_batch, taken)[self._group]
             self._set(slots, False)
         for row in rows:
-            del self._behind[input_batch.req_ids[row]]
+            self._behind.pop(input_batch.req_ids[row])
+            self._right.pop(input_batch.req_ids[row], None)
         return len(passes)
 
     def _grow(self, input_batch: Any, names: Collection[str]) -> None:
@@ -130,18 +167,30 @@ class DraftKVGaps:
                 new = int(input_batch.num_scheduled_tokens[index]) if chunk else 1
                 self._behind[name] = self._behind.get(name, 0) + new
 
-    def _mark(self, input_batch: Any, stale: torch.Tensor | None) -> None:
-        """The blocks of the tokens that the target has just read: stale or not, by request; all of them if None."""
+    def _first_stale(self, input_batch: Any, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """[num_rows] int64 first position of each of these rows from which on the draft's KV is not right, at most
+        its end [num_rows]."""
+        assert self._stale is not None
+        size, longest = self._block_size, int(input_batch.seq_lens_cpu_upper_bound.max())
+        table = self._speculator.block_tables.block_tables[self._group].gpu
+        blocks = table[input_batch.idx_mapping[rows], : -(-longest // size)].long()  # [num_rows, num_blocks]
+        num_blocks = (ends + size - 1) // size
+        columns = torch.arange(blocks.shape[1], device=blocks.device)
+        stale = self._stale[blocks] & (columns < num_blocks[:, None])
+        first = torch.where(stale.any(dim=1), stale.int().argmax(dim=1), num_blocks)
+        return torch.minimum(first * size, ends)
+
+    def _mark(self, input_batch: Any, stale: bool | torch.Tensor) -> None:
+        """The blocks of the tokens that the target has just read: stale or not, all of them or by request."""
         num_tokens, starts = input_batch.num_tokens, input_batch.query_start_loc
-        tables = self._speculator.block_tables
+        tables, num_reqs = self._speculator.block_tables, input_batch.num_reqs
         positions = input_batch.positions[:num_tokens]
         slots = tables.compute_slot_mappings(input_batch.idx_mapping, starts, positions, num_tokens)[self._group]
-        if stale is None or not stale.any():
-            self._set(slots, stale is None)
-            return
-        where = torch.arange(num_tokens, device=slots.device)
-        owners = torch.bucketize(where, starts[1 : input_batch.num_reqs + 1].long(), right=True)
-        self._set(slots, stale.to(slots.device, non_blocking=True)[owners.clamp(max=input_batch.num_reqs - 1)])
+        if not isinstance(stale, bool):
+            where = torch.arange(num_tokens, device=slots.device)
+            owners = torch.bucketize(where, starts[1 : num_reqs + 1].long(), right=True)
+            stale = stale[owners.clamp(max=num_reqs - 1)]
+        self._set(slots, stale)
 
     def _set(self, slots: torch.Tensor, stale: bool | torch.Tensor) -> None:
         assert self._stale is not None
@@ -162,9 +211,6 @@ class DraftKVGaps:
     @property
     def _block_size(self) -> int:
         return int(self._speculator.block_tables.block_sizes[self._group])
-
-    def _block_table(self) -> Any:
-        return self._speculator.block_tables.block_tables[self._group]
 
     def _num_blocks(self) -> int:
         return int(self._speculator.kv_cache_config.num_blocks)

@@ -47,7 +47,7 @@ class DraftPasses(StandaloneARSpeculator):
         # Our own estimates size the verification, where vLLM would fit a model of its own.
         self.use_acceptance_estimator = False
         confidences = self.draft_token_confidence_probs if self.enable_adaptive_verification else None
-        self.round = DeviceRound(self.draft_tokens, confidences, self._agree)
+        self.round = DeviceRound(self.draft_tokens, confidences, self.agree)
         self._short_tokens = torch.zeros(self.max_num_reqs, SHORT, dtype=torch.int32, device=device)
         self._writing = torch.full_like(self.idx_mapping, -1)  # [max_num_reqs] request state, -1 where no KV is written
         self._step = 1
@@ -136,13 +136,13 @@ class DraftPasses(StandaloneARSpeculator):
         num_tokens = int(query_starts[-1])
         rows = np.repeat(np.arange(num_reqs), counts)
         offsets = np.arange(num_tokens) - query_starts[rows]
-        positions = self._on_device((ends - counts)[rows] + offsets)  # [num_tokens] int64
-        states = input_batch.idx_mapping[self._on_device(rows)]
-        reads = self._on_device(np.array([end > start for start, end in spans]))  # [num_reqs]
+        positions = self.on_device((ends - counts)[rows] + offsets)  # [num_tokens] int64
+        states = input_batch.idx_mapping[self.on_device(rows)]
+        reads = self.on_device(np.array([end > start for start, end in spans]))  # [num_reqs]
         buffers.input_ids[:num_tokens] = self.runner.req_states.all_token_ids.gpu[states, positions]
         buffers.positions[:num_tokens] = positions
-        buffers.query_start_loc[: num_reqs + 1] = self._on_device(query_starts)
-        buffers.seq_lens[:num_reqs] = self._on_device(ends)
+        buffers.query_start_loc[: num_reqs + 1] = self.on_device(query_starts)
+        buffers.seq_lens[:num_reqs] = self.on_device(ends)
         self._writing[:num_reqs] = torch.where(reads, input_batch.idx_mapping, -1)
         slots = self.block_tables.compute_slot_mappings(
             self._writing[:num_reqs], buffers.query_start_loc[: num_reqs + 1], buffers.positions[:num_tokens],
@@ -160,8 +160,9 @@ class DraftPasses(StandaloneARSpeculator):
         self._run_model(buffers.input_ids[:num_tokens], buffers.positions[:num_tokens], metadata, by_layer, None)
         return slots
 
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch_utils.async_tensor_h2d(array, device=self.device)
+    def on_device(self, array: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """A copy on the draft model's device that is not waited for."""
+        return torch_utils.async_tensor_h2d(np.asarray(array), device=self.device)
 
     def _run_pass(self, num_reqs: int, query_len: int, metadata: Any, slot_mappings: Any) -> None:
         """The model over the loaded tokens, and the draw of candidate ``_step`` after each request's last one."""
@@ -188,9 +189,9 @@ class DraftPasses(StandaloneARSpeculator):
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
-        token_ids = self._agree(super().sample_draft(*args, **kwargs).long())
+        token_ids = self.agree(super().sample_draft(*args, **kwargs).long())
         return self.round.append(self._step, token_ids, self._logits)
 
-    def _agree(self, tensor: torch.Tensor) -> torch.Tensor:
+    def agree(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
         return tensor if self._num_ranks == 1 else get_tp_group().broadcast(tensor.contiguous(), src=0)
