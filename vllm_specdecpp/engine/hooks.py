@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,10 @@ from pathlib import Path
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Minor releases of vLLM whose sources the ledger was checked against."""
+RUN_VERSION = "0.32"
+"""The one of them that it was run with."""
+
+logger = logging.getLogger("vllm.specdecpp")
 
 
 @dataclass(frozen=True)
@@ -318,3 +323,5 @@ def require_supported() -> None:
             f"specdecpp cannot run with this vLLM ({vllm_version()}): {'; '.join(found)}. "
             f"Install a supported version ({', '.join(SUPPORTED_VERSIONS)}) or start without specdecpp."
         )
+    if not (version := vllm_version() or "").startswith(f"{RUN_VERSION}."):
+        logger.warning("specdecpp: checked against the sources of vLLM %s, but never run with it", version)
