@@ -3,62 +3,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests import engine_harness as harness
-from tests.engine.two_ranks import ALONE, NOISE
+from tests import ranks
 
-ROOT = Path(__file__).parents[2]
-START_SECONDS, RUN_SECONDS = 300, 30
-"""How long the ranks may take to start; how long ranks that wait for each other are watched."""
-
-
-def _two_ranks(folder: Path, alone: bool, seconds: float) -> list[str]:
-    """The lines that the two ranks printed within ``seconds`` after they stood ready; whatever they do, they end."""
-    plugin = folder / "planted-1.dist-info"
-    plugin.mkdir()
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1\n")
-    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nplanted = tests.engine.two_ranks:plant\n")
-    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, NOISE: "1.0", ALONE: str(int(alone))}
-    log = folder / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.two_ranks"],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-        )  # fmt: skip
-    try:
-        ready: float | None = None
-        begun = time.monotonic()
-        while process.poll() is None and time.monotonic() - (ready or begun) < (seconds if ready else START_SECONDS):
-            if ready is None and "ready" in log.read_text().splitlines():
-                ready = time.monotonic()
-            time.sleep(0.2)
-        lines = log.read_text().splitlines()
-        assert "ready" in lines, "\n".join(lines[-20:])
-        return lines[lines.index("ready") + 1 :]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _found(lines: list[str]) -> dict[str, Any] | None:
-    return next((json.loads(line) for line in lines if line.startswith("{")), None)
+RUN_SECONDS = 30
+"""How long ranks that wait for each other are watched."""
+MODULE = "tests.engine.two_ranks"
 
 
 def test_ranks_with_different_numbers_decide_alike(tiny, tmp_path):
-    found = _found(_two_ranks(tmp_path, alone=False, seconds=START_SECONDS))
-    assert found is not None, (tmp_path / "log").read_text()[-3000:]
+    found = ranks.run(MODULE, tmp_path, alone=False)
+    assert found is not None
     with harness.engine(tiny.target) as llm:
         expected = harness.token_ids(
             harness.generate(llm, harness.prompts(8, seed=3), max_tokens=32, ignore_eos=True)
@@ -73,5 +30,5 @@ def test_ranks_with_different_numbers_decide_alike(tiny, tmp_path):
 @pytest.mark.slow
 def test_ranks_that_do_not_agree_come_apart(tmp_path):
     """The test's power: with the same noise, and each rank left to itself, they hang or differ."""
-    found = _found(_two_ranks(tmp_path, alone=True, seconds=RUN_SECONDS))
+    found = ranks.run(MODULE, tmp_path, alone=True, seconds=RUN_SECONDS)
     assert found is None or any(r["rounds"][0] != r["rounds"][1] for r in found.values())

@@ -3,25 +3,20 @@
 planted in its draft.
 
 The ranks are spawned, which imports this module first in each: so the interpreter is there before vLLM is.
-Prints "ready" once the engine stands, then one JSON object: rule -> output tokens and the rounds of each rank.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
 
 from tests import engine_harness as harness
-from tests import tiny_models
+from tests import ranks
 from tests.v2 import interpreted_triton
 
 interpreted_triton.install()
-
-NOISE, ALONE = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE"
-"""Environment: standard deviation of the noise; 1: no rank listens to another."""
 
 RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": 0.8}]
 PROMPTS = harness.prompts(4, seed=31)
@@ -42,7 +37,8 @@ def plant() -> None:
 
     if getattr(SpecDecPPSpeculator, "_planted", False):
         return
-    scale, original, measure = float(os.environ[NOISE]), StandaloneARSpeculator.compute_draft_logits, costs.measure
+    scale, original = float(os.environ[ranks.NOISE]), StandaloneARSpeculator.compute_draft_logits
+    measure = costs.measure
 
     def noisy(self: Any, *args: Any) -> torch.Tensor:
         from vllm.distributed import get_tp_group
@@ -61,28 +57,10 @@ def plant() -> None:
     costs.SECONDS_PER_CURVE = 0.1
     CostModel.observe = lambda *args: None  # type: ignore[method-assign]
     Curve.freshness = lambda *args: 99.0  # type: ignore[method-assign]
-    if os.environ[ALONE] == "1":
+    if os.environ[ranks.ALONE] == "1":
         SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPSpeculator._planted = True
 
 
-def main() -> None:
-    tiny = tiny_models.ensure()
-    config = {
-        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": 5, "trace_rounds": 10_000
-    }  # fmt: skip
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with harness.engine(tiny.target, config, **options) as llm:
-        print("ready", flush=True)
-        found = {}
-        for rule in RULES:
-            harness.configure(llm, **rule)
-            llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
-            outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
-            rounds = llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
-            found[rule["rule"]] = {"tokens": harness.token_ids(outputs), "rounds": rounds}
-        print(json.dumps(found), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=5)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two CPU ranks in a process of their own, with noise planted in the second one's draft by a module's ``plant``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests import engine_harness as harness
+from tests import tiny_models
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 300
+"""How long the ranks may take to start, and those that agree to answer."""
+NOISE, ALONE = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE"
+"""Environment: standard deviation of the noise; 1: no rank listens to another."""
+
+
+def play(rules: Iterable[dict[str, Any]], prompts: list[list[int]], max_tokens: int, max_length: int) -> None:
+    """The process's part: prints "ready" once the engine stands, then one JSON object: rule -> output tokens and the
+    rounds of each rank."""
+    tiny = tiny_models.ensure()
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": max_length, "trace_rounds": 10_000
+    }  # fmt: skip
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with harness.engine(tiny.target, config, **options) as llm:
+        print("ready", flush=True)
+        found = {}
+        for rule in rules:
+            harness.configure(llm, **rule)
+            llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
+            outputs = harness.generate(llm, prompts, max_tokens=max_tokens, ignore_eos=True)
+            rounds = llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
+            found[rule["rule"]] = {"tokens": harness.token_ids(outputs), "rounds": rounds}
+        print(json.dumps(found), flush=True)
+
+
+def run(module: str, folder: Path, *, alone: bool, seconds: float = START_SECONDS) -> dict[str, Any] | None:
+    """The test's part: what ``module`` printed within ``seconds`` after it was ready, None for nothing.
+
+    Its ranks are spawned, so the noise comes to them as a ``vllm.general_plugins`` entry point, made in ``folder``.
+    Whatever they do, they end.
+    """
+    plugin = folder / "planted-1.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text(f"[vllm.general_plugins]\nplanted = {module}:plant\n")
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, NOISE: "1.0", ALONE: str(int(alone))}
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+        )  # fmt: skip
+    try:
+        ready: float | None = None
+        begun = time.monotonic()
+        while process.poll() is None and time.monotonic() - (ready or begun) < (seconds if ready else START_SECONDS):
+            if ready is None and "ready" in log.read_text().splitlines():
+                ready = time.monotonic()
+            time.sleep(0.2)
+        lines = log.read_text().splitlines()
+        assert alone or "ready" in lines, "\n".join(lines[-40:])  # ranks that differ may hang at their start
+        found = next((json.loads(line) for line in lines if line.startswith("{")), None)
+        assert alone or found is not None, "\n".join(lines[-40:])
+        return found
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
