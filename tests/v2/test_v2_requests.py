@@ -92,7 +92,8 @@ class _Event:
 
 
 def _step(log: DeferredRounds, request: str, numbers: list[int], *, prefill: bool = False) -> None:
-    log.step([request], [prefill], [], torch.tensor([numbers]), None)
+    num_candidates = sum(number >= 0 for number in numbers[3:])
+    log.step([request], [prefill], [], torch.tensor([numbers]), max(1, num_candidates))
 
 
 def test_rounds_are_put_together_from_two_steps():

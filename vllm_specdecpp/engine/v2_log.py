@@ -38,7 +38,7 @@ class _Step:
     request_ids: list[str]
     was_prefilling: list[bool]  # before the target's pass: nothing drafted was verified by it
     finished: list[str]
-    num_passes: int | torch.Tensor | None  # of the draft model; None: as many as the longest draft took
+    num_passes: int | torch.Tensor  # of the draft model
     numbers: torch.Tensor  # [num_reqs, 3 + num_speculative_steps] int64: sampled, rejected, last token, candidates
     copied: Any  # event after the copy of ``numbers`` to the host, None on a CPU
 
@@ -62,7 +62,7 @@ class DeferredRounds:
         was_prefilling: Sequence[bool],
         finished: list[str],
         numbers: torch.Tensor,
-        num_passes: int | torch.Tensor | None,
+        num_passes: int | torch.Tensor,
     ) -> None:
         """Note one step of the engine; its fields are those of ``_Step``. Does not wait."""
         copied = None
@@ -108,8 +108,7 @@ class DeferredRounds:
 
     def _account(self, step: _Step) -> None:
         drafted = _drafted(step)
-        num_passes = max(1, *map(len, drafted), 1) if step.num_passes is None else int(step.num_passes)
-        for _ in range(num_passes):
+        for _ in range(int(step.num_passes)):
             self.log.draft_pass()
         for index, request_id in enumerate(step.request_ids):
             num_sampled, num_rejected, next_token = step.numbers[index, :3].tolist()

@@ -73,7 +73,7 @@ class BatchRequests:
         return finished
 
     def all_off(self, request_ids: Iterable[str]) -> bool:
-        """Whether every one of them switched speculation off: then nobody will ever read the draft model's KV."""
+        """Whether every one of them switched speculation off: then the draft model has nothing to do for them."""
         return all(request_id in self._rows and self._rows[request_id][0] == 0 for request_id in request_ids)
 
     def table(self, request_ids: Sequence[str], bound: int, max_model_len: int) -> np.ndarray:
