@@ -201,14 +201,14 @@ class DraftKVGaps:
             self._stale[blocks] = stale
         self._stale[:1] = False
 
-    @property
+    @cached_property
     def _group(self) -> int:
         """Index of a KV cache group with layers of the draft model; the groups of a request hold the same positions."""
         layers = self._speculator.draft_attn_layer_names
         groups = self._speculator.kv_cache_config.kv_cache_groups
         return next(i for i, group in enumerate(groups) if layers & set(group.layer_names))
 
-    @property
+    @cached_property
     def _block_size(self) -> int:
         return int(self._speculator.block_tables.block_sizes[self._group])
 
