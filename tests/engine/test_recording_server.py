@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import urllib.request
 from types import SimpleNamespace
@@ -138,23 +137,3 @@ def test_acceptance_is_the_quotient_cut_at_1():
     tokens = torch.tensor([0, 2, 0, 0])
     assert acceptance(p.log(), q, tokens).tolist() == pytest.approx([0.5, 1.0, 0.0, 0.0])
     assert acceptance(p.log(), None, tokens).tolist() == pytest.approx([0.5, 0.8, 0.0, 0.2])
-
-
-def test_top_k_of_no_rows_is_mended():
-    """Without the mend, top-k ends the engine at its first prefill; when the first line fails, the mend can go."""
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    from vllm_specdecpp.engine import empty_top_k
-
-    mended = topk_topp_sampler.apply_top_k_only
-    try:
-        topk_topp_sampler.apply_top_k_only = inspect.unwrap(mended)
-        assert empty_top_k.is_broken()
-        assert empty_top_k.apply()
-        assert not empty_top_k.is_broken()
-        assert not empty_top_k.apply()
-        logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
-        kept = topk_topp_sampler.apply_top_k_only(logits, torch.tensor([1, 2]))
-        assert kept.isfinite().tolist() == [[False, True, False], [False, True, True]]
-    finally:
-        topk_topp_sampler.apply_top_k_only = mended

@@ -50,15 +50,16 @@ class SpecDecPPWorkerMixin:
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
+        from vllm_specdecpp.engine import plain_steps
         from vllm_specdecpp.engine.v1 import SpecDecPPProposer
 
         runner = self.model_runner
+        plain_steps.sample_plainly(runner)
         if self.device.type == "cpu":
-            from vllm_specdecpp.engine import cpu_sampler, empty_top_k
+            from vllm_specdecpp.engine import cpu_sampler
 
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
-            empty_top_k.apply()
         runner.drafter = SpecDecPPProposer(self.vllm_config, self.device, runner, config)
         # Lengths are clamped per request, so one long request need not stop drafting for the whole batch.
         runner.effective_drafter_max_model_len += runner.num_spec_tokens
