@@ -84,6 +84,32 @@ class TestCurves:
         assert costs().max_length == 6
 
 
+class TestDoubts:
+    """A draft pass takes 90 ms in these costs: a quarter of that is 22.5."""
+
+    def measured(self, spread: float, samples: int, **changes: Any) -> Costs:
+        quartiles = {name: {"2": [0.1 - spread / 2, 0.1 + spread / 2]} for name in ("draft_seconds", "verify_seconds")}
+        return costs(quartiles=quartiles, num_samples={name: {"2": samples} for name in quartiles}, **changes)
+
+    def test_none(self) -> None:
+        assert costs().doubts() == [] and self.measured(0.09, 16).doubts() == []
+
+    def test_an_unsteady_median(self) -> None:
+        drafting, verifying = self.measured(0.11, 16).doubts()  # 0.93 * 110 / 4
+        assert drafting == "drafting 2 candidates: standard error 26 ms, a draft pass takes 90 ms"
+        assert verifying.startswith("verifying 2 tokens: ")
+
+    def test_more_rounds_make_it_steady(self) -> None:
+        assert self.measured(0.11, 64).doubts() == []
+
+    def test_a_longer_draft_cannot_take_less(self) -> None:
+        assert costs(draft_seconds={1: 0.05, 2: 0.12, 3: 0.1}).doubts() == [
+            "drafting 3 candidates took 100 ms, 2 took 120"
+        ]
+        (backwards,) = self.measured(0.09, 16, draft_seconds={1: 0.12, 2: 0.1}).doubts()
+        assert backwards.startswith("drafting 2 candidates took")
+
+
 class TestBadValues:
     @pytest.mark.parametrize(
         ("changes", "named"),

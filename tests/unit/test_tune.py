@@ -357,6 +357,7 @@ class TestReport:
         assert any("costs were measured up to 8 candidates and extrapolated to 16" in line for line in found)
         assert any("batch 4" in line for line in found)
         assert not warnings([row | {"cut_rate": 0.02} for row in rows], Costs({1: 1, 16: 2}, {2: 1, 3: 1}, 1))
+        assert "took 1000 ms, 1 took 2000; measure them" in warnings(rows, Costs({1: 2, 16: 1}, {2: 1, 3: 1}, 1))[-1]
 
     def test_outrun_records_are_warned_of(self, files: Files) -> None:
         rows, (chains, choice) = self.rows(files)

@@ -17,6 +17,11 @@ FORMAT = 1
 _MOST_ROWS = 32
 """Of one request: the engine times wider verifications for batches."""
 
+_UNSTEADY = 0.25
+"""Of a draft pass: a standard error that can turn one candidate length's cost into another's."""
+_MEDIAN_ERROR = 0.93
+"""Standard error of a median: this times the quartiles' distance, over the root of the number of samples (normal)."""
+
 _MEND = "measure again with: vllm-specdecpp measure"
 
 
@@ -84,6 +89,29 @@ class Costs:
     def round(self, num_candidates: int) -> float:
         """Seconds of a whole round."""
         return self.draft(num_candidates) + self.verify(num_candidates + 1)
+
+    def doubts(self) -> list[str]:
+        """Why these times may be wrong, one line each: a longer draft that took less, or a median that is not sharp.
+
+        Either comes from other work on the machine, or from too few rounds; what `tune` predicts is wrong by as much.
+        """
+        lengths = sorted(self.draft_seconds)
+        seconds = [self.draft_seconds[k] for k in lengths]
+        found = [
+            f"drafting {b} candidates took {1000 * y:.0f} ms, {a} took {1000 * x:.0f}"
+            for a, b, x, y in zip(lengths, lengths[1:], seconds, seconds[1:], strict=False)
+            if y < x
+        ]
+        a_pass = (seconds[-1] - seconds[0]) / (lengths[-1] - lengths[0])
+        for name, what in (("draft_seconds", "drafting {} candidates"), ("verify_seconds", "verifying {} tokens")):
+            for length, (low, high) in self.quartiles.get(name, {}).items():
+                error = _MEDIAN_ERROR * (high - low) / math.sqrt(self.num_samples[name][length])
+                if error > _UNSTEADY * a_pass > 0:
+                    found.append(
+                        f"{what.format(length)}: standard error {1000 * error:.0f} ms, a draft pass takes "
+                        f"{1000 * a_pass:.0f} ms"
+                    )
+        return found
 
     def save(self, path: Path, force: bool = False) -> None:
         """Write the costs as JSON.

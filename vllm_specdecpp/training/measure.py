@@ -137,6 +137,8 @@ def run(options: MeasureOptions) -> int:
     costs = summarize(samples, off, options)
     costs.save(options.out, options.force)
     print(report(costs))
+    for doubt in costs.doubts():
+        print(f"warning: {doubt}; measure with nothing else running, or raise rounds_each", file=sys.stderr)
     return 0
 
 

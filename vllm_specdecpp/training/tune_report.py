@@ -185,7 +185,8 @@ def warnings(rows: Sequence[Mapping[str, Any]], costs: Costs) -> list[str]:
         found.append(f"Warning: costs were measured up to {costs.max_length} candidates and extrapolated to {longest}.")
     if costs.batch != 1:
         found.append(f"Warning: costs are of batch {costs.batch}; the replay runs each request by itself.")
-    return found
+    mend = "measure them with nothing else running"
+    return found + [f"Warning: unsteady costs: {doubt}; {mend}." for doubt in costs.doubts()]
 
 
 def _label(row: Mapping[str, Any]) -> str:
