@@ -203,6 +203,52 @@ def test_the_gate_says_what_drafting_brings_even_where_it_chooses_none(num_reqs,
     assert gate.speedup == pytest.approx(tokens / seconds / off, rel=0.01)
 
 
+def flat_costs(first, step):
+    return CostModel({1: first}, {1: step}, {1: 1.0, 64: 1.0}, max_reqs=1)
+
+
+def ask(gate, costs, rate=1.0):
+    chosen, probe = gate.choose(["a"], np.array([True]), rate, costs)
+    return bool(chosen[0]), probe
+
+
+@pytest.mark.parametrize(("first", "pays"), [(0.7, True), (0.97, True), (1.05, False)])
+@pytest.mark.parametrize("rho", [1.0, 1.6, 2.5])
+def test_a_stretch_is_drafted_where_that_beats_no_drafting_whatever_others_brought(first, pays, rho):
+    """Two tokens for 1 + first seconds, against one for 1: better, though not as good as rho was elsewhere."""
+    gate, costs = StartGate(), flat_costs(first, first)
+    for _ in range(3000):
+        gate.update(["a"], [1], [1], first, 1, False)
+    assert ask(gate, costs, rho)[0] == pays
+    assert gate.speedup == pytest.approx(2 / (1 + first), rel=1e-3)
+
+
+def test_a_return_that_fails_at_once_is_not_followed_by_a_burst_of_probes():
+    """One request of eight drafts in a probe, since the draft model has not read the others, and is lucky."""
+    gate, ids = StartGate(), list("abcdefgh")
+    costs = CostModel({1: 0.3}, {1: 0.3}, {1: 1.0, 128: 1.0}, max_reqs=8)
+
+    def rounds(num, probed, accepted):
+        """Which of them drafted; outcomes of the probes' one request, and of all requests in the others."""
+        drafted = []
+        for _ in range(num):
+            chosen, probe = gate.choose(ids, np.ones(8, dtype=bool), 8.0, costs)
+            drafted.append(bool(chosen.any()))
+            if drafted[-1]:
+                wins = probed if probe else accepted
+                gate.update(ids[: len(wins)], wins, [1] * len(wins), 0.3 * 8 / len(wins), 1, probe)
+        return drafted
+
+    for turn in range(3000):
+        gate.update(ids, [1, 0, 0, 1 if turn % 5 == 0 else 0, 0, 1, 0, 0], [1] * 8, 0.3, 1, False)
+    one = [0, 0, 0, 0, 0, 0, 0, 1]
+    assert 0 < sum(rounds(400, [0], one)) <= 14 and not gate.drafting
+    while not gate.drafting:
+        rounds(1, [1], one)
+    assert sum(rounds(48, [0], one)) <= 2 and not gate.drafting
+    assert all(rounds(600, [1], [1] * 8)[-300:])  # the workload has changed for good
+
+
 def test_requests_are_forgotten_and_unknown_outcomes_taken():
     rule = paper_rule()
     rule.start.max_requests = 10

@@ -24,7 +24,7 @@ _GLOBAL_MEMORY, _FAST_MEMORY = 384.0, 64.0
 workload has changed and the means start from it."""
 _SIGMAS, _CHANGED_WEIGHT = 3.0, 16.0
 _MARGIN = 0.01
-"""Drafting goes on until it loses this much of a round, and comes back once it gains as much."""
+"""Drafting goes on until it loses this share of the tokens per second, and comes back once it gains as much."""
 _PROBE_SHARE = 0.004
 """Of all time, at most, that probes may lose."""
 _PROBE_MARGIN = 0.1
@@ -57,10 +57,14 @@ class StartGate:
     were spent. So a workload whose rounds can mostly be stopped after one cheap look is worth more than its mean
     acceptance says. Each request's mean is shrunk to that of all; what the engine forgets is a request, not a rate.
 
+    Drafting has to beat drafting for none, on the very batch: the price of its time is not rho, which other requests'
+    text brought. A stretch that yields less than rho has to be emitted all the same, and by drafting sooner. (Within a
+    round rho is the price: there the next candidates change from round to round, not for a whole request.)
+
     A request that is left out while others draft is probed after 2, 4, 8, ... skipped rounds; if nobody drafts, all are
     probed together, since most of a probe's price is the pass itself, with the candidate length that shows most for its
-    price: a calibration that is out of date by then would draft too many. A probe that pays quarters its interval. The
-    longest interval follows from costs: probes may lose 0.4 % of the time.
+    price: a calibration that is out of date by then would draft too many. A probe that pays quarters the interval, and
+    each round drafted halves it. The longest interval follows from costs: probes may lose 0.4 % of the time.
 
     Attributes:
         probe_length: candidates of a request in a probe of the whole batch, at most.
@@ -97,7 +101,7 @@ class StartGate:
         Args:
             request_ids: of the batch.
             allowed: [num_reqs] requests that may draft.
-            rate: tokens per second.
+            rate: tokens per second; sets the price of rows, which says whose drafts are worth more than others'.
             costs: the cost model.
 
         Returns:
@@ -118,11 +122,11 @@ class StartGate:
         counts = np.arange(1, len(worth) + 1)
         draft = costs.first.many(counts) + max(self._passes - 1, 0.0) * costs.step.many(counts)
         wider = _between(costs, num_reqs + rows)  # [num_allowed]
-        margin = (_MARGIN if not self._drafting else -_MARGIN) * rate * off
-        gain = gained - rate * (draft + wider - off) - margin
-        top = int(gain.argmax())
-        self.speedup = float((1 + gained[top] / num_reqs) * off / (draft[top] + wider[top]))
-        best = top + 1 if gain[top] > 0 else 0
+        # Not at rho: that is of other requests' text, and a stretch that yields less has to be emitted all the same.
+        speedups = (1 + gained / num_reqs) * off / (draft + wider)  # [num_allowed]
+        top = int(speedups.argmax())
+        self.speedup = float(speedups[top])
+        best = top + 1 if self.speedup > 1 + (-_MARGIN if self._drafting else _MARGIN) else 0
         order = [entry[3] for entry in worth]
         chosen = np.zeros(num_reqs, dtype=np.bool_)
         chosen[order[:best]] = True
@@ -188,7 +192,8 @@ class StartGate:
         if probe:
             self._interval = _next_interval(self._interval, self._accepted >= (1 + _PROBE_MARGIN) * price)
         elif self._drafting:
-            self._interval = _FIRST_INTERVAL
+            # Not at once: a return on a lucky probe that ends after a round or two brings no burst of further probes.
+            self._interval = max(self._interval / 2, _FIRST_INTERVAL)
         for request_id, won, spent in zip(request_ids, accepted, drafted, strict=True):
             state = self._get(request_id)
             state.weight = min(state.weight + 1, _REQUEST_WEIGHT if probe or state.probed else _REQUEST_MEMORY)
