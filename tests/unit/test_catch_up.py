@@ -12,10 +12,10 @@ TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
 
 
 def _ask(catch_up: CatchUp, ids: str, wanted: list[bool], seconds: list[float], speedup: float = 1.5,
-         probe: bool = False, remaining: float = 0.0, room: int = 10**6) -> list[bool]:  # fmt: skip
+         probe: bool = False, remaining: float = 0.0, room: int = 10**6, least: int = 1) -> list[bool]:  # fmt: skip
     return catch_up.allowed(
         list(ids), np.array(wanted), seconds, [remaining] * len(ids), [room] * len(ids), speedup=speedup, probe=probe,
-        share_seconds=1.0 / len(ids), **TIMES,
+        share_seconds=1.0 / len(ids), pays=lambda drafts: int(drafts.sum()) >= least, **TIMES,
     ).tolist()  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def test_usual_rounds_are_not_touched():
         assert _ask(catch_up, "abc", [True, False, True], [0.0, 9.0, 0.05]) == [True, False, True]
 
 
-@pytest.mark.parametrize(("speedup", "num_reqs", "rounds"), [(1.5, 1, 4), (1.5, 2, 8), (2.0, 1, 2), (1.0, 1, 500)])
+@pytest.mark.parametrize(("speedup", "num_reqs", "rounds"), [(1.5, 1, 4), (1.5, 2, 8), (2.0, 1, 2), (1.0, 1, 525)])
 def test_a_request_forgoes_what_reading_costs_first(speedup: float, num_reqs: int, rounds: int):
     """2 s to read: drafting gains (speedup - 1) seconds a round, shared by the batch."""
     catch_up, ids = CatchUp(), "abcd"[:num_reqs]
@@ -89,3 +89,21 @@ def test_a_probe_takes_the_cheapest_and_all_that_need_nothing():
     for _ in range(100):
         _ask(catch_up, "abc", [False] * 3, [0.0] * 3)
     assert _ask(catch_up, "abc", [True] * 3, [0.5, 0.3, 0.0], probe=True) == [False, True, True]
+
+
+def test_a_few_that_need_no_reading_do_not_draft_alone_where_that_does_not_pay():
+    """Drafting pays for two and more; b and c end too soon to be read. A pass takes 0.1 s."""
+    catch_up, rounds = CatchUp(), 4000
+    alone = [_ask(catch_up, "abc", [True] * 3, [0.0, 9.0, 9.0], least=2, room=3)[0] for _ in range(rounds)]
+    assert 0.8 * PROBE_SHARE * rounds / 0.1 < sum(alone) <= PROBE_SHARE * rounds / 0.1
+    everyone = [True, False, False]  # who wants to: the gate has weighed it
+    assert _ask(catch_up, "abc", everyone, [0.0, 9.0, 9.0], least=2) == everyone
+    assert _ask(catch_up, "abc", [True] * 3, [0.0, 0.0, 9.0], least=2, room=3) == [True, True, False]
+
+
+def test_those_that_do_not_pay_alone_keep_what_they_saved_until_they_are_enough():
+    """Both are worth reading once they have forgone its two seconds, b a round later than a."""
+    catch_up = CatchUp()
+    assert _ask(catch_up, "ab", [True, False], [2.0, 2.0], least=2) == [False, False]
+    answers = [_ask(catch_up, "ab", [True, True], [2.0, 2.0], least=2) for _ in range(8)]
+    assert answers == [[False, False]] * 7 + [[True, True]]

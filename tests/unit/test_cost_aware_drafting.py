@@ -218,6 +218,26 @@ def test_a_request_that_is_alone_for_a_moment_is_judged_by_the_usual_batch(usual
     assert state.any_running() is reads
 
 
+@pytest.mark.parametrize(("others_missing", "drafts"), [(0, True), (9000, False)])
+def test_one_does_not_draft_alone_where_only_all_together_pay_for_the_pass(others_missing: int, drafts: bool) -> None:
+    """The others' prompts would be too much to read for what they emit yet; the first has been read."""
+    flat = {"first": {1: 3.0, 8: 3.0}, "step": {1: 3.0, 8: 3.0}, "verify": {1: 10.0, 64: 12.0}}
+    rule = CostAwareRule(CostModel(**flat, max_reqs=8, max_tokens=64), 8)
+    rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
+    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    ids = [f"request {i}" for i in range(4)]
+    for _ in range(3000):
+        rule.start.update(ids, [1] * 4, [1] * 4, 0.5, 1, False)
+    rows = [RowState(request_id, 9999, 10_000) for request_id in ids]
+    late = 0
+    for _ in range(20):
+        state = drafting.begin(rows, {}, [8] * 4, None, None, [9998] + [9998 - others_missing] * 3, [5] * 4)
+        assert rule.start.drafting and rule.start.speedup > 1.2
+        late += state.any_running()
+        drafting.drop_round()
+    assert late == (20 if drafts else 0)
+
+
 def test_a_round_of_another_rule_teaches_nothing() -> None:
     drafting, spy = _drafting()
     _round(drafting, "a", {})

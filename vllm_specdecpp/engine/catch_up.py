@@ -9,10 +9,12 @@ since expectations may be wrong, and even then only while it may emit enough to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
 
 PROBE_SHARE = 0.004
 """Of the time without drafting, what probes may spend on reading; the gate allows them as much again for drafting."""
@@ -28,10 +30,10 @@ class CatchUp:
         self._pool = 0.0  # seconds that a probe may spend
 
     def allowed(
-        self, request_ids: Sequence[str], wanted: NDArray[np.bool_], seconds: Sequence[float],
+        self, request_ids: Sequence[str], wanted: Mask, seconds: Sequence[float],
         remaining: Sequence[float], room: Sequence[int], *, first_seconds: float, off_seconds: float,
-        share_seconds: float, speedup: float, probe: bool,
-    ) -> NDArray[np.bool_]:  # fmt: skip
+        share_seconds: float, speedup: float, probe: bool, pays: Callable[[Mask], bool],
+    ) -> Mask:  # fmt: skip
         """Call once a round.
 
         Args:
@@ -45,6 +47,7 @@ class CatchUp:
             share_seconds: a request's share of such a round, in the batches that it will be in.
             speedup: tokens per second with drafting over those without, there.
             probe: whether the round is a probe.
+            pays: whether drafting pays for some of ``wanted`` [num_reqs] without the others.
 
         Returns:
             [num_reqs] those of ``wanted`` that may draft now.
@@ -71,14 +74,16 @@ class CatchUp:
             out[index] = saved >= seconds[index] and per_token * room[index] >= seconds[index]
             if not out[index]:
                 forgone[request_ids[index]] = saved
+        if out.any() and (out != wanted).any() and not pays(out):
+            out[:] = False  # a draft pass for a few takes nearly what it takes for all: they wait for the others
         if wanted.any() and not out.any():
-            # Where no request is worth reading, nobody learns whether that has changed: now and then one is read.
+            # Where no request is worth its price, nobody learns whether that has changed: now and then one drafts.
             self._pool += PROBE_SHARE * off_seconds
             cheapest = min(np.flatnonzero(wanted).tolist(), key=lambda i: seconds[i])
-            if seconds[cheapest] <= self._pool:
-                self._pool -= seconds[cheapest]
+            if seconds[cheapest] + first_seconds <= self._pool:
+                self._pool -= seconds[cheapest] + first_seconds
                 out[cheapest] = True
-                del forgone[request_ids[cheapest]]
+                forgone.pop(request_ids[cheapest], None)
         # A request that is not wanted this time keeps what it has saved.
         kept = {name: self._forgone[name] for name in request_ids if name in self._forgone and name not in forgone}
         for index in np.flatnonzero(out).tolist():
@@ -86,7 +91,7 @@ class CatchUp:
         self._forgone = kept | forgone
         return out
 
-    def _spend(self, out: NDArray[np.bool_], seconds: Sequence[float], small: float) -> None:
+    def _spend(self, out: Mask, seconds: Sequence[float], small: float) -> None:
         """Leave those out of a probe that the pool does not pay for, the cheapest first."""
         for index in sorted(np.flatnonzero(out).tolist(), key=lambda i: seconds[i]):
             if seconds[index] <= small:

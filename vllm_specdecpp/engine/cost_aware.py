@@ -140,6 +140,7 @@ class CostAwareDrafting:
             share_seconds=costs.verify.at(usual) / usual,
             speedup=gate.speedup if usual == num_reqs else min(gate.speedup, gate.speedup_of(usual, costs)),
             probe=round_.probe and not self.drafting,
+            pays=lambda drafts: gate.speedup_with(round_.request_ids, drafts, costs) >= 1,
         )
         round_.leave_out(~allowed)
 
