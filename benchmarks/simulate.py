@@ -4,8 +4,9 @@
     python -m benchmarks.simulate --costs cpu paper --streams markov shift
     python -m benchmarks.simulate --costs cpu --streams recorded --record data/eval --train data/train
 
-All rules meet the same text. Seconds are the true costs without noise; what cost_aware observes of them is noisy (5 %,
-and 1 % spikes), and so is what it measured at start-up (3 % a width). The rules that know the costs:
+All rules meet the same text. Each prompt in it is a new request, with an id of its own, as in serving; made-up text has
+prompts of 128 tokens. Seconds are the true costs without noise; what cost_aware observes of them is noisy (5 %, and 1 %
+spikes), and so is what it measured at start-up (3 % a width). The rules that know the costs:
 
 * fixed candidate lengths, and thresholds on the score or on the product of scores, the best of each chosen afterwards;
 * ``informed``: cost_aware's own comparison with the true costs, a calibration learnt beforehand on other text
@@ -85,7 +86,7 @@ SETTINGS = {
 
 
 class Bench:
-    """Serves one stream for each request of the batch, until ``tokens`` are out."""
+    """Serves one stream of prompts for each place in the batch, until ``tokens`` are out."""
 
     def __init__(self, setting: Setting, streams: list[Stream], tokens: int) -> None:
         self.setting, self.tokens = setting, tokens
@@ -93,21 +94,28 @@ class Bench:
         self.scores = np.stack([s.scores[:size] for s in streams])  # [batch, size, DEPTH]
         self.run = np.stack([s.run[:size] for s in streams])
         self.limit = np.minimum(np.stack([s.limit[:size] for s in streams]), DEPTH)
+        self.prompt = np.stack([s.prompt[:size] for s in streams])
         self.size, self.rows = size, np.arange(len(streams))
 
     def serve(
-        self, draft: Callable[[Array, NDArray[np.int64]], tuple[NDArray[np.int64], list[int]]],
+        self, draft: Callable[[list[str], Array, NDArray[np.int64]], tuple[NDArray[np.int64], list[int]]],
         after: Callable[[NDArray[np.int64], NDArray[np.int64], list[int]], None] | None = None,
     ) -> tuple[float, list[tuple[int, float]]]:  # fmt: skip
-        """Tokens per second, and (tokens, seconds) after each round."""
-        at = np.zeros(len(self.rows), dtype=np.int64)
+        """Tokens per second, and (tokens, seconds) after each round.
+
+        ``draft`` gets the request ids of the batch, a new one for each prompt, and its scores and limits.
+        """
+        at, lap = np.zeros((2, len(self.rows)), dtype=np.int64)  # lap: times that the stream began again
         tokens, seconds, trace = 0, 0.0, []
         while tokens < self.tokens:
-            lengths, widths = draft(self.scores[self.rows, at], self.limit[self.rows, at])
+            prompts = zip(self.rows, lap, self.prompt[self.rows, at], strict=True)
+            ids = ["{}-{}-{}".format(*prompt) for prompt in prompts]
+            lengths, widths = draft(ids, self.scores[self.rows, at], self.limit[self.rows, at])
             wins = np.minimum(self.run[self.rows, at], lengths)
             seconds += self.setting.round(widths, len(at) + int(lengths.sum()))
             tokens += int(wins.sum()) + len(at)
-            at = (at + wins + 1) % self.size
+            passed, at = np.divmod(at + wins + 1, self.size)
+            lap += passed
             if after:
                 after(lengths, wins, widths)
             trace.append((tokens, seconds))
@@ -148,11 +156,10 @@ class Bench:
     def cost_aware(self, rule: CostAwareRule, seed: int) -> tuple[float, list[tuple[int, float]], float]:
         """Also returns the seconds a round that the rule itself took."""
         rng = np.random.default_rng(seed)
-        ids = [str(i) for i in self.rows]
         clock = [0.0, 0]
         round_ = rule.begin([], [])
 
-        def draft(scores: Array, limit: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
+        def draft(ids: list[str], scores: Array, limit: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[int]]:
             nonlocal round_
             start = time.perf_counter()
             round_ = rule.begin(ids, limit.tolist())

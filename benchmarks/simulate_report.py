@@ -65,6 +65,7 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
         "Tokens/s, simulated. **/best**: over the best rule that knows the costs (best fixed K, best threshold",
         "or informed); **/fixed**: over the best fixed K of that very row, K = 0 among them; **/off**: over K = 0.",
         "**oracle** knows which candidates will be accepted; **gap**: share of the way from the best fixed K to it.",
+        "Each prompt is a new request: what the rule knows of a request by its id, it learns anew for each prompt.",
         "",
         "| costs | batch | stream | off | best fixed K | best threshold | informed | oracle | cost_aware "
         "| /best | /fixed | /off | gap |",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts to serve in the simulator: for every output position, whether the draft's token there is accepted.
 
-So all rules meet the same text, wherever their rounds start.
+So all rules meet the same text, wherever their rounds start. Each prompt is a new request: a recorded one as long as it
+was, one of a made-up text :data:`PROMPT_TOKENS` tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vllm_specdecpp.training.shards import open_dataset
 
 Array = NDArray[np.float64]
 DEPTH = 16
+PROMPT_TOKENS = 128
 STREAMS = ("markov", "overconfident", "underconfident", "flat", "nan", "poor", "rich", "shift", "inverted")
 
 
@@ -26,17 +28,18 @@ class Stream:
     scores: Array  # [num_positions, DEPTH] score of candidate j drawn in a round that starts at the position
     run: NDArray[np.int64]  # [num_positions] candidates accepted from the position on, at most limit
     limit: NDArray[np.int64]  # [num_positions] candidates that the record knows of
+    prompt: NDArray[np.int64]  # [num_positions] 0, 1, 2, ...: which request of the stream the position is of
 
 
 def windows(accept: Array, score: Array) -> Stream:
-    """From one acceptance and one score per position."""
+    """From one acceptance and one score per position, with a new prompt every :data:`PROMPT_TOKENS` positions."""
     size = len(accept)
     run = np.zeros(size + DEPTH + 1, dtype=np.int64)
     for i in range(size - 1, -1, -1):
         run[i] = run[i + 1] + 1 if accept[i] else 0
     padded = np.concatenate([score, np.full(DEPTH, 0.5)])
     scores = np.lib.stride_tricks.sliding_window_view(padded, DEPTH)[:size]
-    return Stream(scores, run[:size], np.full(size, DEPTH))
+    return Stream(scores, run[:size], np.full(size, DEPTH), np.arange(size) // PROMPT_TOKENS)
 
 
 def markov(rng: np.random.Generator, n: int, good: float, bad: float, stay: float) -> Array:
@@ -118,6 +121,8 @@ def recorded(folder: Path, n: int, seed: int, which: str | None = None) -> Strea
     table: list[list[float]] = []
     runs: list[int] = []
     limits: list[int] = []
+    owners: list[int] = []
+    served = 0
     while len(runs) < n:
         for i in rng.permutation(len(prompts)):
             for scores, run in prompts[i]:
@@ -125,4 +130,6 @@ def recorded(folder: Path, n: int, seed: int, which: str | None = None) -> Strea
                     table.append((scores[start:] + [0.5] * DEPTH)[:DEPTH])
                     runs.append(run - start)
                     limits.append(len(scores) - start)
-    return Stream(np.array(table), np.array(runs), np.array(limits))
+                    owners.append(served)
+            served += 1
+    return Stream(np.array(table), np.array(runs), np.array(limits), np.array(owners))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import simulate
 from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, informed_rate, make
-from benchmarks.simulated_streams import windows
+from benchmarks.simulated_streams import PROMPT_TOKENS, windows
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
@@ -88,10 +89,55 @@ def test_planned_rounds_cost_what_served_ones_do():
     setting = SETTINGS["cpu_b4"]
     bench = Bench(setting, [make("markov", 500, i) for i in range(4)], 1500)
 
-    def draft(scores, limit):
+    def draft(ids, scores, limit):
         return np.minimum(limit, 3), [4, 4, 4]
 
     assert bench.fixed(3) == pytest.approx(bench.serve(draft)[0])
+
+
+def in_turn(served):
+    """(id, rounds in a row) of each request of one place in the batch."""
+    turns = [(name, len(list(rounds))) for name, rounds in groupby(served)]
+    assert len({name for name, _ in turns}) == len(turns)  # an id never comes back
+    return turns
+
+
+def test_the_rule_meets_a_new_request_for_each_prompt_and_each_place_in_the_batch():
+    """Nothing is accepted: a token a round. Text that begins again is new requests, too."""
+    served = []
+
+    class Spy(CostAwareRule):
+        def begin(self, request_ids, max_lengths):
+            served.append(list(request_ids))
+            return super().begin(request_ids, max_lengths)
+
+    setting = SETTINGS["cpu_b4"]
+    stream = windows(np.zeros(300), np.full(300, 0.5))
+    Bench(setting, [stream] * 4, 4 * 700).cost_aware(Spy(cost_model(setting, 0), DEPTH), 0)
+    places = list(zip(*(ids for ids in served if ids), strict=True))
+    assert len(places) == 4 and not any(set(a) & set(b) for a in places for b in places if a is not b)
+    rest = 300 - 2 * PROMPT_TOKENS
+    lap = [PROMPT_TOKENS, PROMPT_TOKENS, rest]
+    assert all([num for _, num in in_turn(place)] == [*lap, *lap, 100] for place in places)
+
+
+def rich_and_poor(num, seed):
+    """Prompts by turns: 19 of 20 candidates accepted, or 2 of 5; the scores are right but for some noise."""
+    rng = np.random.default_rng(seed)
+    mean = np.where(np.arange(num) // PROMPT_TOKENS % 2 == 0, 0.95, 0.4)
+    p = 1 / (1 + np.exp(-(np.log(mean / (1 - mean)) + rng.normal(0, 0.5, num))))
+    return windows((rng.random(num) < p).astype(float), p)
+
+
+def test_poor_prompts_between_rich_ones_are_drafted_where_that_beats_no_drafting():
+    """A candidate of a poor prompt brings less than rho, but 8 % more than K = 0."""
+    setting, tokens = SETTINGS["one_core"], 5000
+    gains = []
+    for seed in range(2):
+        bench = Bench(setting, [rich_and_poor(tokens, seed)], tokens)
+        rate, _, _ = bench.cost_aware(CostAwareRule(cost_model(setting, seed), DEPTH), seed)
+        gains.append(rate / max(bench.fixed(k) for k in range(5)))
+    assert np.mean(gains) > 1.06
 
 
 def test_costs_measured_wrong_by_half_are_put_right():
@@ -139,6 +185,19 @@ def test_a_record_starts_at_every_offset_of_an_accepted_run(record):
     assert set(simulate.recorded(record, 20, 0).scores[:, 0].tolist()) == {0.25, 0.75}
 
 
+def test_recorded_prompts_are_requests_of_their_own(record):
+    stream = simulate.recorded(record, 20, 0)  # 8 positions of one prompt and 1 of the other, three times
+    bench, served = Bench(SETTINGS["cpu"], [stream], 54), []
+
+    def draft(ids, scores, limit):
+        served.append((ids[0], scores[0, 0]))
+        return np.zeros(1, dtype=np.int64), []
+
+    bench.serve(draft)
+    assert len(in_turn(served)) == len(in_turn([name for name, _ in served])) == 12
+    assert sorted(num for _, num in in_turn(served)) == [1] * 6 + [8] * 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,7 +229,8 @@ def test_writes_rows_a_page_and_a_plot(record, tmp_path, capsys):
     assert all(row["cost_aware"] > 0 and row["informed"] > 0 and row["git"] for row in rows)
     assert all(row["oracle"] >= row["fixed"] for row in rows)
     page = out.with_suffix(".md").read_text()
-    assert page.count("\n| ") == 5 and "geometric mean" in page and "python -m benchmarks.simulate" in page
+    assert page.count("\n| ") == 5 and "Each prompt is a new request" in page
+    assert "geometric mean" in page and "python -m benchmarks.simulate" in page
     assert out.with_suffix(".png").stat().st_size > 5000
     capsys.readouterr()
     assert simulate.main(command) == 2  # nothing is overwritten
