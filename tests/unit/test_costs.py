@@ -99,6 +99,9 @@ class TestDoubts:
         assert drafting == "drafting 2 candidates: standard error 26 ms, a draft pass takes 90 ms"
         assert verifying.startswith("verifying 2 tokens: ")
 
+    def test_a_file_that_does_not_tell_the_rounds(self) -> None:
+        assert costs(quartiles={"draft_seconds": {"2": [0.0, 1.0]}}).doubts() == []
+
     def test_more_rounds_make_it_steady(self) -> None:
         assert self.measured(0.11, 64).doubts() == []
 

@@ -105,7 +105,8 @@ class Costs:
         a_pass = (seconds[-1] - seconds[0]) / (lengths[-1] - lengths[0])
         for name, what in (("draft_seconds", "drafting {} candidates"), ("verify_seconds", "verifying {} tokens")):
             for length, (low, high) in self.quartiles.get(name, {}).items():
-                error = _MEDIAN_ERROR * (high - low) / math.sqrt(self.num_samples[name][length])
+                samples = self.num_samples.get(name, {}).get(length, 0)
+                error = _MEDIAN_ERROR * (high - low) / math.sqrt(samples) if samples else 0.0
                 if error > _UNSTEADY * a_pass > 0:
                     found.append(
                         f"{what.format(length)}: standard error {1000 * error:.0f} ms, a draft pass takes "

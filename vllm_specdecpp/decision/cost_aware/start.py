@@ -155,20 +155,20 @@ class StartGate:
     def speedup_with(self, request_ids: Sequence[str], drafts: Mask, costs: CostModel) -> float:
         """Tokens per second if just ``drafts`` [num_reqs] drafted, over those of drafting for none."""
         states = [self._get(request_ids[i]) for i in np.flatnonzero(drafts).tolist()]
-        num_reqs, count = len(request_ids), len(states)
-        if not count:
+        if not states:
             return 1.0
         accepted = sum(self._shrunk(state.accepted, state.weight, self._accepted) for state in states)
         rows = sum(self._shrunk(state.drafted, state.weight, self._drafted) for state in states)
-        draft = costs.first.at(count) + max(self._passes - 1, 0.0) * costs.step.at(count)
-        wider = float(_between(costs, np.array([num_reqs + rows]))[0])
-        return (1 + accepted / num_reqs) * costs.verify.at(num_reqs) / (draft + wider)
+        return self._speedup(len(request_ids), len(states), accepted, rows, costs)
 
     def speedup_of(self, num_reqs: int, costs: CostModel) -> float:
         """Tokens per second of drafting for all of a batch over those of drafting for none, by the means of all."""
-        draft = costs.first.at(num_reqs) + max(self._passes - 1, 0.0) * costs.step.at(num_reqs)
-        verify = float(_between(costs, np.array([num_reqs * (1 + self._drafted)]))[0])
-        return (1 + self._accepted) * costs.verify.at(num_reqs) / (draft + verify)
+        return self._speedup(num_reqs, num_reqs, num_reqs * self._accepted, num_reqs * self._drafted, costs)
+
+    def _speedup(self, num_reqs: int, num_drafts: int, accepted: float, rows: float, costs: CostModel) -> float:
+        draft = costs.first.at(num_drafts) + max(self._passes - 1, 0.0) * costs.step.at(num_drafts)
+        wider = float(_between(costs, np.array([num_reqs + rows]))[0])
+        return (1 + accepted / num_reqs) * costs.verify.at(num_reqs) / (draft + wider)
 
     def update(
         self,
