@@ -131,7 +131,7 @@ def rich_and_poor(num, seed):
 
 def test_poor_prompts_between_rich_ones_are_drafted_where_that_beats_no_drafting():
     """A candidate of a poor prompt brings less than rho, but 8 % more than K = 0."""
-    setting, tokens = SETTINGS["one_core"], 5000
+    setting, tokens = SETTINGS["one_core"], 4000
     gains = []
     for seed in range(2):
         bench = Bench(setting, [rich_and_poor(tokens, seed)], tokens)
