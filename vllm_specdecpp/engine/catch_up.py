@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from vllm_specdecpp.decision.cost_aware.plan import Mask
 
 PROBE_SHARE = 0.004
 """Of the time without drafting, what probes may spend on reading; the gate allows them as much again for drafting."""
