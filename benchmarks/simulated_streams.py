@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specdecpp.training.shards import open_dataset
+from vllm_specdecpp.data.shards import open_dataset
 
 Array = NDArray[np.float64]
 DEPTH = 16

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.training.shards import open_dataset
+from vllm_specdecpp.data.shards import open_dataset
 
 
 class TestCollect:

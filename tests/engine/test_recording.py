@@ -26,7 +26,7 @@ from tests.recordings import (
     rounds_by_request,
 )
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.training.shards import create_dataset, read_shard
+from vllm_specdecpp.data.shards import create_dataset, read_shard
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])

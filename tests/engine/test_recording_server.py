@@ -17,7 +17,7 @@ from tests.recordings import (
     config,
     manifest,
 )
-from vllm_specdecpp.training.shards import create_dataset, open_dataset
+from vllm_specdecpp.data.shards import create_dataset, open_dataset
 
 
 class TestServerMode:

@@ -95,7 +95,7 @@ def test_costs(tmp_path, capsys):
 
 
 def test_a_dataset(tmp_path, capsys):
-    from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+    from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
     manifest = Manifest(
         kind="rounds", target="org/big", draft="org/small", hidden_size=4, source="on-policy",

@@ -173,7 +173,7 @@ def _options(tiny, out, **changes):
 
 @pytest.fixture
 def prompts(tmp_path):
-    from vllm_specdecpp.training.prompts import load_prompts
+    from vllm_specdecpp.data.prompts import load_prompts
 
     (tmp_path / "prompts.txt").write_text("\n".join(SENTENCES) + "\n")
     return load_prompts(tmp_path / "prompts.txt")
@@ -184,8 +184,8 @@ def answers(tiny, tmp_path, prompts):
     """A dataset of the same target and prompts, of which only the responses are of use: the third has none."""
     from transformers import AutoTokenizer
 
+    from vllm_specdecpp.data.shards import create_dataset
     from vllm_specdecpp.training.collect import make_manifest
-    from vllm_specdecpp.training.shards import create_dataset
     from vllm_specdecpp.training.units import encode, write_responses
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.target)
@@ -203,9 +203,9 @@ def answers(tiny, tmp_path, prompts):
 
 def _collected(options, prompts):
     """(dataset, summaries) of a run over all prompts."""
+    from vllm_specdecpp.data.shards import create_dataset
     from vllm_specdecpp.training.collect import make_manifest
     from vllm_specdecpp.training.paper import PaperCollector
-    from vllm_specdecpp.training.shards import create_dataset
 
     dataset = create_dataset(options.out, make_manifest(options, prompts), False)
     collector = PaperCollector(options, dataset.manifest)

@@ -13,9 +13,9 @@ import torch
 from benchmarks import simulate
 from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, informed_rate, make
 from benchmarks.simulated_streams import PROMPT_TOKENS, windows
+from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
 
 def rates(costs, stream, tokens=3000, **kwargs):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training import fitting, metrics
-from vllm_specdecpp.training.dataset import LabelRows
 from vllm_specdecpp.training.train import TrainOptions, some_prompts, train_head
 
 HIDDEN = 12

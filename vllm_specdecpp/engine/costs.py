@@ -152,7 +152,7 @@ def cost_cache(vllm_config: Any, device: torch.device) -> CostCache:
 
     import vllm
 
-    from vllm_specdecpp.training.provenance import model_label
+    from vllm_specdecpp.provenance import model_label
 
     target, speculative = vllm_config.model_config, vllm_config.speculative_config
     draft = speculative.draft_model_config

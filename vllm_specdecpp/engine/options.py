@@ -197,7 +197,7 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     if config.head is None:
         return
     from vllm_specdecpp.head import AcceptanceHead
-    from vllm_specdecpp.training.provenance import model_label
+    from vllm_specdecpp.provenance import model_label
 
     hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
     AcceptanceHead.from_pretrained(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.training.provenance import command_line, git_sha, model_label, model_revision, now, versions
-from vllm_specdecpp.training.shards import Manifest, Shard, create_dataset, write_shard
+from vllm_specdecpp.data.shards import Manifest, Shard, create_dataset, write_shard
+from vllm_specdecpp.provenance import command_line, git_sha, model_label, model_revision, now, versions
 
 LOCK = ".recording"
 

@@ -33,7 +33,7 @@ from vllm_specdecpp.engine.passes import SinglePasses
 from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training.provenance import model_label
+from vllm_specdecpp.provenance import model_label
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.recorder import DraftTrace, RoundRecorder

@@ -16,12 +16,14 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
+from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.shards import Dataset
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.head_files import CONFIG_FILE, same_model, update_config
 from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.calibration import Calibration, shift_of
 from vllm_specdecpp.training.calibration_report import markdown, pair
-from vllm_specdecpp.training.dataset import LabelRows, load_rows, open_datasets
 from vllm_specdecpp.training.estimates import (
     Estimate,
     Scored,
@@ -32,10 +34,8 @@ from vllm_specdecpp.training.estimates import (
     score_rows,
 )
 from vllm_specdecpp.training.held_out import TrainingData, name_digest, refuse_seen, training_data
-from vllm_specdecpp.training.manifest import Manifest, write_whole
 from vllm_specdecpp.training.metrics import chance_ece
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
-from vllm_specdecpp.training.shards import Dataset
 
 ROWS_FILE, TABLE_FILE, PLOT_FILE = FILES = ("rows.jsonl", "calibrate.md", "reliability.png")
 BEFORE_FILE = CONFIG_FILE + ".before"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.provenance import command_line, git_sha, versions
 from vllm_specdecpp.training.calibration import Calibration
-from vllm_specdecpp.training.provenance import command_line, git_sha, versions
 
 RIVALS = {
     "confidence_calibrated": "the calibrated top-1 probability, which the engine uses without a head",

@@ -26,8 +26,8 @@ from torch import Tensor
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.shards import Dataset, Manifest, Shard
     from vllm_specdecpp.head import AcceptanceHead
-    from vllm_specdecpp.training.shards import Dataset, Manifest, Shard
 
 _CHUNK = 16384
 """Hidden states that the head scores at once."""
@@ -149,7 +149,7 @@ def load_chains(
 
 def open_rounds(folders: Sequence[Path]) -> list[Dataset]:
     """The datasets, checked to hold rounds of one pair; see :func:`load_chains`."""
-    from vllm_specdecpp.training.dataset import open_datasets
+    from vllm_specdecpp.data.dataset import open_datasets
 
     datasets = open_datasets(folders)
     for dataset in datasets:

@@ -24,8 +24,8 @@ from vllm_specdecpp.training.stop_signal import StopSignal
 from vllm_specdecpp.training.units import Collector, UnitSummary
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.training.prompts import Prompt
-    from vllm_specdecpp.training.shards import Manifest
+    from vllm_specdecpp.data.prompts import Prompt
+    from vllm_specdecpp.data.shards import Manifest
 
 
 class CollectOptions(CommandOptions):
@@ -125,8 +125,8 @@ def run(options: CollectOptions) -> int:
         ValueError: wrong prompts, models or folder; a full disk. What is finished stays.
         KeyboardInterrupt: the user or the system ended it; between units, after a first signal.
     """
-    from vllm_specdecpp.training.prompts import load_prompts
-    from vllm_specdecpp.training.shards import create_dataset
+    from vllm_specdecpp.data.prompts import load_prompts
+    from vllm_specdecpp.data.shards import create_dataset
 
     prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
     manifest = make_manifest(options, prompts)
@@ -224,9 +224,9 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
     Raises:
         ValueError: a model's config cannot be read.
     """
-    from vllm_specdecpp.training.prompts import digest
-    from vllm_specdecpp.training.provenance import command_line, git_sha, model_label, model_revision, now, versions
-    from vllm_specdecpp.training.shards import Manifest
+    from vllm_specdecpp.data.prompts import digest
+    from vllm_specdecpp.data.shards import Manifest
+    from vllm_specdecpp.provenance import command_line, git_sha, model_label, model_revision, now, versions
 
     model_config(options.target, "target")
     sampling: dict[str, Any] = {

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.training.manifest import write_whole
+from vllm_specdecpp.data.manifest import write_whole
 
 FORMAT = 1
 _MOST_ROWS = 32

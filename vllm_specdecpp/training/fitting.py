@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.head import AcceptanceHead
 from vllm_specdecpp.training import metrics
 from vllm_specdecpp.training.calibration import fit_regression
-from vllm_specdecpp.training.dataset import LabelRows
 
 _CONSTANT = 1e-5
 """A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""

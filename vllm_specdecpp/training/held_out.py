@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.training.manifest import Manifest
-from vllm_specdecpp.training.prompts import split_by_id
-from vllm_specdecpp.training.shards import Dataset
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.shards import Dataset
 
 PROVENANCE_FILE = "provenance.json"
 PromptName = tuple[str, str]

@@ -185,7 +185,7 @@ def _serve_commands(pair: Mapping[str, Any], source: str, rule: Any) -> dict[str
 def _dataset(folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from vllm_specdecpp.training.shards import open_dataset
+    from vllm_specdecpp.data.shards import open_dataset
 
     dataset = open_dataset(folder)
     manifest = asdict(dataset.manifest)

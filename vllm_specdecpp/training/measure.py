@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from vllm_specdecpp.provenance import command_line, hardware, model_label, versions
 from vllm_specdecpp.training.costs import Costs, check_free
 from vllm_specdecpp.training.options import CommandOptions
-from vllm_specdecpp.training.provenance import command_line, hardware, model_label, versions
 from vllm_specdecpp.training.units import encode
 
 _WARM_UP_TOKENS = 8
@@ -122,7 +122,7 @@ def run(options: MeasureOptions) -> int:
     if options.max_model_len is None:
         options = options.model_copy(update={"max_model_len": default_max_model_len(options)})
         check_options(options)
-    from vllm_specdecpp.training.prompts import load_prompts
+    from vllm_specdecpp.data.prompts import load_prompts
 
     prompts = [prompt.text for prompt in load_prompts(options.prompts, options.num_prompts)]
     with _engine(options, None) as llm:

@@ -12,8 +12,8 @@ from vllm_specdecpp.training.held_out import PromptName, prompts_of
 from vllm_specdecpp.training.responses import read_responses
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.shards import Dataset
     from vllm_specdecpp.training.chains import Chains
-    from vllm_specdecpp.training.shards import Dataset
 
 
 def refuse_overlap(data: Sequence[Dataset], evaluate: Sequence[Dataset], judged: Chains) -> None:

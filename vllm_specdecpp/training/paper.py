@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.shards import Shard, empty_shard, open_dataset, write_shard
 from vllm_specdecpp.training.paper_labels import CausalModel, Positions, label, uniforms
 from vllm_specdecpp.training.responses import (
     generate_responses,
@@ -19,13 +20,12 @@ from vllm_specdecpp.training.responses import (
     responses_of,
     responses_path,
 )
-from vllm_specdecpp.training.shards import Shard, empty_shard, open_dataset, write_shard
 from vllm_specdecpp.training.units import UnitSummary, write_responses
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.prompts import Prompt
+    from vllm_specdecpp.data.shards import Manifest
     from vllm_specdecpp.training.collect import CollectOptions
-    from vllm_specdecpp.training.prompts import Prompt
-    from vllm_specdecpp.training.shards import Manifest
 
 
 class PaperCollector:
@@ -136,7 +136,7 @@ class PaperCollector:
                 f"specdecpp: ray={options.ray} with source=paper needs responses=DATASET; collect one with "
                 "source=on-policy first: its answers are the target's own"
             )
-        from vllm_specdecpp.training.prompts import load_prompts
+        from vllm_specdecpp.data.prompts import load_prompts
 
         prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
         done = self._dataset.done_units()

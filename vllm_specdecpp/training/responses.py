@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_specdecpp.training.units import encode, write_responses
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.training.collect import CollectOptions
-    from vllm_specdecpp.training.prompts import Prompt
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two runs: more prompts than any run has."""
@@ -49,7 +49,7 @@ def responses_of(folder: Path, target: str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: one line: no dataset, another target's, or one without responses.
     """
-    from vllm_specdecpp.training.shards import open_dataset
+    from vllm_specdecpp.data.shards import open_dataset
 
     theirs = open_dataset(folder).manifest.target
     if theirs.rsplit("/", 1)[-1].lower() != target.rsplit("/", 1)[-1].lower():

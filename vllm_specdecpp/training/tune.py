@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from vllm_specdecpp.data.manifest import Manifest, write_whole
 from vllm_specdecpp.training.chains import Chains, load_chains, open_rounds
 from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
 from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.held_out import PromptName, refuse_trained_on, training_data
-from vllm_specdecpp.training.manifest import Manifest, write_whole
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.overlap import refuse_overlap
 from vllm_specdecpp.training.replay import (
@@ -43,8 +43,8 @@ from vllm_specdecpp.training.tune_report import (
 )
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.shards import Dataset
     from vllm_specdecpp.head import AcceptanceHead
-    from vllm_specdecpp.training.shards import Dataset
 
 RULES = ("threshold", "confidence", "entropy")
 FILES = ("rows.jsonl", "tune.md", "pareto.png")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.provenance import command_line
 from vllm_specdecpp.training.chains import Chains
 from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.provenance import command_line
 from vllm_specdecpp.training.replay import CUT_RATE_WARNING, Walk
 
 COST_AWARE, COST_AWARE_HEAD = "cost_aware", "cost_aware with the head"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_specdecpp.training.manifest import write_whole
+from vllm_specdecpp.data.manifest import write_whole
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.training.prompts import Prompt
+    from vllm_specdecpp.data.prompts import Prompt
 
 
 @dataclass(frozen=True)

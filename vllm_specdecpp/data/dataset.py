@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_specdecpp.data.rows import LabelRows, every_prompt, rows_of
+from vllm_specdecpp.data.shards import Dataset, open_dataset
 from vllm_specdecpp.head_files import same_model
-from vllm_specdecpp.training.rows import LabelRows, every_prompt, rows_of
-from vllm_specdecpp.training.shards import Dataset, open_dataset
 
 __all__ = ["LabelRows", "load_rows", "open_datasets", "rows_of", "stream_batches"]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_specdecpp.training.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from vllm_specdecpp.training.shard_file import (
+from vllm_specdecpp.data.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from vllm_specdecpp.data.shard_file import (
     ACCEPTED,
     NOT_OBSERVED,
     RoundRecord,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.shard_file import ACCEPTED, NOT_OBSERVED, Shard
 from vllm_specdecpp.decision.features import SCALAR_FEATURES
-from vllm_specdecpp.training.shard_file import ACCEPTED, NOT_OBSERVED, Shard
 
 
 def every_prompt(prompt_id: str) -> bool:

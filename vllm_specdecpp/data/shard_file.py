@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vllm_specdecpp.training.manifest import FORMAT, Manifest, write_whole
+from vllm_specdecpp.data.manifest import FORMAT, Manifest, write_whole
 
 ACCEPTED, REJECTED, NOT_OBSERVED = 1, 0, -1
 """Values of ``Shard.outcome``."""
