@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_specdecpp.config import SpecDecPPConfig
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
     from vllm_specdecpp.pairs import find_pair, known_pairs
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ import torch
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.prompts import Prompt, digest, split_by_id
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import calibrate
 from vllm_specdecpp.training.calibrate import CalibrateOptions, run
 from vllm_specdecpp.training.calibration import Calibration

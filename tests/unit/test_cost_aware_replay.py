@@ -11,7 +11,7 @@ import torch
 
 from tests.recorded_process import HIDDEN, Process, chains_of, record
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths, cost_model
 from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.replay import Lengths, fixed_lengths, oracle_lengths, walk

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.data.dataset import LabelRows
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import fitting, metrics
 from vllm_specdecpp.training.train import TrainOptions, some_prompts, train_head
 

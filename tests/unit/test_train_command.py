@@ -18,7 +18,7 @@ from vllm_specdecpp import cli
 from vllm_specdecpp.data.dataset import LabelRows, load_rows
 from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import train
 from vllm_specdecpp.training.fitting import evaluate, score
 from vllm_specdecpp.training.train import TrainOptions, advice_on, run, train_head

@@ -15,7 +15,7 @@ import torch
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.chains import load_chains
 from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
 from vllm_specdecpp.training.costs import Costs

@@ -13,7 +13,7 @@ from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstima
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import RoundState
 from vllm_specdecpp.decision.rules import FixedRule, ThresholdRule
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN, VOCAB, MAX_LENGTH = 8, 40, 6
 STOP = 3

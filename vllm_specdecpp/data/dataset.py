@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vllm_specdecpp.data.rows import LabelRows, every_prompt, rows_of
 from vllm_specdecpp.data.shards import Dataset, open_dataset
-from vllm_specdecpp.head_files import same_model
+from vllm_specdecpp.head.files import same_model
 
 __all__ = ["LabelRows", "load_rows", "open_datasets", "rows_of", "stream_batches"]
 

@@ -196,7 +196,7 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Load the head once in the front end, so that a bad one fails here and not inside a worker."""
     if config.head is None:
         return
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
     from vllm_specdecpp.provenance import model_label
 
     hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()

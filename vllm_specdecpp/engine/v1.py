@@ -32,7 +32,7 @@ from vllm_specdecpp.engine.metrics import RoundLog
 from vllm_specdecpp.engine.passes import SinglePasses
 from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from vllm_specdecpp.engine.v2_draft_kv import DraftKVGaps
 from vllm_specdecpp.engine.v2_log import DeferredRounds
 from vllm_specdecpp.engine.v2_passes import SHORT, DraftPasses
 from vllm_specdecpp.engine.v2_requests import BatchRequests
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
 
 logger = init_logger("vllm.specdecpp")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
 from vllm_specdecpp.data.manifest import Manifest, write_whole
 from vllm_specdecpp.data.shards import Dataset
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.head_files import CONFIG_FILE, same_model, update_config
+from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.calibration import Calibration, shift_of
 from vllm_specdecpp.training.calibration_report import markdown, pair

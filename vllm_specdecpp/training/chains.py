@@ -27,7 +27,7 @@ from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset, Manifest, Shard
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
 _CHUNK = 16384
 """Hidden states that the head scores at once."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_specdecpp.decision.cost_aware.costs import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.chains import Chains
 from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.replay import Lengths, StepSource, step_source

@@ -20,7 +20,7 @@ from vllm_specdecpp.training.fitting import score, targets
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.dataset import LabelRows
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
 LOGIT_FEATURES = ("top1_prob", "entropy", "margin")
 """Inputs of the strongest baseline without a hidden state."""

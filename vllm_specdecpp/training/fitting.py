@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.decision.features import encode_scalars
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import metrics
 from vllm_specdecpp.training.calibration import fit_regression
 

@@ -108,8 +108,8 @@ def _shown(value: Any) -> str:
 
 
 def _head(source: str) -> dict[str, Any]:
-    from vllm_specdecpp import head_files
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head import files as head_files
+    from vllm_specdecpp.head.model import AcceptanceHead
 
     head = AcceptanceHead.from_pretrained(source)
     folder = head_files.find(source, None)

@@ -25,7 +25,7 @@ from vllm_specdecpp.decision import (
     StopRule,
     ThresholdRule,
 )
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.chains import Chains
 from vllm_specdecpp.training.costs import Costs
 

@@ -44,7 +44,7 @@ from vllm_specdecpp.training.tune_report import (
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
 RULES = ("threshold", "confidence", "entropy")
 FILES = ("rows.jsonl", "tune.md", "pareto.png")
@@ -232,7 +232,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
         if "threshold" in options.rules:
             raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
         return None, list(dict.fromkeys(options.rules)) or [rule for rule in RULES if rule != "threshold"]
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
     if not options.head.is_dir():
         raise ValueError(f"specdecpp: head={options.head} is no folder; give the folder of a trained head")
@@ -259,7 +259,7 @@ def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
 
 
 def _write_rule(options: TuneOptions, choice: Choice, costs: Costs, data: Chains, datasets: Sequence[Dataset]) -> None:
-    from vllm_specdecpp.head import update_config
+    from vllm_specdecpp.head.model import update_config
 
     names = ", ".join(dataset.folder.name for dataset in datasets)
     temperatures = sorted({str(dataset.manifest.sampling.get("temperature", "unknown")) for dataset in datasets})

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vllm_specdecpp import head_files
 from vllm_specdecpp.decision.features import check_features, num_inputs
-from vllm_specdecpp.head_files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, update_config
+from vllm_specdecpp.head import files as head_files
+from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, update_config
 
 __all__ = ["AcceptanceHead", "ResidualBlock", "update_config"]
 
