@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from benchmarks import simulate_report
 from benchmarks.provenance import command_line
 from benchmarks.simulated_streams import DEPTH, STREAMS, Array, Stream, make, recorded
-from vllm_specdecpp.decision.cost_aware.costs import CostModel, suggested_widths
+from vllm_specdecpp.costs.model import CostModel, suggested_widths
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRound, CostAwareRule
 

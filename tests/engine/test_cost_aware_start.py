@@ -8,7 +8,7 @@ import torch
 
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing as costs
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])

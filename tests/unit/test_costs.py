@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.decision.cost_aware.costs import CostCache
+from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.training.costs import Costs
 
 

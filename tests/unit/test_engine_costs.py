@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing as costs
 
 
 class _Clock:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from tests import engine_harness as harness
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs, v2_lora
+from vllm_specdecpp.costs import timing as costs
+from vllm_specdecpp.engine import v2_lora
 
 MAX_TOKENS, RANK = 12, 8
 PROMPTS = harness.prompts(6, seed=11)

@@ -14,7 +14,7 @@ from tests.reference_loop import generate
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
 from tests.v2.cost_rounds import late_copies
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing as costs
 
 MAX_LENGTH, MAX_TOKENS = 5, 16
 PROMPTS = harness.prompts(4, seed=12)

@@ -11,7 +11,7 @@ import pytest
 from tests import engine_harness as harness
 from tests.reference_loop import Rule, generate
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing as costs
 
 MAX_LENGTH, MAX_TOKENS = 5, 14
 PROMPTS = harness.prompts(4, seed=31, longest=60)

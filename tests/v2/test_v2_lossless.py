@@ -14,7 +14,7 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2_round import DeviceRound
 

@@ -29,9 +29,9 @@ def plant() -> None:
     """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
 
-    from vllm_specdecpp.decision.cost_aware.costs import CostModel
-    from vllm_specdecpp.decision.cost_aware.curves import Curve
-    from vllm_specdecpp.engine import costs
+    from vllm_specdecpp.costs import timing as costs
+    from vllm_specdecpp.costs.curves import Curve
+    from vllm_specdecpp.costs.model import CostModel
     from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
     from vllm_specdecpp.engine.v2_passes import StandaloneARSpeculator
 

@@ -29,7 +29,7 @@ PROMPTS = engine_harness.prompts(4, seed=31)
 
 def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
     """For each rule: every request's rounds, on the runner that the environment selects."""
-    from vllm_specdecpp.engine import costs
+    from vllm_specdecpp.costs import timing as costs
 
     measure = costs.measure
     costs.measure = lambda *args: {"first": {1: FIRST}, **CURVES}

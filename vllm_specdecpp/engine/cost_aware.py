@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.decision.cost_aware.costs import CostCache
+from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.decision.estimator import Estimator

@@ -20,11 +20,11 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
-from vllm_specdecpp.engine import costs
 from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows

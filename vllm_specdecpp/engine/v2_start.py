@@ -13,9 +13,9 @@ import torch
 from vllm.distributed import get_tp_group
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.costs import timing as costs
+from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.decision.cost_aware.costs import CostCache
-from vllm_specdecpp.engine import costs
 from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
 
@@ -75,7 +75,7 @@ def _cache(speculator: SpecDecPPSpeculator) -> CostCache:
 
 
 def measure(speculator: SpecDecPPSpeculator, agree: Agree) -> costs.Points:
-    """Time both models as they will run; see :func:`vllm_specdecpp.engine.costs.measure`."""
+    """Time both models as they will run; see :func:`vllm_specdecpp.costs.timing.measure`."""
     passes = V2Passes(speculator)
     with passes.adapters():
         points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, agree)
@@ -85,7 +85,7 @@ def measure(speculator: SpecDecPPSpeculator, agree: Agree) -> costs.Points:
 
 
 class V2Passes:
-    """Runs one pass of a given width and waits for the device (:class:`vllm_specdecpp.engine.costs.Passes`).
+    """Runs one pass of a given width and waits for the device (:class:`vllm_specdecpp.costs.timing.Passes`).
 
     The draft's are without attention and KV; the target's is vLLM's own dummy run, with its graphs. Where the engine
     takes LoRA adapters, a dummy one is on every row of the target's, which needs :meth:`adapters` around it.

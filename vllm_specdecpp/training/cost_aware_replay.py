@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.chains import Chains

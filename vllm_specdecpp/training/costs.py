@@ -151,7 +151,7 @@ class Costs:
     @classmethod
     def _of_engine(cls, path: Path) -> Costs:
         """Of a batch of one: a first draft pass, further ones, and the verification as the engine measured them."""
-        from vllm_specdecpp.decision.cost_aware.costs import CostCache
+        from vllm_specdecpp.costs.model import CostCache
 
         setting, points = CostCache.read(path)
         if 1 not in points["verify"]:

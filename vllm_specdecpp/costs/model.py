@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specdecpp.decision.cost_aware.curves import Array, Curve
+from vllm_specdecpp.costs.curves import Array, Curve
 
 logger = logging.getLogger("vllm.specdecpp")
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_specdecpp.decision.cost_aware.costs import CostCache, suggested_widths
+from vllm_specdecpp.costs.model import CostCache, suggested_widths
 
 logger = logging.getLogger("vllm.specdecpp")
 
