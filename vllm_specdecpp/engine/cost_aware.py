@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.costs.model import CostCache
+from vllm_specdecpp.decision.cost_aware.catch_up import CatchUp
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
+from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.round import CostAwareState
-from vllm_specdecpp.engine.catch_up import CatchUp
 from vllm_specdecpp.engine.draft_inputs import RowState
-from vllm_specdecpp.engine.output_lengths import OutputLengths
-from vllm_specdecpp.engine.reliability import ReliabilityLog
 
 logger = logging.getLogger("vllm.specdecpp")
 
