@@ -132,9 +132,9 @@ class SpecDecPPWorkerMixin:
         proposer, runner = self._proposer, self.model_runner
         if get_tp_group().rank_in_group != 0 or proposer.recorder is not None:
             return
-        from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
-        from vllm_specdecpp.engine.recorder import RoundRecorder
-        from vllm_specdecpp.engine.recording_sampler import RecordingRejectionSampler
+        from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
+        from vllm_specdecpp.engine.recording.recorder import RoundRecorder
+        from vllm_specdecpp.engine.recording.sampler import RecordingRejectionSampler
 
         config, folder = proposer.config, None
         if config.record_dir is not None:
@@ -185,7 +185,7 @@ class SpecDecPPWorkerMixin:
     ) -> dict[str, Any]:
         """Write what was recorded since the last call; the first call starts recording if ``record_dir`` did not.
 
-        Arguments, result and errors are those of :meth:`vllm_specdecpp.engine.recorder.RoundRecorder.flush`; the
+        Arguments, result and errors are those of :meth:`vllm_specdecpp.engine.recording.recorder.RoundRecorder.flush`; the
         result is empty on all ranks but the first.
         """
         self._start_recording()

@@ -212,7 +212,7 @@ def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Open the folder once in the front end, so that one that cannot be recorded into fails here."""
     if config.record_dir is None:
         return
-    from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
+    from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
 
     RecordFolder(config.record_dir, server_manifest(vllm_config)).close()
     logger.info("specdecpp: recording hidden states and token ids into %s", config.record_dir)

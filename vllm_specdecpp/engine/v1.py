@@ -36,7 +36,7 @@ from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.engine.recorder import DraftTrace, RoundRecorder
+    from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
 
 logger = init_logger("vllm.specdecpp")
 
