@@ -47,8 +47,8 @@ def widths_seen(runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("num_requests", [1, 3])
 def test_padding_changes_the_width_and_nothing_else(llm, monkeypatch, num_requests):
+    from vllm_specdecpp.engine.shared.widths import RowWidths
     from vllm_specdecpp.engine.target_widths import pad_to, unpad
-    from vllm_specdecpp.engine.widths import RowWidths
 
     runner = runner_of(llm)
     requests = harness.prompts(num_requests, seed=5)

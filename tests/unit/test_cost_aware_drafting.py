@@ -11,8 +11,8 @@ import torch
 
 from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.head.model import AcceptanceHead
 
 CURVES = {"first": {1: 1.0, 8: 1.2}, "step": {1: 1.0, 8: 1.2}, "verify": {1: 10.0, 64: 12.0}}
@@ -266,7 +266,7 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
 
 
 def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_specdecpp.engine import cost_aware
+    from vllm_specdecpp.engine.shared import cost_aware
 
     monkeypatch.setattr(cost_aware, "SAVE_EVERY", 3)
     saved: list[Any] = []

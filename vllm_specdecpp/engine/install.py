@@ -105,7 +105,7 @@ class SpecDecPPWorkerMixin:
         import torch
 
         from vllm_specdecpp.engine import target_widths
-        from vllm_specdecpp.engine.widths import RowWidths
+        from vllm_specdecpp.engine.shared.widths import RowWidths
 
         runner = self.model_runner
         if not target_widths.can_pad(runner):
@@ -163,8 +163,8 @@ class SpecDecPPWorkerMixin:
         return self._speculator or self._proposer
 
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.metrics.RoundLog`; and
-        ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.cost_aware.CostAwareDrafting.stats`."""
+        """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.shared.round_log.RoundLog`; and
+        ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.shared.cost_aware.CostAwareDrafting.stats`."""
         drafter = self._drafter
         stats = drafter.log.stats(reset=reset)
         if drafter.cost_aware is not None:
@@ -177,7 +177,7 @@ class SpecDecPPWorkerMixin:
 
     def specdecpp_step_times(self, clear: bool = False) -> list[dict[str, Any]]:
         """Times of the last ``trace_rounds`` steps, oldest first; see
-        :meth:`vllm_specdecpp.engine.metrics.RoundLog.step_times`."""
+        :meth:`vllm_specdecpp.engine.shared.round_log.RoundLog.step_times`."""
         return self._proposer.log.step_times(clear=clear)
 
     def specdecpp_flush_records(

@@ -14,7 +14,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 
-from vllm_specdecpp.engine.widths import MAX_ROWS, RowWidths, measure
+from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
 
 _METHOD = "_determine_batch_execution_and_padding"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.engine.shared.round_log import RoundLog
 
 
 class HostCopy:
