@@ -11,8 +11,8 @@ import torch
 
 from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.engine.draft_inputs import RowState
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.head.model import AcceptanceHead
 
 CURVES = {"first": {1: 1.0, 8: 1.2}, "step": {1: 1.0, 8: 1.2}, "verify": {1: 10.0, 64: 12.0}}

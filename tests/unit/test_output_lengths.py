@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
-from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 
 def _serve(lengths: OutputLengths, name: str, prompt: int, tokens: int, beside: str | None = None) -> None:

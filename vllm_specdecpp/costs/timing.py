@@ -34,7 +34,7 @@ Points = dict[str, dict[int, float]]
 
 
 class Passes(Protocol):
-    """What is timed; see :class:`vllm_specdecpp.engine.passes.SinglePasses`."""
+    """What is timed; see :class:`vllm_specdecpp.engine.v1.timing.SinglePasses`."""
 
     @property
     def target_to_draft(self) -> float | None: ...

@@ -14,7 +14,7 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.options import ADDITIONAL_CONFIG_KEY
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+    from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
     from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
 
 logger = init_logger("vllm.specdecpp")
@@ -50,13 +50,13 @@ class SpecDecPPWorkerMixin:
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
-        from vllm_specdecpp.engine import plain_steps
-        from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+        from vllm_specdecpp.engine.v1 import plain_steps
+        from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
         runner = self.model_runner
         plain_steps.sample_plainly(runner)
         if self.device.type == "cpu":
-            from vllm_specdecpp.engine import cpu_sampler
+            from vllm_specdecpp.engine.v1 import cpu_sampler
 
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
@@ -104,8 +104,8 @@ class SpecDecPPWorkerMixin:
         """Let the target verify at the cheapest measured width; every rank at the same one."""
         import torch
 
-        from vllm_specdecpp.engine import target_widths
         from vllm_specdecpp.engine.shared.widths import RowWidths
+        from vllm_specdecpp.engine.v1 import target_widths
 
         runner = self.model_runner
         if not target_widths.can_pad(runner):

@@ -19,8 +19,8 @@ import torch
 
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import NUM_BUCKETS
-from vllm_specdecpp.engine.draft_inputs import RowState
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail, Report
 from vllm_specdecpp.engine.v2_log import HostCopy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 _MEMORY = 64.0
 """Requests that the mean remembers."""

@@ -19,8 +19,8 @@ import torch
 
 from vllm_specdecpp.data.shards import RoundRecord, empty_shard, open_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.features import StepFeatures
-from vllm_specdecpp.engine.draft_inputs import RowState
 from vllm_specdecpp.engine.recording.folder import RecordFolder
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 logger = logging.getLogger("vllm.specdecpp")
 

@@ -18,7 +18,7 @@ from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.round import CostAwareState
-from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 logger = logging.getLogger("vllm.specdecpp")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.request_options import RequestOptions
 
 

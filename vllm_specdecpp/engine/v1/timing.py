@@ -10,7 +10,7 @@ import torch
 from vllm.forward_context import set_forward_context
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+    from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
 
 class SinglePasses:

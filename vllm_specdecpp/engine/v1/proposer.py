@@ -25,13 +25,13 @@ from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
-from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
-from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows
-from vllm_specdecpp.engine.passes import SinglePasses
-from vllm_specdecpp.engine.requests import RunnerRequests
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
+from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.v1.requests import RunnerRequests
+from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.timing import SinglePasses
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
 
