@@ -21,7 +21,7 @@ from tests import engine_harness as harness
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from tests.v2 import harness as v2_harness
 from vllm_specdecpp.costs import timing as costs
-from vllm_specdecpp.engine import v2_lora
+from vllm_specdecpp.engine.v2 import lora as v2_lora
 
 MAX_TOKENS, RANK = 12, 8
 PROMPTS = harness.prompts(6, seed=11)
@@ -93,7 +93,7 @@ def started(tiny, expected, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         from vllm.lora.worker_manager import WorkerLoRAManager
 
-        from vllm_specdecpp.engine.v2_start import V2Passes
+        from vllm_specdecpp.engine.v2.timing import V2Passes
 
         add, target = WorkerLoRAManager.add_dummy_lora, V2Passes.target
 

@@ -107,7 +107,8 @@ def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous
 def test_what_was_booked_beyond_a_draft_is_never_accepted(tiny, reference, asynchronous, monkeypatch, masked):
     """The room is filled with what the draft would have gone on with; without the mask that is accepted, and shows."""
     from vllm_specdecpp.decision.rules import FixedRule
-    from vllm_specdecpp.engine import v2, v2_sampler
+    from vllm_specdecpp.engine.v2 import sampler as v2_sampler
+    from vllm_specdecpp.engine.v2 import speculator as v2
 
     expected = _expected(tiny, reference)
     original = v2.SpecDecPPSpeculator.propose

@@ -32,8 +32,8 @@ def plant() -> None:
     from vllm_specdecpp.costs import timing as costs
     from vllm_specdecpp.costs.curves import Curve
     from vllm_specdecpp.costs.model import CostModel
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
-    from vllm_specdecpp.engine.v2_passes import StandaloneARSpeculator
+    from vllm_specdecpp.engine.v2.passes import StandaloneARSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
     if getattr(SpecDecPPSpeculator, "_planted", False):
         return

@@ -15,7 +15,7 @@ from vllm_specdecpp.engine.options import ADDITIONAL_CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
 logger = init_logger("vllm.specdecpp")
 
@@ -38,13 +38,13 @@ class SpecDecPPWorkerMixin:
 
     def _install_speculator(self, config: SpecDecPPConfig) -> None:
         """Model Runner V2."""
-        from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+        from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
         self.model_runner.speculator = None  # its buffers can be large
         runner = self.model_runner
         runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
         if self.vllm_config.lora_config is not None:
-            from vllm_specdecpp.engine import v2_lora
+            from vllm_specdecpp.engine.v2 import lora as v2_lora
 
             v2_lora.count_rows(runner)
 
@@ -70,7 +70,7 @@ class SpecDecPPWorkerMixin:
         """Load as vLLM does; on Model Runner V2 then tell the rejection sampler where drafts end."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         if self._speculator is not None:
-            from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+            from vllm_specdecpp.engine.v2.sampler import end_of_draft_sampler
 
             runner = self.model_runner
             runner.rejection_sampler = end_of_draft_sampler(runner.rejection_sampler, self._speculator.submitted)

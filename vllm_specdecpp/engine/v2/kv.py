@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_specs
 
-from vllm_specdecpp.engine.v2_log import HostCopy
+from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 Span = tuple[int, int]
 """Positions of a request: the first, and the one after the last."""

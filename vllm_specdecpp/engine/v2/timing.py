@@ -16,11 +16,11 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
-from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4

@@ -4,7 +4,7 @@
 Everything lives in buffers that keep their address, so a step can be recorded in a CUDA graph and replayed. The rule's
 estimator is the one that V1 calls; what it reads of the logits comes from one pass over them
 (``vllm_specdecpp.kernels.logits_summary``), and survival, lengths, stop mask and the -1 fill are one launch
-(``vllm_specdecpp.kernels.threshold_tail``, or under the cost-aware rule that of ``engine.v2_cost_tail``).
+(``vllm_specdecpp.kernels.threshold_tail``, or under the cost-aware rule that of ``engine.v2.cost_tail``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule
-from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-from vllm_specdecpp.engine.v2_requests import COLUMNS
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2.requests import COLUMNS
 from vllm_specdecpp.kernels.logits_summary import logits_summary, make_partials
 from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 

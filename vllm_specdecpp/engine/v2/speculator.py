@@ -3,12 +3,12 @@
 
 Loading, KV groups, block tables and attention metadata stay vLLM's (``StandaloneARSpeculator``). A further pass is run
 only while some request wants it, requests that have stopped write no KV, and each one's candidates end with -1. The
-eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.graphs``) do not ask. The
-cost-aware rule, too, decides on the device, by what the host loads once a round (``engine.v2_cost_aware``).
+eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.v2.graphs``) do not ask. The
+cost-aware rule, too, decides on the device, by what the host loads once a round (``engine.v2.cost_aware``).
 
 How a length reaches the verification: with synchronous scheduling the Worker hands the scheduler lists of that length
 (:meth:`SpecDecPPSpeculator.ragged`), so fewer rows are verified; with asynchronous scheduling the scheduler has booked
-the upper bound already, and ``engine.v2_sampler`` ends each request's verification where its draft ended.
+the upper bound already, and ``engine.v2.sampler`` ends each request's verification where its draft ended.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
-from vllm_specdecpp.engine import graphs, v2_start
-from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware, Plan
-from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-from vllm_specdecpp.engine.v2_draft_kv import DraftKVGaps
-from vllm_specdecpp.engine.v2_log import DeferredRounds
-from vllm_specdecpp.engine.v2_passes import SHORT, DraftPasses
-from vllm_specdecpp.engine.v2_requests import BatchRequests
+from vllm_specdecpp.engine.v2 import graphs
+from vllm_specdecpp.engine.v2 import timing as v2_start
+from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
+from vllm_specdecpp.engine.v2.kv import DraftKVGaps
+from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
+from vllm_specdecpp.engine.v2.requests import BatchRequests
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
 

@@ -2,7 +2,7 @@
 """The passes of the draft model on Model Runner V2, on buffers that keep their address.
 
 A round is a first pass and any number of later ones; what is here never waits for the device, so that each can be
-recorded in a CUDA graph (``engine.graphs``) as it is.
+recorded in a CUDA graph (``engine.v2.graphs``) as it is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-from vllm_specdecpp.engine.v2_draft_kv import Span
-from vllm_specdecpp.engine.v2_round import DeviceRound
+from vllm_specdecpp.engine.v2.kv import Span
+from vllm_specdecpp.engine.v2.round import DeviceRound
 
 SHORT = 2
 """Tokens a request that the short first pass reads."""

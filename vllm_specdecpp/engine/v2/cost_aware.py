@@ -21,8 +21,8 @@ from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import NUM_BUCKETS
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.v1.inputs import RowState
-from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail, Report
-from vllm_specdecpp.engine.v2_log import HostCopy
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail, Report
+from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 
 class StreamClock:
