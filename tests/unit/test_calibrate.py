@@ -18,10 +18,10 @@ from vllm_specdecpp import cli
 from vllm_specdecpp.data.prompts import Prompt, digest, split_by_id
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training import calibrate
-from vllm_specdecpp.training.calibrate import CalibrateOptions, run
-from vllm_specdecpp.training.calibration import Calibration
-from vllm_specdecpp.training.calibration_report import verdict
+from vllm_specdecpp.training.fit import calibrate
+from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
+from vllm_specdecpp.training.fit.calibration import Calibration
+from vllm_specdecpp.training.fit.calibration_report import verdict
 
 HIDDEN, K, W_REJ = 8, 3, 6.0
 ESTIMATORS = [
@@ -248,7 +248,7 @@ def test_a_damaged_provenance_is_named(head: Path, fit: Path, content: str) -> N
 
 
 def test_what_train_writes_is_understood(tmp_path: Path) -> None:
-    train_module = pytest.importorskip("vllm_specdecpp.training.train")
+    train_module = pytest.importorskip("vllm_specdecpp.training.fit.train")
     data = make_dataset(tmp_path / "train", ids("train", 60))
     out = tmp_path / "trained"
     train_options = train_module.TrainOptions(
@@ -389,7 +389,7 @@ def test_from_the_command_line(
 
 def test_manifests_in_the_provenance_are_those_of_the_folders(fit: Path, head: Path) -> None:
     from vllm_specdecpp.data.shards import open_dataset
-    from vllm_specdecpp.training.held_out import training_data
+    from vllm_specdecpp.training.fit.held_out import training_data
 
     write_provenance(head, [fit])
     found = training_data(head)
@@ -400,7 +400,7 @@ def test_manifests_in_the_provenance_are_those_of_the_folders(fit: Path, head: P
 
 def test_a_servers_traffic_is_known_by_its_whole_manifest(fit: Path, head: Path) -> None:
     from vllm_specdecpp.data.shards import open_dataset
-    from vllm_specdecpp.training.held_out import training_data
+    from vllm_specdecpp.training.fit.held_out import training_data
 
     server = Manifest(**{**asdict(open_dataset(fit).manifest), "prompts_digest": "", "created": "today"})
     entry = {"folder": "x", "manifest": json.loads(json.dumps(asdict(server)))}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_specdecpp.costs.model import CostCache
-from vllm_specdecpp.training.costs import Costs
+from vllm_specdecpp.training.replay.costs import Costs
 
 
 def costs(**changes: Any) -> Costs:

@@ -12,8 +12,8 @@ import torch
 from tests.tiny_models import HIDDEN_SIZE
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import inspect as command
-from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.inspect import InspectOptions, facts
+from vllm_specdecpp.training.replay.costs import Costs
 
 
 def _shown(what, capsys, **options) -> str:

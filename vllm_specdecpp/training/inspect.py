@@ -214,7 +214,7 @@ def _costs(path: Path) -> dict[str, Any]:
         return {"kind": ENGINE_COSTS, "where": str(path), "setting": setting, "seconds": seconds}
     from dataclasses import asdict
 
-    from vllm_specdecpp.training.costs import Costs
+    from vllm_specdecpp.training.replay.costs import Costs
 
     costs = Costs.load(path)
     rest = asdict(costs)

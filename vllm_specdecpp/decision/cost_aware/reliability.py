@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 
 NUM_BINS = 15
-"""Of equal width over [0, 1], as in ``training.metrics``."""
+"""Of equal width over [0, 1], as in ``training.statistics``."""
 
 
 class ReliabilityLog:

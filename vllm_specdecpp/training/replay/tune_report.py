@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.provenance import command_line
-from vllm_specdecpp.training.chains import Chains
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.replay import CUT_RATE_WARNING, Walk
+from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import CUT_RATE_WARNING, Walk
 
 COST_AWARE, COST_AWARE_HEAD = "cost_aware", "cost_aware with the head"
 """The engine's default rule, which has no threshold to choose; without a head it reads the top-1 probability."""

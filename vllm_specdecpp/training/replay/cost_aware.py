@@ -15,9 +15,9 @@ from torch import Tensor
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.chains import Chains
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.replay import Lengths, StepSource, step_source
+from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
 
 
 def cost_aware_lengths(chains: Chains, costs: Costs, head: AcceptanceHead | None, max_length: int) -> Lengths:

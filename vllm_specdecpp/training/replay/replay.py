@@ -3,7 +3,7 @@
 
 The rule's own code (:class:`RoundState`) runs once over every start of the chains as one batch; walking the chains with
 the lengths that come out is arithmetic. A rule meets the recorded features of a start's steps in order, as in the
-engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.chains`.
+engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
 
 Every policy emits the same tokens, so tokens per second differ by the seconds alone. Prefill is left out.
 """
@@ -26,8 +26,8 @@ from vllm_specdecpp.decision import (
     ThresholdRule,
 )
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.chains import Chains
-from vllm_specdecpp.training.costs import Costs
+from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.costs import Costs
 
 CUT_RATE_WARNING = 0.02
 """Above this share of rounds that outrun the record, the rounds should be recorded with more candidates."""

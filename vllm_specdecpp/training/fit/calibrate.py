@@ -22,9 +22,9 @@ from vllm_specdecpp.data.shards import Dataset
 from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
-from vllm_specdecpp.training.calibration import Calibration, shift_of
-from vllm_specdecpp.training.calibration_report import markdown, pair
-from vllm_specdecpp.training.estimates import (
+from vllm_specdecpp.training.fit.calibration import Calibration, shift_of
+from vllm_specdecpp.training.fit.calibration_report import markdown, pair
+from vllm_specdecpp.training.fit.estimates import (
     Estimate,
     Scored,
     by_set,
@@ -33,9 +33,9 @@ from vllm_specdecpp.training.estimates import (
     reliability_curves,
     score_rows,
 )
-from vllm_specdecpp.training.held_out import TrainingData, name_digest, refuse_seen, training_data
-from vllm_specdecpp.training.metrics import chance_ece
+from vllm_specdecpp.training.fit.held_out import TrainingData, name_digest, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.statistics import chance_ece
 
 ROWS_FILE, TABLE_FILE, PLOT_FILE = FILES = ("rows.jsonl", "calibrate.md", "reliability.png")
 BEFORE_FILE = CONFIG_FILE + ".before"

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specdecpp.training.units import encode, write_responses
+from vllm_specdecpp.training.collect.units import encode, write_responses
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.training.collect import CollectOptions
+    from vllm_specdecpp.training.collect.command import CollectOptions
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two runs: more prompts than any run has."""

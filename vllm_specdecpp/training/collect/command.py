@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from vllm_specdecpp.training.collect.on_policy import FEWEST_TOKENS, OnPolicyCollector
+from vllm_specdecpp.training.collect.stop_signal import StopSignal
+from vllm_specdecpp.training.collect.units import Collector, UnitSummary
 from vllm_specdecpp.training.model_config import model_config
-from vllm_specdecpp.training.on_policy import FEWEST_TOKENS, OnPolicyCollector
 from vllm_specdecpp.training.options import CommandOptions
-from vllm_specdecpp.training.stop_signal import StopSignal
-from vllm_specdecpp.training.units import Collector, UnitSummary
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
@@ -178,7 +178,7 @@ def _collect_all(
     if options.ray is None:
         results = _one_by_one(units, make_collector)
     else:
-        from vllm_specdecpp.training.ray_collect import collect_with_ray
+        from vllm_specdecpp.training.collect.ray_collect import collect_with_ray
 
         results = collect_with_ray(units, make_collector, options.ray, gpus_per_worker=options.tensor_parallel_size)
     tokens = observed = skipped = 0
@@ -213,7 +213,7 @@ def _one_by_one(
 def _collector_class(source: str) -> Callable[[CollectOptions, Manifest], Collector]:
     if source == "on-policy":
         return OnPolicyCollector
-    from vllm_specdecpp.training.paper import PaperCollector
+    from vllm_specdecpp.training.collect.paper import PaperCollector
 
     return PaperCollector
 

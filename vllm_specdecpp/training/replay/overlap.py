@@ -8,12 +8,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_specdecpp.training.held_out import PromptName, prompts_of
-from vllm_specdecpp.training.responses import read_responses
+from vllm_specdecpp.training.collect.responses import read_responses
+from vllm_specdecpp.training.fit.held_out import PromptName, prompts_of
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset
-    from vllm_specdecpp.training.chains import Chains
+    from vllm_specdecpp.training.replay.chains import Chains
 
 
 def refuse_overlap(data: Sequence[Dataset], evaluate: Sequence[Dataset], judged: Chains) -> None:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training import metrics
-from vllm_specdecpp.training.calibration import fit_regression
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit.calibration import fit_regression
 
 _CONSTANT = 1e-5
 """A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from vllm_specdecpp.data.manifest import Manifest, write_whole
-from vllm_specdecpp.training.chains import Chains, load_chains, open_rounds
-from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.held_out import PromptName, refuse_trained_on, training_data
+from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
-from vllm_specdecpp.training.overlap import refuse_overlap
-from vllm_specdecpp.training.replay import (
+from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
+from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.overlap import refuse_overlap
+from vllm_specdecpp.training.replay.replay import (
     fixed_lengths,
     oracle_lengths,
     step_source,
@@ -31,7 +31,7 @@ from vllm_specdecpp.training.replay import (
     threshold_lengths,
     walk,
 )
-from vllm_specdecpp.training.tune_report import (
+from vllm_specdecpp.training.replay.tune_report import (
     ALL,
     COST_AWARE,
     COST_AWARE_HEAD,

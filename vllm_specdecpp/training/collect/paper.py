@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.data.shards import Shard, empty_shard, open_dataset, write_shard
-from vllm_specdecpp.training.paper_labels import CausalModel, Positions, label, uniforms
-from vllm_specdecpp.training.responses import (
+from vllm_specdecpp.training.collect.paper_labels import CausalModel, Positions, label, uniforms
+from vllm_specdecpp.training.collect.responses import (
     generate_responses,
     pick_responses,
     read_responses,
     responses_of,
     responses_path,
 )
-from vllm_specdecpp.training.units import UnitSummary, write_responses
+from vllm_specdecpp.training.collect.units import UnitSummary, write_responses
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.data.shards import Manifest
-    from vllm_specdecpp.training.collect import CollectOptions
+    from vllm_specdecpp.training.collect.command import CollectOptions
 
 
 class PaperCollector:

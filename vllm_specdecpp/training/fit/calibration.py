@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.training.metrics import row_losses
+from vllm_specdecpp.training.statistics import row_losses
 
 SLOPE_PRECISION = 1.0
 """The slope's prior is Normal(1, 1 / precision): it damps the slope where scores separate the labels perfectly."""

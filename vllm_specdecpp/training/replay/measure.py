@@ -20,9 +20,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vllm_specdecpp.provenance import command_line, hardware, model_label, versions
-from vllm_specdecpp.training.costs import Costs, check_free
+from vllm_specdecpp.training.collect.units import encode
 from vllm_specdecpp.training.options import CommandOptions
-from vllm_specdecpp.training.units import encode
+from vllm_specdecpp.training.replay.costs import Costs, check_free
 
 _WARM_UP_TOKENS = 8
 _KEPT_STEPS = 100_000

@@ -25,8 +25,8 @@ from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, check_features
 from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, replace
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.fitting import MemoryRows, Source, evaluate, fit, start_at_scalars, statistics
-from vllm_specdecpp.training.held_out import PromptName, prompt_lists, prompts_of
+from vllm_specdecpp.training.fit.fitting import MemoryRows, Source, evaluate, fit, start_at_scalars, statistics
+from vllm_specdecpp.training.fit.held_out import PromptName, prompt_lists, prompts_of
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 
 LOG_FILE = "log.csv"
