@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["AcceptanceHead", "SpecDecPPConfig", "__version__", "find_pair", "known_pairs"]
 
 _HOME_OF = {
-    "AcceptanceHead": "head",
+    "AcceptanceHead": "head.model",
     "SpecDecPPConfig": "config",
     "find_pair": "pairs",
     "known_pairs": "pairs",

@@ -16,7 +16,7 @@ class TestCollect:
     """The command on tiny models, in this process."""
 
     def options(self, tiny, tmp_path, **changes: Any) -> Any:
-        from vllm_specdecpp.training.collect.command import CollectOptions
+        from vllm_specdecpp.training.collect.options import CollectOptions
 
         texts = ["one word", "a somewhat longer prompt", "x" * 400, "the end", "five"]
         lines = [json.dumps({"id": f"p{i}", "set": f"s{i % 2}", "prompt": text}) for i, text in enumerate(texts)]

@@ -183,7 +183,7 @@ def test_times_that_are_not_the_rounds_own_are_left_out(
 def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: int, late: range) -> None:
     drafting, _ = _drafting()
     for tokens in range(usual):
-        drafting._output_lengths.update([RowState("before", 0, 5 + tokens)])
+        drafting._output_lengths.update({"before": 5 + tokens})
     rows, drafted = [RowState("far", 8000, 8001), RowState("near", 8000, 8001)], [0, 0]
     outcomes: dict[int, tuple[int, int]] = {}
     for _ in range(40):

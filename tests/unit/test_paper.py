@@ -162,7 +162,7 @@ SENTENCES = ["Wrap the text.", "A line of words, longer than the first one.", "d
 
 
 def _options(tiny, out, **changes):
-    from vllm_specdecpp.training.collect.command import CollectOptions
+    from vllm_specdecpp.training.collect.options import CollectOptions
 
     settings = {
         "target": tiny.target, "draft": tiny.draft_good, "prompts": str(out.parent / "prompts.txt"), "out": out,

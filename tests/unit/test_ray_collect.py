@@ -60,7 +60,8 @@ def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path)
     """Two workers label with real (tiny) models; the first that has written unit 1 dies before it can say so."""
     from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.data.shards import create_dataset
-    from vllm_specdecpp.training.collect.command import CollectOptions, make_manifest
+    from vllm_specdecpp.training.collect.command import make_manifest
+    from vllm_specdecpp.training.collect.options import CollectOptions
     from vllm_specdecpp.training.collect.paper import PaperCollector
     from vllm_specdecpp.training.collect.units import write_responses
 
@@ -118,7 +119,8 @@ def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monke
     """A worker has another working directory: it must neither write nor look elsewhere."""
     from vllm_specdecpp.data.prompts import load_prompts
     from vllm_specdecpp.data.shards import create_dataset, open_dataset
-    from vllm_specdecpp.training.collect.command import CollectOptions, make_manifest, run
+    from vllm_specdecpp.training.collect.command import make_manifest, run
+    from vllm_specdecpp.training.collect.options import CollectOptions
     from vllm_specdecpp.training.collect.units import encode, write_responses
 
     monkeypatch.chdir(tmp_path)

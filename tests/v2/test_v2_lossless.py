@@ -14,7 +14,7 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.costs import timing as costs
+from vllm_specdecpp.costs import timing
 from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.round import DeviceRound
 
@@ -183,7 +183,7 @@ def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> Non
 
 @pytest.fixture(autouse=True)
 def costs_are_known(monkeypatch):
-    monkeypatch.setattr(costs, "measure", lambda *args: CURVES)
+    monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
 
 
 def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):

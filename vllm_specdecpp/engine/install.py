@@ -44,9 +44,9 @@ class SpecDecPPWorkerMixin:
         runner = self.model_runner
         runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
         if self.vllm_config.lora_config is not None:
-            from vllm_specdecpp.engine.v2 import lora as v2_lora
+            from vllm_specdecpp.engine.v2 import lora
 
-            v2_lora.count_rows(runner)
+            lora.count_rows(runner)
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
@@ -163,8 +163,8 @@ class SpecDecPPWorkerMixin:
         return self._speculator or self._proposer
 
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.shared.round_log.RoundLog`; and
-        ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.shared.cost_aware.CostAwareDrafting.stats`."""
+        """Counters since start-up or the last reset, see ``engine.shared.round_log.RoundLog``; and ``cost_aware``, if
+        that rule has run: see ``engine.shared.cost_aware.CostAwareDrafting.stats``."""
         drafter = self._drafter
         stats = drafter.log.stats(reset=reset)
         if drafter.cost_aware is not None:
@@ -185,8 +185,8 @@ class SpecDecPPWorkerMixin:
     ) -> dict[str, Any]:
         """Write what was recorded since the last call; the first call starts recording if ``record_dir`` did not.
 
-        Arguments, result and errors are those of :meth:`vllm_specdecpp.engine.recording.recorder.RoundRecorder.flush`; the
-        result is empty on all ranks but the first.
+        Arguments, result and errors are those of ``engine.recording.recorder.RoundRecorder.flush``; the result
+        is empty on all ranks but the first.
         """
         self._start_recording()
         recorder = self._proposer.recorder

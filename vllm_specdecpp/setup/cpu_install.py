@@ -237,7 +237,8 @@ def run(fix: bool = False) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_specdecpp.setup.cpu_install", description="Install or mend vLLM's CPU build in this environment."
+        prog="python -m vllm_specdecpp.setup.cpu_install",
+        description="Install or mend vLLM's CPU build in this environment.",
     )
     parser.add_argument("--fix", action="store_true", help=f"remove {', '.join(COMPANIONS)} where they are broken")
     args = parser.parse_args(argv)

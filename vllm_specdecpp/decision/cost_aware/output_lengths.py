@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from vllm_specdecpp.engine.v1.inputs import RowState
+from collections.abc import Mapping
 
 _MEMORY = 64.0
 """Requests that the mean remembers."""
@@ -21,12 +19,16 @@ class OutputLengths:
         self._emitted: dict[str, int] = {}
         self._mean, self._weight = 0.0, 0.0
 
-    def update(self, rows: Sequence[RowState]) -> None:
-        """Call once a round, with the whole batch. A preempted request counts as one that ended."""
+    def update(self, next_positions: Mapping[str, int]) -> None:
+        """Call once a round. A preempted request counts as one that ended.
+
+        Args:
+            next_positions: request id -> position of the token emitted last, of the whole batch.
+        """
         emitted = {}
-        for row in rows:
-            start = self._starts.setdefault(row.request_id, row.next_position)
-            emitted[row.request_id] = row.next_position - start + 1
+        for request_id, position in next_positions.items():
+            start = self._starts.setdefault(request_id, position)
+            emitted[request_id] = position - start + 1
         for request_id in self._emitted.keys() - emitted.keys():
             del self._starts[request_id]
             self._weight = min(self._weight + 1, _MEMORY)

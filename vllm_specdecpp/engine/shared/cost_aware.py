@@ -90,7 +90,7 @@ class CostAwareDrafting:
                 by_request = {rows[index].request_id: outcome for index, outcome in outcomes.items()}
                 self.finish(self._round, self._step, by_request, len(rows), since_last_seconds)
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
-            self._output_lengths.update(rows)
+            self._output_lengths.update({row.request_id: row.next_position for row in rows})
             self._leave_out(self._round, rows, _reading(rows, first_missing), room)
         state = CostAwareState(
             self._round, self.estimator, self.estimator.needs, len(rows), stop_token_ids=stop_token_ids,

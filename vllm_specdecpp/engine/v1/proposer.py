@@ -20,11 +20,12 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.costs import timing as costs
+from vllm_specdecpp.costs import timing
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
+from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
@@ -101,14 +102,14 @@ class SpecDecPPProposer(DraftModelProposer):
             return self.cost_aware
         scheduler = self.vllm_config.scheduler_config
         estimator, leads = make_estimator(self.head), get_tp_group().rank_in_group == 0
-        cache = costs.cost_cache(self.vllm_config, self.device)
+        cache = cost_file.cost_cache(self.vllm_config, self.device)
         points = cache.load() if leads else None
         measured = not bool(self.agree(torch.tensor([points is not None])))
         if measured:
-            points = costs.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
+            points = timing.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
         rule = None
         if leads and points is not None:
-            most = min(scheduler.max_num_batched_tokens, costs.MAX_TOKENS)
+            most = min(scheduler.max_num_batched_tokens, timing.MAX_TOKENS)
             model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most)
             bound, adapt = self._max_num_speculative_tokens, self.config.online_calibration
             rule = CostAwareRule(model, bound, lag=estimator.lag, adapt=adapt)

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
-
-if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
 
 class SinglePasses:
     """Runs one pass of a given width, padded as in a real round, and waits for the device.
 
     Args:
-        proposer: with its model loaded; its input buffers are used.
+        proposer: ``SpecDecPPProposer``, its model loaded; its input buffers are used.
     """
 
-    def __init__(self, proposer: SpecDecPPProposer) -> None:
+    def __init__(self, proposer: Any) -> None:
         self._proposer = proposer
         self._runner: Any = proposer.runner
 

@@ -150,7 +150,7 @@ class DeviceCostAware(CostAwareDrafting):
             round_ = self.rule.begin(request_ids, max_lengths)
             wanted = round_.running.copy()
             rows = [RowState(name, at, at) for name, at in zip(request_ids, next_positions, strict=True)]
-            self._output_lengths.update(rows)
+            self._output_lengths.update(dict(zip(request_ids, next_positions, strict=True)))
             late, new = np.array(behind, dtype=np.int64), np.array(prompts, dtype=np.int64)
             if (wanted & (late + new == 0)).any():
                 new[:] = 0  # this step's prompts are read in any case

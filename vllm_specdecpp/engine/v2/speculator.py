@@ -13,29 +13,26 @@ the upper bound already, and ``engine.v2.sampler`` ends each request's verificat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
-from vllm.distributed.parallel_state import graph_capture
 from vllm.logger import init_logger
 from vllm.utils import torch_utils
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
-from vllm_specdecpp.engine.v2 import graphs
-from vllm_specdecpp.engine.v2 import timing as v2_start
+from vllm_specdecpp.engine.v2 import timing
+from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
 from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
-from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
+from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.engine.v2.requests import BatchRequests
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
@@ -43,7 +40,7 @@ from vllm_specdecpp.provenance import model_label
 logger = init_logger("vllm.specdecpp")
 
 
-class SpecDecPPSpeculator(DraftPasses):
+class SpecDecPPSpeculator(CapturedRounds):
     """Drafts with a candidate length per request.
 
     Args:
@@ -69,10 +66,7 @@ class SpecDecPPSpeculator(DraftPasses):
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
-        self.graphs: graphs.DraftGraphs | None = None
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        self._full_graphs = False
-        self._mode = graphs.EAGER, "vLLM captured no graphs"
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
@@ -97,7 +91,7 @@ class SpecDecPPSpeculator(DraftPasses):
             self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
             return
         if self._tail is None:
-            most = v2_start.most_tokens(self.scheduler_config)
+            most = timing.most_tokens(self.scheduler_config)
             self._tail = CostAwareTail(
                 make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
             )
@@ -107,7 +101,7 @@ class SpecDecPPSpeculator(DraftPasses):
         """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
         if self._tail is not None and self.round.rule is self._tail:
             if self.cost_aware is None:
-                self.cost_aware = v2_start.start(self, self._tail, self.config, self.agree)
+                self.cost_aware = timing.start(self, self._tail, self.config, self.agree)
             self.cost_aware.adapt(self.config.online_calibration)
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
@@ -174,7 +168,7 @@ class SpecDecPPSpeculator(DraftPasses):
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
         if dummy_run:
             longest = int(limits[:, 0].max())
-            self._open()
+            self.open()
             self._draft(input_batch, num_rejected, last_sampled, longest, dummy_run, skip_attn_for_dummy_run)
             return self.draft_tokens[:num_reqs].clamp(min=0)
         self.gaps.arrive(input_batch, self.requests.take_arrived())
@@ -185,7 +179,7 @@ class SpecDecPPSpeculator(DraftPasses):
             num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
         self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
         self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
-        # -1 is no row of an embedding table: see engine.v2_sampler.
+        # -1 is no row of an embedding table: see engine.v2.sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
 
     def _costs_in_force(self, dummy_run: bool) -> DeviceCostAware | None:
@@ -220,7 +214,7 @@ class SpecDecPPSpeculator(DraftPasses):
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
         """Who drafts, on every rank: under the cost-aware rule as rank 0 decides, else whoever may."""
         if costs is None:
-            self._open()
+            self.open()
             may_draft = limits[:, 0] > 0
             return Plan(int(limits[:, 0].max()), tuple(np.flatnonzero(may_draft).tolist()), reads=True)
         names = input_batch.req_ids
@@ -240,7 +234,7 @@ class SpecDecPPSpeculator(DraftPasses):
         self.round.admit()
         return self._tell(plan)
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Let everybody draft as far as they may: other rules, and the cost-aware one until its costs are known."""
         if self._tail is not None:
             self._tail.open()
@@ -335,90 +329,3 @@ class SpecDecPPSpeculator(DraftPasses):
         candidates = self.log.candidates(draft_tokens.req_ids)
         rows = zip(candidates, draft_tokens.draft_token_ids, strict=True)
         return DraftTokenIds(draft_tokens.req_ids, [mine[: len(booked)] for mine, booked in rows])
-
-    # CUDA graphs.
-
-    @property
-    def any_running(self) -> torch.Tensor:
-        """[1] bool, see ``graphs.Rounds``."""
-        return self.round.any_running
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Note whether vLLM captures full graphs of decode steps; ours are captured with them."""
-        self._full_graphs = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-
-    def graph_mode(self) -> tuple[str, str]:
-        """How draft rounds run on this machine, and why."""
-        return graphs.choose_mode(
-            on_cuda=self.device.type == "cuda" and torch.version.cuda is not None,
-            full_graphs=self._full_graphs,
-            metadata_in_place=self.supports_decode_metadata_update,
-            has_if_nodes=hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"),
-            num_ranks=self._num_ranks,
-        )
-
-    def how_rounds_run(self) -> tuple[str, str]:
-        """The mode in force, and why; for the start-up log."""
-        mode, reason = self.graph_mode()
-        return (mode, reason) if mode == graphs.EAGER else self._mode
-
-    def capture(self) -> None:
-        """Capture draft rounds if they can be (called by vLLM after the target's graphs)."""
-        mode, reason = self.graph_mode()
-        if mode != graphs.EAGER:
-            sizes = graphs.batch_sizes(min(self.max_num_reqs, self.max_num_tokens // SHORT))
-            captured = graphs.DraftGraphs(
-                self, mode, sizes, self.num_speculative_steps, graphs.CudaBackend(self.device)
-            )
-            try:
-                with graph_capture(device=self.device):  # a stream of its own, and all-reduces that can be captured
-                    captured.capture()
-                self.graphs = captured
-            except RuntimeError as error:  # the draft model runs as well without
-                mode, reason = graphs.EAGER, f"capture failed: {' '.join(str(error).split())}"
-        self._mode = mode, reason
-
-    def prepare_round(self, size: int, length: int) -> None:
-        """Set up a round of ``size`` requests that write no KV and draft ``length`` candidates each, or what a
-        threshold rule leaves of them."""
-        self.idx_mapping.fill_(-1)
-        ones = torch.ones(size, dtype=torch.int32, device=self.device)
-        self.round.limits[:size] = length
-        self.round.limits[:size, 1] = self.max_model_len
-        self.round.limits[:size, 2:] = -1
-        self.round.start(size, ones, ones * 0, ones)
-        self._open()
-
-    def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
-        """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""
-        self.prepare_round(size, self.num_speculative_steps)
-        first_state, later_state = (
-            prepare_inputs_to_capture(
-                size, size * query_len, self.model_state, self.input_buffers, self.block_tables, self.attn_groups,
-                self.kv_cache_config, full_cudagraph=True, max_query_len=query_len,
-            )
-            for query_len in (SHORT, 1)
-        )  # fmt: skip
-
-        def first() -> None:
-            self._step = 1
-            self._load_short(size)
-            self._map_slots(size, SHORT)
-            self._run_pass(size, SHORT, *first_state)
-
-        def later(step: int) -> None:
-            self._step = step
-            self._load_candidates(size)
-            self._map_slots(size, 1)
-            self._update_draft_decode_metadata(later_state[0], size)
-            self._run_pass(size, 1, *later_state)
-
-        return first, later
-
-    def _refresh_first_pass(self, size: int, seq_lens_cpu_upper_bound: torch.Tensor) -> None:
-        """Let the attention backend's own buffers fit this batch before the first pass is replayed."""
-        bound = torch.zeros(size, dtype=torch.int32)
-        num_known = min(size, len(seq_lens_cpu_upper_bound))
-        bound[:num_known] = seq_lens_cpu_upper_bound[:num_known]
-        self._load_short(size)
-        self._metadata(size, SHORT, bound, 1, CUDAGraphMode.FULL)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
 from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
-
-if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4
@@ -33,12 +31,12 @@ def most_tokens(scheduler_config: Any) -> int:
 
 
 def start(
-    speculator: SpecDecPPSpeculator, tail: CostAwareTail, config: SpecDecPPConfig, agree: Agree
+    speculator: Any, tail: CostAwareTail, config: SpecDecPPConfig, agree: Agree
 ) -> DeviceCostAware:
     """The rule's host side; every rank must call it.
 
     Args:
-        speculator: its models loaded, its graphs captured.
+        speculator: ``SpecDecPPSpeculator``, its models loaded, its graphs captured.
         tail: decides on the device.
         config: our options.
         agree: rank 0's tensor on every rank.
@@ -63,9 +61,9 @@ def start(
     return DeviceCostAware(rule, tail.estimator, cache, agree, speculator.device, measured, tail=tail)
 
 
-def _cache(speculator: SpecDecPPSpeculator) -> CostCache:
+def _cache(speculator: Any) -> CostCache:
     """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
-    v1 = costs.cost_cache(speculator.vllm_config, speculator.device)
+    v1 = cost_file.cost_cache(speculator.vllm_config, speculator.device)
     mode, is_async = speculator.how_rounds_run()[0], speculator.scheduler_config.async_scheduling
     lora = speculator.vllm_config.lora_config
     ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
@@ -74,7 +72,7 @@ def _cache(speculator: SpecDecPPSpeculator) -> CostCache:
     return CostCache(v1.path.parent, {**v1.key, **ours})
 
 
-def measure(speculator: SpecDecPPSpeculator, agree: Agree) -> costs.Points:
+def measure(speculator: Any, agree: Agree) -> costs.Points:
     """Time both models as they will run; see :func:`vllm_specdecpp.costs.timing.measure`."""
     passes = V2Passes(speculator)
     with passes.adapters():
@@ -91,12 +89,12 @@ class V2Passes:
     takes LoRA adapters, a dummy one is on every row of the target's, which needs :meth:`adapters` around it.
 
     Args:
-        speculator: with both models loaded.
+        speculator: ``SpecDecPPSpeculator``, both models loaded.
     """
 
     target_to_draft: float | None = None
 
-    def __init__(self, speculator: SpecDecPPSpeculator) -> None:
+    def __init__(self, speculator: Any) -> None:
         self._speculator = speculator
         self._hidden_states: torch.Tensor | None = None
 
@@ -154,7 +152,7 @@ class V2Passes:
             torch.cuda.synchronize(self._speculator.device)
 
 
-def _captured(speculator: SpecDecPPSpeculator, passes: V2Passes, agree: Agree) -> costs.Points:
+def _captured(speculator: Any, passes: V2Passes, agree: Agree) -> costs.Points:
     """First and further passes as they are replayed, by captured batch size."""
     captured = speculator.graphs
     assert captured is not None

@@ -10,16 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions
 from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.data.shards import Manifest
-    from vllm_specdecpp.training.collect.command import CollectOptions
-
-FEWEST_TOKENS = 3
-"""The first token comes without a draft and the last one is the target's own: below this nothing is drafted."""
-
 
 class OnPolicyCollector:
     """Answers prompts with the engine in recording mode.

@@ -25,7 +25,7 @@ from vllm_specdecpp.training.collect.units import UnitSummary, write_responses
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.data.shards import Manifest
-    from vllm_specdecpp.training.collect.command import CollectOptions
+    from vllm_specdecpp.training.collect.options import CollectOptions
 
 
 class PaperCollector:

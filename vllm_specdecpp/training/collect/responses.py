@@ -14,7 +14,7 @@ from vllm_specdecpp.training.collect.units import encode, write_responses
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.training.collect.command import CollectOptions
+    from vllm_specdecpp.training.collect.options import CollectOptions
 
 SEED_STRIDE = 1_000_003
 """Between the seeds of two runs: more prompts than any run has."""
