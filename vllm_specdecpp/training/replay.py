@@ -261,13 +261,6 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
     )
 
 
-def best_fixed(chains: Chains, costs: Costs, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
-    """The fixed candidate length with the most tokens per second on the chosen prompts ([num_prompts] bool)."""
-    walks = {k: walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
-    best = max(walks, key=lambda k: walks[k].tokens_per_second(chosen))
-    return best, walks[best]
-
-
 class _NeverStop:
     """Asks its estimator and goes on."""
 

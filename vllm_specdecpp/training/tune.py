@@ -136,7 +136,7 @@ def run(options: TuneOptions) -> int:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
-    _write_results(options, rows, markdown(rows, choices, costs, data_of, judged), pair_of(manifest))
+    _write_results(options, rows, markdown(rows, costs, data_of, judged), pair_of(manifest))
     if head is not None and options.write and "threshold" in choices:
         _write_rule(options, choices["threshold"], costs, data, datasets[: len(options.data)])
     return 0
