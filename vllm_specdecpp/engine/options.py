@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import require_supported
 from vllm_specdecpp.request_options import RequestOptions
+from vllm_specdecpp.rule_registry import RULES, no_device_tail
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -98,6 +99,8 @@ def _needs_v1(config: SpecDecPPConfig) -> str | None:
     """The option that only Model Runner V1 can serve, with the reason, or None."""
     if config.record_dir is not None:
         return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
+    if not RULES[config.resolved_rule].device_tail:
+        return no_device_tail(config.resolved_rule)
     return None
 
 
@@ -176,7 +179,8 @@ def expand(args: Any) -> SpecDecPPConfig | None:
 
         pair = find_pair(args.model)
         user["model"] = pair.draft
-        if pair.head is not None and user.get("rule") in (None, "cost_aware", "threshold"):
+        rule = user.get("rule")
+        if pair.head is not None and (rule is None or (rule in RULES and RULES[rule].reads_head)):
             user.setdefault("head", pair.head)
     config, passed_on = SpecDecPPConfig.from_speculative_config(
         user, passthrough=[f.name for f in fields(SpeculativeConfig)]
