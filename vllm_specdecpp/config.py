@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ class SpecDecPPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
-    """Draft model: a folder or a hub id. Must share the target's vocabulary."""
+    """Draft model: a folder or a hub id. Must have the target's tokens; how far the two are padded may differ."""
 
     head: str | None = Field(default=None, min_length=1)
     """Acceptance head of the rules ``cost_aware`` and ``threshold``: a folder or a hub id, ``org/name`` or
@@ -155,6 +156,7 @@ class SpecDecPPConfig(BaseModel):
         ours: dict[str, Any] = {}
         passed_on: dict[str, Any] = {}
         for key, value in speculative_config.items():
+            value = _plain(value)
             name = str(key).replace("-", "_")
             if name in ours or name in passed_on:
                 raise ValueError(f"specdecpp: {name} is given twice, with '-' and with '_'; leave one out")
@@ -208,6 +210,7 @@ class SpecDecPPConfig(BaseModel):
     @classmethod
     def _checked(cls, options: dict[str, Any], *, running: bool = False) -> SpecDecPPConfig:
         """Validate, with pydantic's report flattened to one line."""
+        options = {name: _plain(value) for name, value in options.items()}
         for name, value in options.items():
             if name not in cls.model_fields:
                 raise ValueError(_unknown(name, value, list(cls.model_fields)))
@@ -231,7 +234,19 @@ def _one_line(entry: Mapping[str, Any]) -> str:
     return f"{name}={entry['input']!r} {must_be}"
 
 
+def _plain(value: Any) -> Any:
+    """A path as text, a NumPy scalar as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
+
+
 def _unknown(name: str, value: object, known: list[str]) -> str:
+    if name.replace("-", "_").endswith("disable_by_batch_size"):
+        return (
+            f"specdecpp: unknown option {name}={value!r}; leave it out: rule='cost_aware', the default, stops drafting "
+            "by itself at any batch size where it does not pay"
+        )
     nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
     mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
     return f"specdecpp: unknown option {name}={value!r}; {mend}"

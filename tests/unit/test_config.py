@@ -96,6 +96,7 @@ def test_the_users_dict_is_left_alone() -> None:
     [
         ({}, "model is missing; it must name the draft model"),
         ({"model": ""}, "model='' must name the draft model"),
+        ({"model": "d", "disable_by_batch_size": 8}, "disable_by_batch_size=8; leave it out: rule='cost_aware'"),
         ({"model": 3}, "model=3 must name the draft model"),
         ({"model": "d", "threshold": 1.5}, "threshold=1.5 must lie strictly between 0 and 1 (e.g. 0.7)"),
         ({"model": "d", "threshold": 0}, "threshold=0 must lie strictly between 0 and 1"),

@@ -24,7 +24,7 @@ from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.engine import costs, draft_layers, vocabulary
 from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows
@@ -52,6 +52,7 @@ class SpecDecPPProposer(DraftModelProposer):
     """
 
     num_speculative_tokens: int
+    validate_same_kv_cache_group = draft_layers.worded(DraftModelProposer.validate_same_kv_cache_group)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
@@ -73,6 +74,7 @@ class SpecDecPPProposer(DraftModelProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,

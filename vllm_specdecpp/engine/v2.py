@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
-from vllm_specdecpp.engine import graphs, v2_start
+from vllm_specdecpp.engine import graphs, v2_start, vocabulary
 from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware, Plan
 from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2_draft_kv import DraftKVGaps
@@ -72,10 +72,12 @@ class SpecDecPPSpeculator(DraftPasses):
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._full_graphs = False
         self._mode = graphs.EAGER, "vLLM captured no graphs"
+        vocabulary.fit_buffers(self)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,
