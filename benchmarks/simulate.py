@@ -210,7 +210,7 @@ def informed_rate(bench: Bench, costs: CostModel, acceptance: AcceptanceModel, s
     return max(rates[1:])
 
 
-def calibrated(streams: list[Stream], lag: int = 0) -> AcceptanceModel:
+def calibrated(streams: list[Stream]) -> AcceptanceModel:
     """A calibration from streams served with the longest candidate lengths; nothing is forgotten."""
     model = AcceptanceModel(memory=1e9)
     for stream in streams:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every kernel for a GPU that need not be there, and say what each takes.
 
-    python -m kernels.report [--capability 90] [--json FILE]
+    python -m vllm_specdecpp.kernels.report [--capability 90] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cost_aware_tail, head_block, logits_summary, threshold_tail
+from . import cost_aware_tail, logits_summary, threshold_tail
 
 # Pointers from torch's allocator are 16-byte aligned, and Triton's run time tells the compiler so.
 _ALIGNED = [["tt.divisibility", 16]]
@@ -57,7 +56,6 @@ def variants() -> Iterator[Variant]:
     yield from _threshold_tail()
     yield from _cost_aware_tail()
     yield from _logits_summary()
-    yield from _head_block()
 
 
 _ROUND = {
@@ -107,15 +105,6 @@ def _logits_summary() -> Iterator[Variant]:
         yield Variant(name, module._combine_kernel, partials | outs, constants, module.COMBINE_OPTIONS)
 
 
-def _head_block() -> Iterator[Variant]:
-    for dtype, pointer in _DTYPES.items():
-        types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), pointer)
-        for num_reqs in (1, 32, 64):
-            name = f"head_block, {num_reqs} requests, {dtype}"
-            sizes = head_block.sizes(num_reqs, getattr(torch, dtype))
-            yield Variant(name, head_block._head_block_kernel, types, sizes, head_block.OPTIONS)
-
-
 def compile_variant(variant: Variant, capability: int) -> Usage:
     """Compile a kernel down to a cubin.
 
@@ -158,7 +147,7 @@ def table(usages: list[Usage]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; exit status 1 if a kernel spills registers."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vllm_specdecpp.kernels.report", description=__doc__)
     parser.add_argument("--capability", type=int, default=90, help="compute capability, e.g. 90 for an H100")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)

@@ -114,6 +114,11 @@ def test_a_dataset(tmp_path, capsys):
     assert found["acceptance_rate"] == 0.5
 
 
+def test_a_model_is_told_to_be_one(tiny):
+    with pytest.raises(ValueError, match=r"^specdecpp: .*target is a model \(LlamaForCausalLM\), and neither a head"):
+        facts(tiny.target)
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "file.json", "damaged"])
 def test_what_is_none_of_them(tmp_path, trained_head, name):
     (tmp_path / "empty").mkdir()

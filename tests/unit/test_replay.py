@@ -19,7 +19,6 @@ from vllm_specdecpp.training.replay.chains import Chains, concatenate
 from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.replay import (
     Lengths,
-    best_fixed,
     fixed_lengths,
     oracle_lengths,
     run_rule,
@@ -317,14 +316,6 @@ class TestPolicies:
             expected = walk(chains, fixed_lengths(chains, k), COSTS)
             assert torch.equal(found.rounds, expected.rounds)
             assert (found.seconds - expected.seconds).abs().max() < 8 * COSTS.draft(1)  # the texts' ends
-
-    def test_best_fixed_length(self) -> None:
-        chains = chains_of(recorded(), RECORDED)
-        for chosen in (None, chains.in_sets(["b"])):
-            k, found = best_fixed(chains, COSTS, 12, chosen)
-            rates = [walk(chains, fixed_lengths(chains, n), COSTS).tokens_per_second(chosen) for n in range(1, 13)]
-            assert found.tokens_per_second(chosen) == max(rates) and k == 1 + rates.index(max(rates))
-            assert 1 < k < 12
 
     def test_papers_rates(self) -> None:
         """T = t_draft N + t_draft N_discarded + (t_target - t_draft) N_target, the paper's identity."""

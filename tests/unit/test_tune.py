@@ -363,7 +363,7 @@ class TestReport:
         rows, (chains, choice) = self.rows(files)
         rows = [row | {"cut_rate": 0.05 if row["policy"] == "confidence" else 0.0} for row in rows]
         assert "Warning: 5.0% of the rounds of confidence h=0.9" in warnings(rows, COSTS)[0]
-        assert "Warning: 5.0%" in markdown(rows, {"confidence": choice}, COSTS, {"confidence": chains}, chains)
+        assert "Warning: 5.0%" in markdown(rows, COSTS, {"confidence": chains}, chains)
 
     def test_bootstrap_is_reproducible_and_over_prompts(self, files: Files) -> None:
         first, second = (self.rows(files)[0] for _ in range(2))

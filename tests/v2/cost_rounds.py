@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests.v2 import harness
 from tests.v2.oracle import Stops, predict
 from tests.v2.play import Play
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail_torch
 
 MAX_LENGTH = 5
 CURVES = {"first": {1: 1e-3, 4: 2e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}

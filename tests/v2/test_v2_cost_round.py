@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests.v2.kernels.cost_aware_cases import Case, _fragile, make_round
 from tests.v2.test_v2_round import HIDDEN, VOCAB, _head
 from vllm_specdecpp.decision.cost_aware import CostModel
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import CostAwareState
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail_torch
 
 PADDING, STOP = 3, 3
 CASES = [

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
@@ -17,6 +16,7 @@ from tests.v2 import harness as v2_harness
 from vllm_specdecpp.costs import timing
 from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.round import DeviceRound
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail_torch
 
 FAILS_BELOW = 1e-4
 """p-value. Seeds are fixed, so a passing case goes on passing; a planted bias lands far below."""

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,15 +185,6 @@ class CostCache:
                 part.unlink()
             return False
         return True
-
-    def load_or_measure(self, measure: Callable[[], Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
-        """The saved curves, else those that ``measure`` returns, which are saved."""
-        points = self.load()
-        if points is None:
-            points = {name: dict(curve) for name, curve in measure().items()}
-            self.save(points)
-        return points
-
 
 def _points_of(data: Any) -> dict[str, dict[int, float]]:
     """The curves in a file's JSON object; raises if they are not there, or are none."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, Estimator, HeadEstimator
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
+from vllm_specdecpp.rule_registry import find_rule, no_device_tail
 
 if TYPE_CHECKING:  # the head imports this package's features
     from vllm_specdecpp.head.model import AcceptanceHead
@@ -76,38 +77,54 @@ class ThresholdRule:
         return 1 - survival > self.threshold  # [num_reqs]
 
 
+NEVER = 2.0
+"""A threshold above every 1 - survival."""
+
+
+def device_threshold(rule: StopRule) -> float:
+    """The h at which the threshold kernel decides as ``rule`` does.
+
+    Raises:
+        ValueError: the rule decides in another way.
+    """
+    decides = type(rule).should_stop
+    if decides is ThresholdRule.should_stop and isinstance(rule, ThresholdRule):
+        return rule.threshold
+    if decides is FixedRule.should_stop:
+        return NEVER
+    raise ValueError(f"specdecpp: {no_device_tail(rule.name)}; set VLLM_USE_V2_MODEL_RUNNER=0, or choose another rule")
+
+
 def make_estimator(head: AcceptanceHead | None) -> Estimator:
     """Whose scores the cost-aware rule reads: the head's, else the draft's top-1 probability."""
     return ConfidenceEstimator() if head is None else HeadEstimator(head)
 
 
 def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
-    """The threshold rule, or none, that the options ask for; the cost-aware rule is made by the engine, with its costs.
+    """The rule that the options ask for; the cost-aware one is made by the engine, with its costs.
 
     A threshold that they leave out is the head's tuned one, if it has one.
 
     Raises:
-        ValueError: the rule needs a head and none is loaded, or the head's own threshold is not one.
+        ValueError: there is no such rule, it needs a head and none is loaded, or the head's own threshold is not one.
     """
-    rule, threshold = config.resolved_rule, config.resolved_threshold
-    if rule == "fixed":
-        return FixedRule()
-    if threshold is None:
-        raise ValueError(f"specdecpp: rule={rule!r} is no threshold rule; it is made with the engine's costs")
-    if rule == "threshold":
+    entry, threshold = find_rule(config.resolved_rule), config.resolved_threshold
+    if entry.make is None:
+        raise ValueError(f"specdecpp: rule={entry.name!r} is not made from options; the engine makes it with its costs")
+    if entry.needs_head:
         if head is None:
-            raise ValueError("specdecpp: rule='threshold' needs an acceptance head and none is loaded; give head=...")
-        if config.threshold is None:
-            threshold = _tuned_threshold(head, threshold)
-        return ThresholdRule(HeadEstimator(head), threshold, name=rule)
-    estimator: Estimator = ConfidenceEstimator() if rule == "confidence" else EntropyEstimator()
-    return ThresholdRule(estimator, threshold, name=rule)
+            raise ValueError(
+                f"specdecpp: rule={entry.name!r} needs an acceptance head and none is loaded; give head=..."
+            )
+        if config.threshold is None and threshold is not None:
+            threshold = _tuned_threshold(head, entry.name, threshold)
+    return entry.make(head, threshold)
 
 
-def _tuned_threshold(head: AcceptanceHead, default: float) -> float:
+def _tuned_threshold(head: AcceptanceHead, rule: str, default: float) -> float:
     """The ``threshold`` of the rule in the head's config, as ``vllm-specdecpp tune`` writes it, else ``default``."""
     tuned: Any = head.metadata.get("rule")
-    if not isinstance(tuned, dict) or tuned.get("rule") != "threshold":
+    if not isinstance(tuned, dict) or tuned.get("rule") != rule:
         return default
     threshold = tuned.get("threshold", default)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:

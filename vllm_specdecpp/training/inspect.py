@@ -64,7 +64,21 @@ def facts(what: str) -> dict[str, Any]:
         return _costs(path)
     if (path / MANIFEST_FILE).is_file():
         return _dataset(path)
+    if (architectures := _architectures(path)) is not None:
+        raise ValueError(
+            f"specdecpp: {what} is a model ({architectures}), and neither a head, a dataset nor a costs file; "
+            "name a head's folder, or train one: docs/head.md"
+        )
     return _head(what)
+
+
+def _architectures(folder: Path) -> str | None:
+    """What a Hugging Face model's configuration calls it; None for anything else."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return ", ".join(map(str, found)) if isinstance(found, list) and found else None
 
 
 def _plot(found: Mapping[str, Any], path: Path) -> None:

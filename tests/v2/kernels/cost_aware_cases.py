@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.cost_aware_params import CostAwareParams
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
+from vllm_specdecpp.kernels.cost_aware_params import CostAwareParams
 
 VOCAB = 12  # small: stop tokens are drawn
 FRAGILE = 2e-5

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import cost_aware_device, cost_aware_params
-from kernels import cost_aware_tail as module
 from tests.v2.kernels.cost_aware_cases import CASES, Case, arguments, check_probe, check_rounds, make_round
 from vllm_specdecpp.decision.cost_aware import drafting, logistic
+from vllm_specdecpp.kernels import cost_aware_device, cost_aware_params
+from vllm_specdecpp.kernels import cost_aware_tail as module
 
 LAUNCHES = [module.cost_aware_tail, module.cost_aware_tail_torch]
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import threshold_tail as module
 from tests.v2.kernels.threshold_cases import CASES, Case, arguments, check_rounds
+from vllm_specdecpp.kernels import threshold_tail as module
 
 
 @pytest.mark.parametrize("launch", [module.threshold_tail, module.threshold_tail_torch], ids=["kernel", "twin"])

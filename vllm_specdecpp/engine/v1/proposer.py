@@ -25,6 +25,7 @@ from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
+from vllm_specdecpp.engine import draft_layers, vocabulary
 from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.round_log import RoundLog
@@ -53,6 +54,7 @@ class SpecDecPPProposer(DraftModelProposer):
     """
 
     num_speculative_tokens: int
+    validate_same_kv_cache_group = draft_layers.worded(DraftModelProposer.validate_same_kv_cache_group)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
@@ -74,6 +76,7 @@ class SpecDecPPProposer(DraftModelProposer):
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,

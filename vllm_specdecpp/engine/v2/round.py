@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
-from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule
+from vllm_specdecpp.decision.rules import NEVER, FixedRule, StopRule, device_threshold
 from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.requests import COLUMNS
 from vllm_specdecpp.kernels.logits_summary import logits_summary, make_partials
@@ -24,9 +24,6 @@ from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 
 SUMMARY = ("top1_prob", "entropy", "margin")
 """The features that are made of the logits alone."""
-
-NEVER = 2.0
-"""A threshold above every 1 - survival."""
 
 
 class DeviceRound:
@@ -78,10 +75,13 @@ class DeviceRound:
         """Put a rule in force; ``min_length`` is the least number of candidates that a :class:`StopRule` may stop at.
 
         A captured graph holds the rule that was in force, and a tail's own buffers.
+
+        Raises:
+            ValueError: no kernel decides as the rule does; the one before stays in force.
         """
+        self.threshold.fill_(NEVER if isinstance(rule, CostAwareTail) else device_threshold(rule))
         self.rule = rule
         self.min_length = min_length
-        self.threshold.fill_(rule.threshold if isinstance(rule, ThresholdRule) else NEVER)
         lagged = rule.estimator is not None and rule.estimator.lag > 0
         self._kept = [name for name in SCALAR_FEATURES if lagged and name in rule.needs]
 

@@ -26,6 +26,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
+from vllm_specdecpp.engine import vocabulary
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
@@ -67,10 +68,12 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        vocabulary.fit_buffers(self)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,

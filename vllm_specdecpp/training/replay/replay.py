@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vllm_specdecpp.decision import (
     ConfidenceEstimator,
-    EntropyEstimator,
     Estimator,
     RoundState,
     StepFeatures,
@@ -26,6 +25,7 @@ from vllm_specdecpp.decision import (
     ThresholdRule,
 )
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.rule_registry import find_rule
 from vllm_specdecpp.training.replay.chains import Chains
 from vllm_specdecpp.training.replay.costs import Costs
 
@@ -139,16 +139,19 @@ def step_source(rule: str, chains: Chains, head: AcceptanceHead | None) -> StepS
     """The source of a rule's estimates.
 
     Args:
-        rule: "threshold", "confidence" or "entropy".
-        chains: loaded with ``head`` for "threshold".
+        rule: one with estimates (``rule_registry.RULES``); the cost-aware one reads those of one of the others.
+        chains: loaded with ``head`` for a rule that needs one.
 
     Raises:
-        ValueError: the rule needs a head.
+        ValueError: an unknown rule, one without estimates, or one that needs a head.
     """
-    if rule != "threshold":
-        return ScalarSource(ConfidenceEstimator() if rule == "confidence" else EntropyEstimator())
+    entry = find_rule(rule)
+    if entry.estimator is None:
+        raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
+    if not entry.needs_head:
+        return ScalarSource(entry.estimator(None))
     if head is None or chains.head_logits is None:
-        raise ValueError("specdecpp: rule='threshold' needs a head; name its folder, or leave the rule out")
+        raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
     return RecordedHead(head, chains.head_logits)
 
 
@@ -259,13 +262,6 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
         cut=total(lengths.cut[rounds]),
         seams=total(candidates > chains.to_seam[rounds]),
     )
-
-
-def best_fixed(chains: Chains, costs: Costs, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
-    """The fixed candidate length with the most tokens per second on the chosen prompts ([num_prompts] bool)."""
-    walks = {k: walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
-    best = max(walks, key=lambda k: walks[k].tokens_per_second(chosen))
-    return best, walks[best]
 
 
 class _NeverStop:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset
     from vllm_specdecpp.head.model import AcceptanceHead
 
-RULES = ("threshold", "confidence", "entropy")
+TUNED = tuple(entry.name for entry in RULES.values() if entry.threshold is not None)
 FILES = ("rows.jsonl", "tune.md", "pareto.png")
 _BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 
@@ -136,7 +137,7 @@ def run(options: TuneOptions) -> int:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
-    _write_results(options, rows, markdown(rows, choices, costs, data_of, judged), pair_of(manifest))
+    _write_results(options, rows, markdown(rows, costs, data_of, judged), pair_of(manifest))
     if head is not None and options.write and "threshold" in choices:
         _write_rule(options, choices["threshold"], costs, data, datasets[: len(options.data)])
     return 0
@@ -231,7 +232,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
     if options.head is None:
         if "threshold" in options.rules:
             raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
-        return None, list(dict.fromkeys(options.rules)) or [rule for rule in RULES if rule != "threshold"]
+        return None, list(dict.fromkeys(options.rules)) or [rule for rule in TUNED if not RULES[rule].needs_head]
     from vllm_specdecpp.head.model import AcceptanceHead
 
     if not options.head.is_dir():
@@ -244,7 +245,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
             f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
             "add --force to replace it, or --no-write to leave it"
         )
-    return head, list(dict.fromkeys(options.rules)) or list(RULES)
+    return head, list(dict.fromkeys(options.rules)) or list(TUNED)
 
 
 def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:

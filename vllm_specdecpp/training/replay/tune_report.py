@@ -99,9 +99,8 @@ def _interval(samples: Tensor) -> tuple[float, float]:
 
 
 def markdown(
-    rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], costs: Costs, data_of: Mapping[str, Chains],
-    judged: Chains,
-) -> str:  # fmt: skip
+    rows: Sequence[Mapping[str, Any]], costs: Costs, data_of: Mapping[str, Chains], judged: Chains
+) -> str:
     """The table of the chosen policies, with what it rests on and what to doubt.
 
     Args:
