@@ -61,7 +61,7 @@ def _vllm_config(kinds: list[str] | None, *, hybrid: bool = False, v2: bool = Fa
     ],
 )
 def test_the_manager_is_turned_off_where_it_must_be(kinds, options, off):
-    from vllm_specdecpp.engine import draft_layers
+    from vllm_specdecpp.engine.v1 import draft_layers
 
     config = _vllm_config(kinds, **options)
     draft_layers.keep_alike(config)
@@ -73,7 +73,7 @@ def test_the_manager_is_turned_off_where_it_must_be(kinds, options, off):
     [(["linear_attention", "full_attention"], {}), (["sliding_attention", "full_attention"], {"hybrid": True})],
 )
 def test_what_cannot_be_kept_alike_is_refused_in_one_line(kinds, options):
-    from vllm_specdecpp.engine import draft_layers
+    from vllm_specdecpp.engine.v1 import draft_layers
 
     with pytest.raises(ValueError, match="^specdecpp: model='DRAFT' keeps more than one kind of KV.*choose another"):
         draft_layers.keep_alike(_vllm_config(kinds, **options))

@@ -39,7 +39,7 @@ def wider(tiny, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_tokens(monkeypatch):
     """As if tokenizers had been compared: the engines here have none."""
-    from vllm_specdecpp.engine import vocabulary
+    from vllm_specdecpp.engine.shared import vocabulary
 
     monkeypatch.setattr(vocabulary, "_tokenizers", lambda *_: [({}, {}), ({}, {})])
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.engine import vocabulary
+from vllm_specdecpp.engine.shared import vocabulary
 
 TOKENS = {"a": 0, "b": 1, "c": 2}
 

@@ -19,8 +19,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.engine import draft_layers, vocabulary
 from vllm_specdecpp.engine.hooks import require_supported
+from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.request_options import RequestOptions
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
 

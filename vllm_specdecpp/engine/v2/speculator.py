@@ -26,7 +26,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
-from vllm_specdecpp.engine import vocabulary
+from vllm_specdecpp.engine.shared import vocabulary
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
