@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,9 @@ def test_what_a_round_read_teaches_what_reading_costs() -> None:
 def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> None:
     """Steps take 4 s more than the passes: what a wider verification adds stays what it was."""
     rule = _rule()
-    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"), measured)
+    saved: list[Any] = []
+    file: Any = SimpleNamespace(save=saved.append)
+    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), file, _same, torch.device("cpu"), measured)
     added = rule.costs.verify.at(40) - rule.costs.verify.at(5)
     outcomes: dict[int, tuple[int, int]] = {}
     num_tokens = 0
@@ -276,6 +279,7 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
     verify = rule.costs.verify
     assert verify.at(num_tokens) == pytest.approx(slow, rel=0.02)
     assert (verify.at(40) - verify.at(5) == pytest.approx(added, rel=0.03)) is measured
+    assert len(saved) == measured  # at once: the next start need not measure again, however this one ends
 
 
 def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

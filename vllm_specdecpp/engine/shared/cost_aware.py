@@ -208,6 +208,7 @@ class CostAwareDrafting:
         if len(self._overheads) == OVERHEAD_ROUNDS:
             costs.verify = costs.verify.raised(max(statistics.median(self._overheads), 0.0))
             self._overheads = None
+            self.save()
         return None
 
     def save(self) -> None:

@@ -205,7 +205,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
             num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
             if not self._can_read_short(input_batch):
-                read.append(input_batch.num_tokens)
+                read.append(input_batch.num_tokens + num_reqs)  # and each one's next token
             elif read:
                 read.append(SHORT * num_reqs)
             self.gaps.read(input_batch)
