@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 
-from vllm_specdecpp.costs import curves
 from vllm_specdecpp.costs.curves import Curve
 from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
@@ -51,6 +50,13 @@ def test_a_lasting_change_of_level_is_no_outlier():
     assert curve.at(4) == pytest.approx(0.5, rel=0.05)
 
 
+def test_a_burst_of_another_process_is_no_new_level():
+    curve = Curve(CPU, 32)
+    for i in range(300):
+        curve.observe(4, 0.111 * (2.2 if i % 50 < 8 else 1.0))
+        assert curve.at(4) == pytest.approx(0.111, rel=0.01)
+
+
 def test_a_width_that_is_seen_now_and_then_is_put_right_alone():
     curve = Curve(CPU, 32)
     for i in range(60):
@@ -93,21 +99,16 @@ def test_the_price_of_a_row_survives_noisy_steps():
     assert np.abs(steps - 0.0006).max() < 0.0006  # no cliffs between bins
 
 
-def test_what_neighbours_have_of_each_other_is_kept_up_to_date(monkeypatch):
+def test_what_neighbours_have_of_each_other_is_kept_up_to_date():
     rng = np.random.default_rng(1)
-    monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
-    kept = Curve(CPU, 200)
-    monkeypatch.setattr(curves, "_TIDY_EVERY", 1)  # all neighbours from scratch, each time
-    fresh = Curve(CPU, 200)
-    for i in range(400):
+    curve = Curve(CPU, 200)
+    for i in range(4000):
         width, seconds = int(rng.integers(1, 200)), float(rng.lognormal(-2, 0.2)) * (30 if 200 < i < 215 else 1)
-        monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
-        kept.observe(width, seconds)
-        monkeypatch.setattr(curves, "_TIDY_EVERY", 1)
-        fresh.observe(width, seconds)
-    assert kept.table() == pytest.approx(fresh.table(), rel=1e-6)
-    assert kept.many(np.array([[1, 30], [200, 260]])).tolist() == [
-        [kept.at(1), kept.at(30)], [kept.at(200), pytest.approx(kept.at(260))],
+        curve.observe(width, seconds)
+    own, nearby = curve._state
+    assert nearby == pytest.approx(own @ curve._near, rel=1e-6, abs=1e-6)
+    assert curve.many(np.array([[1, 30], [200, 260]])).tolist() == [
+        [curve.at(1), curve.at(30)], [curve.at(200), pytest.approx(curve.at(260))],
     ]  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def test_what_a_prompt_took_beyond_a_usual_draft_phase_was_reading():
         costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {1: 0.03, 2: 0.03, 16: 0.04, 256: 0.28})
         for _ in range(30):
             costs.observe_reading_round(widths, rest + 0.24, [136])
-        assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
+        assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.05)
         assert costs.draft_seconds([1, 1, 1]) == pytest.approx(0.08)
     costs.observe_reading_round([1, 1], 0.01, [136])  # less than the further passes alone: no news
 
