@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds for cost_aware_tail, and the comparison with decision/cost_aware's CostAwareRound (numpy, float64)."""
+"""Rounds for cost_aware_tail, and the comparison with the oracle, which tries out everything."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,13 +11,12 @@ import numpy as np
 import torch
 
 from kernels.cost_aware_params import CostAwareParams
+from tests.cost_aware_oracle import Oracle, Step
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
 
 VOCAB = 12  # small: stop tokens are drawn
-FRAGILE = 2e-5
-"""A decision that another rate or survival, off by this share, would change is not compared: float32 may differ."""
 PADDING = 3
 """Rows of a captured batch behind its requests."""
 
@@ -123,30 +121,42 @@ def arguments(round_: CostAwareRound, case: Case, rng: np.random.Generator) -> d
     }  # fmt: skip
 
 
-def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
-    """Run rounds by ``launch`` and by CostAwareRound; after each step all must agree. Returns what was met how often.
+def oracle_of(round_: CostAwareRound) -> Oracle:
+    """The same round, to be decided by trying out everything."""
+    rule = round_.rule
+    return Oracle(
+        limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), rate=round_.rate, lag=rule.lag,
+        this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
+        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
+        step=rule.costs.step.at, verify=rule.costs.verify.at, explore_seconds=rule.explore_seconds,
+        drop_last=rule.drop_last, held=round_.held, probe=round_.probe,
+    )  # fmt: skip
 
-    A step whose decision hangs on less than float32 tells apart is not compared; the host's state goes on from there.
+
+def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
+    """Run rounds by ``launch`` and by the oracle; after each step all must agree. Returns what was met how often.
+
+    A step whose decision hangs on less than float32 tells apart is not compared; the oracle's state goes on from there.
     """
     met: Counter[str] = Counter()
     for seed in range(seeds):
         rng = np.random.default_rng(1000 + seed)
         round_ = make_round(case, rng)
+        oracle = oracle_of(round_)
         a = arguments(round_, case, rng)
         for step in range(1, case.max_length + 1):
             scores, token_ids = _scores(case, rng), rng.integers(0, VOCAB, case.num_reqs + PADDING)
-            fragile = _fragile(round_, scores, rng)
-            running, saved = round_.running.copy(), round_.rule.explore_seconds
-            decision = round_.step(scores[: case.num_reqs])
+            running = list(oracle.running)
+            made = oracle.step(scores[: case.num_reqs].tolist())
             stops = a["stop_token_ids"].numpy()[: case.num_reqs]
-            round_.end((token_ids[: case.num_reqs, None] == stops).any(axis=1))
-            if fragile:
+            oracle.end((token_ids[: case.num_reqs, None] == stops).any(axis=1))
+            if made.fragile:
                 met["fragile"] += 1
-                _follow(a, round_)
+                _follow(a, oracle)
                 continue
             launch(torch.from_numpy(scores).float(), torch.from_numpy(token_ids), step, **a)
-            _compare(a, round_, decision, token_ids, step, f"{case} seed {seed} step {step}")
-            met += _events(running, decision, saved > round_.rule.explore_seconds)
+            _compare(a, oracle, made, token_ids, step, f"{case} seed {seed} step {step}")
+            met += _events(running, made)
     return met
 
 
@@ -169,61 +179,37 @@ def check_probe(launch: Any) -> None:
             assert a["draft_tokens"][:, step - 1].tolist() == wanted + [-1] * PADDING
 
 
-def _follow(a: dict[str, Any], round_: CostAwareRound) -> None:
+def _follow(a: dict[str, Any], oracle: Oracle) -> None:
     for name in ("survival", "expected", "lengths", "running"):
-        a[name][: len(round_.limits)] = torch.from_numpy(np.asarray(getattr(round_, name)))
-    a["params"].explore_seconds.fill_(round_.rule.explore_seconds)
+        a[name][: len(oracle.limits)] = torch.tensor(getattr(oracle, name)).to(a[name].dtype)
+    a["params"].explore_seconds.fill_(oracle.explore_seconds)
 
 
-def _compare(
-    a: dict[str, Any], round_: CostAwareRound, decision: Decision, token_ids: Any, step: int, where: str
-) -> None:  # fmt: skip
-    n = len(round_.limits)
-    assert a["widths"][step - 1] == round_.widths[-1], where
-    np.testing.assert_allclose(a["scores_log"][step - 1, :n], round_.scores[-1], rtol=1e-4, atol=1e-5, err_msg=where)
+def _compare(a: dict[str, Any], oracle: Oracle, made: Step, token_ids: Any, step: int, where: str) -> None:
+    n = len(oracle.limits)
+    assert a["widths"][step - 1] == oracle.widths[-1], where
+    np.testing.assert_allclose(a["scores_log"][step - 1, :n], oracle.log[-1], rtol=1e-4, atol=1e-5, err_msg=where)
     assert bool(a["scores_log"][step - 1, n:].isnan().all()), where
-    np.testing.assert_allclose(a["survival"][:n], round_.survival, rtol=1e-4, err_msg=where)
-    assert a["lengths"].tolist() == [*round_.lengths, *[0] * PADDING], where
-    np.testing.assert_allclose(a["expected"][:n], round_.expected, rtol=1e-4, atol=1e-6, err_msg=where)
-    drafts = np.where(decision.submit, token_ids[:n], -1)
+    np.testing.assert_allclose(a["survival"][:n], oracle.survival, rtol=1e-4, err_msg=where)
+    assert a["lengths"].tolist() == [*oracle.lengths, *[0] * PADDING], where
+    np.testing.assert_allclose(a["expected"][:n], oracle.expected, rtol=1e-4, atol=1e-6, err_msg=where)
+    drafts = np.where(made.submit, token_ids[:n], -1)
     assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * PADDING], where
-    assert a["running"].tolist() == [*round_.running.astype(int), *[0] * PADDING], where
-    assert a["any_running"].tolist() == [int(round_.running.any())], where
-    left = round_.rule.explore_seconds
+    assert a["running"].tolist() == [*oracle.running, *[0] * PADDING], where
+    assert a["any_running"].tolist() == [any(oracle.running)], where
+    left = oracle.explore_seconds
     np.testing.assert_allclose(a["params"].explore_seconds, [left], rtol=1e-4, atol=1e-6, err_msg=where)
 
 
-def _events(running: Any, decision: Decision, explored: bool) -> Counter[str]:
-    met = Counter(steps=1, explored=int(explored))
-    if running.any():
-        met["all go on"] += bool(decision.go_on[running].all())
-        met["some go on"] += bool(decision.go_on.any() and not decision.go_on[running].all())
-        met["nobody goes on"] += not decision.go_on.any()
-        met["dropped"] += bool((running & ~decision.submit).any())
-        met["last submitted"] += bool((decision.submit & ~decision.go_on).any())
+def _events(running: list[bool], made: Step) -> Counter[str]:
+    met = Counter(steps=1, explored=int(made.explored))
+    if any(running):
+        met["all go on"] += made.go_on == running
+        met["some go on"] += any(made.go_on) and made.go_on != running
+        met["nobody goes on"] += not any(made.go_on)
+        met["dropped"] += made.submit != running
+        met["last submitted"] += made.submit != made.go_on and any(made.submit)
     return met
-
-
-def _fragile(round_: CostAwareRound, scores: Any, rng: np.random.Generator) -> bool:
-    """Whether rho, survivals or scores off by FRAGILE decide otherwise. Equals stay equal: ties have a rule."""
-
-    def shaken(values: Any) -> Any:
-        which = np.unique(values, return_inverse=True)[1]
-        return values * (1 + rng.uniform(-FRAGILE, FRAGILE, len(values))[which])
-
-    outcomes = set()
-    for trial in range(8):
-        other = copy.copy(round_)
-        other.rule = copy.copy(round_.rule)
-        other.widths, other.scores, other.expected = [*round_.widths], [*round_.scores], round_.expected.copy()
-        seen = scores[: len(round_.limits)]
-        other.survival = round_.survival.copy()
-        if trial:
-            other.rate = round_.rate * (1 + FRAGILE * (0, 1, -1)[trial % 3])
-            seen, other.survival = shaken(seen), shaken(other.survival)
-        decision = other.step(seen)
-        outcomes.add((*decision.submit, *decision.go_on))
-    return len(outcomes) > 1
 
 
 def _scores(case: Case, rng: np.random.Generator) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cost_aware_tail, its twin, and CostAwareRound decide alike, but where float32 cannot tell."""
+"""cost_aware_tail and its twin decide as the oracle does, but where float32 cannot tell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAUNCHES = [module.cost_aware_tail, module.cost_aware_tail_torch]
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=["kernel", "twin"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_host_rule_step_by_step(case: Case, launch) -> None:
+def test_equals_the_oracle_step_by_step(case: Case, launch) -> None:
     met = check_rounds(launch, case)
     assert met["steps"] > 0 and met["steps"] >= 8 * met["fragile"]
 
