@@ -74,7 +74,7 @@ def head_block(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
         ValueError: one line: a tensor of another shape, dtype, device or stride, or ``out`` on top of an input.
     """
     _check("head_block", x, weight, bias, out)
-    check_launch("head_block", _head_block_kernel, x.device)
+    check_launch("head_block", _head_block_kernel, x.device, "head_block_torch")
     num_reqs, size = x.shape
     if num_reqs == 0:
         return

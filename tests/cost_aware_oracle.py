@@ -25,7 +25,6 @@ class Step:
 
     submit: list[bool]
     go_on: list[bool]
-    explored: bool
     fragile: bool
 
 
@@ -47,26 +46,23 @@ class Oracle:
     Args:
         limits: [num_reqs] candidates that each request may have.
         drafts: [num_reqs] who drafts.
-        rate: rho in tokens per second.
+        price: tokens that a second must bring; 0: all draft to their limits, and submit all.
         this, next: slope, common intercept, and one intercept a bucket, of a scored candidate's acceptance and of the
             one's after it.
         means: mean acceptance by bucket.
         bucket_of: position to bucket.
         step, verify: seconds of a draft step by requests, of a verification by tokens.
-        explore_seconds: saved up for candidates that do not pay.
-        lag, drop_last, held, probe: as the kernel's.
+        lag: which candidate a score is of.
     """
 
     def __init__(
-        self, *, limits: Sequence[int], drafts: Sequence[bool], rate: float, this: Sequence[float],
+        self, *, limits: Sequence[int], drafts: Sequence[bool], price: float, this: Sequence[float],
         next: Sequence[float], means: Sequence[float], bucket_of: Callable[[int], int], step: Callable[[int], float],
-        verify: Callable[[int], float], explore_seconds: float = 0.0, lag: int = 0, drop_last: bool = True,
-        held: bool = False, probe: bool = False,
+        verify: Callable[[int], float], lag: int = 0,
     ) -> None:  # fmt: skip
-        self.limits, self.rate, self.lag, self.drop_last = list(limits), rate, lag, drop_last
+        self.limits, self.price, self.lag = list(limits), price, lag
         self.this, self.next, self.means, self.bucket_of = this, next, means, bucket_of
         self.step_seconds, self.verify_seconds = step, verify
-        self.explore_seconds, self.held, self.probe = explore_seconds, held, probe
         n = len(self.limits)
         self.running = [bool(d) for d in drafts]
         self.lengths, self.survival, self.expected = [0] * n, [1.0] * n, [0.0] * n
@@ -92,17 +88,16 @@ class Oracle:
             reach[i] = self.survival[i] * (ahead.pop(0) if self.lag else 1.0)
             chain = [reach[i] * a for a in itertools.accumulate(ahead, lambda a, b: a * b)]
             worth[i] = [sum(chain[: min(m, self._room(i))]) for m in range(HORIZON + 1)]
-        chosen, explored, close = self._go_on(ran, reach, worth)
-        submit, also_close = self._submit(k, [i for i in ran if i not in chosen], chosen, reach)
-        if self.held:
-            chosen, submit = {i for i in ran if self._room(i) > 0}, set(ran)
-            close = also_close = False
+        chosen, close = self._go_on(ran, reach, worth)
+        submit, also_close = self._submit([i for i in ran if i not in chosen], chosen, reach)
+        if not self.price:
+            chosen, submit, close, also_close = {i for i in ran if self._room(i) > 0}, set(ran), False, False
         for i in submit:
             self.lengths[i] += 1
             self.expected[i] += reach[i]
         every = range(len(self.limits))
         self.running = [i in chosen for i in every]
-        return Step([i in submit for i in every], list(self.running), explored, close or also_close)
+        return Step([i in submit for i in every], list(self.running), close or also_close)
 
     def end(self, ended: Iterable[Any]) -> None:
         """Requests whose draft ended with the candidate just drawn."""
@@ -131,46 +126,34 @@ class Oracle:
             x = min(max((y - self.this[1] - self.this[2 + after]) / max(self.this[0], 0.1), -MOST), MOST)
         return found
 
-    def _go_on(
-        self, ran: list[int], reach: dict[int, float], worth: dict[int, list[float]]
-    ) -> tuple[set[int], bool, bool]:
-        """Who draws another candidate; whether only to learn; and whether float32 may see it otherwise."""
+    def _go_on(self, ran: list[int], reach: dict[int, float], worth: dict[int, list[float]]) -> tuple[set[int], bool]:
+        """Who draws another candidate, and whether float32 may see it otherwise."""
         tokens = len(self.limits) + sum(self.lengths) + len(ran)
-        now = self.verify_seconds(tokens)
-        options = [Option((), 0.0, self.rate * abs(now), 0)]
-        for m in range(1, HORIZON + 1):
-            if len(ran) == 1 and m > self._room(ran[0]):
-                break
-            for members in _sets(ran, {i: worth[i][m] for i in ran}):
-                price = m * self.step_seconds(len(members)) + self.verify_seconds(tokens + len(members) * m)
-                value = sum(worth[i][m] for i in members)
-                options.append(Option(members, value - self.rate * (price - now), value + self.rate * (abs(price) + abs(now)), m))
-        best, close = _best(options, fewest=True)
-        chosen = {i for i in best.members if self._room(i) > 0}
-        hopeful = [i for i in ran if self._room(i) > 0]
-        price = self.step_seconds(1)
-        if not chosen and hopeful and not self.held and self.explore_seconds >= price:
-            self.explore_seconds -= price
-            one, closer = _highest(hopeful, reach)
-            return {one}, True, close or closer
-        return chosen, False, close
+        options = [self._option((), 0.0, 0, 0.0, tokens, tokens)]
+        for m in range(1, max((self._room(i) for i in ran), default=0) + 1):
+            for members in _sets(ran, {i: worth[i][m] for i in ran}) if m <= HORIZON else ():
+                value, seconds = sum(worth[i][m] for i in members), m * self.step_seconds(len(members))
+                options.append(self._option(members, value, m, seconds, tokens, tokens + len(members) * m))
+        best, close = _best(options)
+        return {i for i in best.members if self._room(i) > 0}, close
 
-    def _submit(self, k: int, stops: list[int], chosen: set[int], reach: dict[int, float]) -> tuple[set[int], bool]:
+    def _submit(self, stops: list[int], chosen: set[int], reach: dict[int, float]) -> tuple[set[int], bool]:
         """Whose candidate k is worth its row, besides those who go on; and whether float32 may see it otherwise."""
-        if not self.drop_last:
-            return chosen | set(stops), False
         tokens = len(self.limits) + sum(self.lengths) + len(chosen)
-        now = self.verify_seconds(tokens)
-        options = [Option((), 0.0, self.rate * abs(now), 0)]
+        options = [self._option((), 0.0, 0, 0.0, tokens, tokens)]
         for members in _sets(stops, reach):
-            price, value = self.verify_seconds(tokens + len(members)), sum(reach[i] for i in members)
-            options.append(Option(members, value - self.rate * (price - now), value + self.rate * (abs(price) + abs(now)), 0))
-        best, close = _best(options, fewest=False)
-        submit = chosen | set(best.members)
-        if not submit and self.probe and k == 1 and stops:
-            one, closer = _highest(stops, reach)
-            return {one}, close or closer
-        return submit, close
+            value = sum(reach[i] for i in members)
+            options.append(self._option(members, value, 0, 0.0, tokens, tokens + len(members)))
+        best, close = _best(options)
+        return chosen | set(best.members), close
+
+    def _option(
+        self, members: tuple[int, ...], value: float, ahead: int, draft_seconds: float, tokens: int, then: int
+    ) -> Option:
+        """A set's ``value`` in tokens, for drafting and for verifying ``then`` instead of ``tokens``."""
+        before, after = self.verify_seconds(tokens), self.verify_seconds(then)
+        terms = value, self.price * (draft_seconds + after), self.price * before
+        return Option(members, terms[0] - terms[1] + terms[2], sum(map(abs, terms)), ahead)
 
 
 @dataclass(frozen=True)
@@ -193,18 +176,12 @@ def _sets(ran: list[int], value: dict[int, float]) -> Iterable[tuple[int, ...]]:
             yield tuple(sorted(sorted(ran, key=lambda i: (-value[i], i))[:count]))
 
 
-def _best(options: list[Option], fewest: bool) -> tuple[Option, bool]:
-    """The option that gains most, and whether another one is about as good. Of equals the first requests count, of the
-    smallest or the largest set, and then the fewest candidates ahead."""
+def _best(options: list[Option]) -> tuple[Option, bool]:
+    """The option that gains most, and whether another one is about as good. Of equals the largest set counts, then the
+    fewest candidates ahead, then the first requests."""
     top = max(options, key=lambda option: option.gain)
     scale = max(option.size for option in options)
     equal = [option for option in options if top.gain - option.gain <= SAME * scale]
-    best = min(equal, key=lambda o: (len(o.members) * (1 if fewest else -1), o.ahead, o.members))
+    best = min(equal, key=lambda option: (-len(option.members), option.ahead, option.members))
     near = [o for o in options if o not in equal and top.gain - o.gain <= FRAGILE * max(o.size, top.size)]
     return best, any(option.members != best.members for option in near)
-
-
-def _highest(ran: list[int], reach: dict[int, float]) -> tuple[int, bool]:
-    """The first of the highest, and whether another one is about as high."""
-    best = max(ran, key=lambda i: (reach[i], -i))
-    return best, any(reach[i] != reach[best] and reach[i] > (1 - FRAGILE) * reach[best] for i in ran)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.cost_aware_params import CostAwareParams
 from tests.cost_aware_oracle import Oracle, Step
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
+from vllm_specdecpp.decision.tail_params import CostAwareParams
 
 VOCAB = 12  # small: stop tokens are drawn
 PADDING = 3
@@ -29,13 +29,8 @@ class Case:
     max_length: int = 6
     num_stop: int = 1
     lag: int = 0
-    drop_last: bool = True
-    held: bool = False
-    probe: bool = False
-    explore: float = 0.0
-    """Seconds saved up."""
     hasty: float = 1.0
-    """Factor on rho: above 1 time is dear."""
+    """Factor on the price: above 1 time is dear; 0: it costs nothing."""
     limit: int | None = None
     nan: float = 0.1
     alike: bool = False
@@ -49,21 +44,22 @@ class Case:
 CASES = [
     Case(1, max_length=1),
     Case(1, num_stop=0, nan=0.0),
-    Case(1, probe=True, hasty=3.0),
-    Case(2, probe=True, hasty=1.5),
+    Case(1, hasty=3.0),
+    Case(2, hasty=1.5),
     Case(2, lag=1, max_length=10, hasty=0.7, nan=0.6),
     Case(6, alike=True, hasty=1.5),
-    Case(1, lag=1, explore=0.05, hasty=3.0),
+    Case(1, lag=1, hasty=3.0),
+    Case(1, lag=1, hasty=0.0, num_stop=2),
     Case(2, lag=1, num_stop=3),
-    Case(3, hasty=2.0, drop_last=False),
-    Case(4, probe=True, hasty=4.0),
+    Case(3, hasty=2.0),
+    Case(4, hasty=4.0),
     Case(5, limit=0),
-    Case(5, held=True, explore=1.0),
+    Case(5, hasty=0.0),
     Case(7, nan=1.0),
-    Case(8, explore=0.05, hasty=2.5, num_stop=6),
+    Case(8, hasty=2.5, num_stop=6),
     Case(16, lag=1, max_length=9),
     Case(33, hasty=1.4),
-    Case(70, lag=1, drop_last=False, max_length=3),
+    Case(70, lag=1, max_length=3, hasty=0.0),
     Case(130, max_length=3),
 ]
 
@@ -74,34 +70,26 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     verify = {w: float((0.05 + 0.0008 * w) * bumps[w]) for w in range(1, 2 * n + 6)}  # ends early: extrapolated
     step = {w: float((0.006 + 0.0002 * w) * bumps[-w]) for w in range(1, n + 1)}
     rule = CostAwareRule(
-        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag,
-        drop_last=case.drop_last,
+        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag
     )  # fmt: skip
     for model in (rule.acceptance.this, rule.acceptance.next):
         model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
         model.theta[0] = max(0.0, model.theta[0])
     means = rule.acceptance._mean = rng.uniform(0.3, 0.95, NUM_BUCKETS)
     assert (rule.acceptance.mean(np.arange(NUM_BUCKETS)) == means).all()
-    rule.explore_seconds = case.explore
     top = case.max_length if case.limit is None else case.limit
     limits = rng.integers(0 if n > 1 or not top else 1, top + 1, n)
     drafts = (limits > 0) & (rng.random(n) < (0.9 if n > 1 else 1.0))
-    rate = case.hasty * rule.tokens_per_second(n) * rng.uniform(0.7, 1.4)
-    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, rate, case.held, case.probe)
+    price = case.hasty * rule.tokens_per_second(n) * rng.uniform(0.7, 1.4)
+    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price)
 
 
 def load_params(round_: CostAwareRound) -> CostAwareParams:
     """The device's parameters of this round."""
-    rule, costs = round_.rule, round_.rule.costs
-    params = CostAwareParams.allocate(
-        len(round_.limits) + PADDING, rule.max_length, len(costs.verify.table()) - 1, BUCKETS, "cpu"
-    )
-    params.load(
-        limits=round_.limits, held=round_.held, probe=round_.probe, rate=round_.rate,
-        explore_seconds=rule.explore_seconds, this=rule.acceptance.this.theta, next=rule.acceptance.next.theta,
-        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)), step_seconds=costs.step.table(),
-        verify_seconds=costs.verify.table(),
-    )  # fmt: skip
+    rule = round_.rule
+    max_tokens = len(rule.costs.verify.table()) - 1
+    params = CostAwareParams.allocate(len(round_.limits) + PADDING, rule.max_length, max_tokens, BUCKETS, "cpu")
+    round_.load(params)
     return params
 
 
@@ -117,7 +105,7 @@ def arguments(round_: CostAwareRound, case: Case, rng: np.random.Generator) -> d
         "running": running, "params": load_params(round_), "stop_token_ids": stops,
         "draft_tokens": torch.full((n, k + 3), 99)[:, :k], "any_running": torch.full((1,), 7, dtype=torch.int32),
         "scores_log": torch.zeros(k, n + 2)[:, :n], "widths": torch.full((k,), -1, dtype=torch.int32),
-        "lag": case.lag, "drop_last": case.drop_last,
+        "lag": case.lag,
     }  # fmt: skip
 
 
@@ -125,11 +113,10 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
     """The same round, to be decided by trying out everything."""
     rule = round_.rule
     return Oracle(
-        limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), rate=round_.rate, lag=rule.lag,
+        limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), price=round_.price, lag=rule.lag,
         this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
         means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
-        step=rule.costs.step.at, verify=rule.costs.verify.at, explore_seconds=rule.explore_seconds,
-        drop_last=rule.drop_last, held=round_.held, probe=round_.probe,
+        step=rule.costs.step.at, verify=rule.costs.verify.at,
     )  # fmt: skip
 
 
@@ -160,29 +147,24 @@ def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
     return met
 
 
-def check_probe(launch: Any) -> None:
-    """A probe submits its best candidate at step 1 though it does not pay, and may drop all at a later step."""
-    case = Case(2, num_stop=0, probe=True)
-    for scores, drafts in (([[0.1, 0.2]], [[-1, 1]]), ([[0.99, 0.98], [0.0, 0.0]], [[0, 1], [-1, -1]])):
+def check_free(launch: Any) -> None:
+    """At price 0 all draft to their limits and submit everything, though nothing can be accepted."""
+    for case in (Case(1, num_stop=0), Case(5, num_stop=0)):
         round_ = make_round(case, np.random.default_rng(0))
-        round_.limits[:], round_.drafts[:] = 6, True
+        round_.price, round_.limits[:], round_.drafts[:] = 0.0, [6, 2, 5, 1, 4][: case.num_reqs], True
         a = arguments(round_, case, np.random.default_rng(0))
-        params = a["params"]
-        params.rate.fill_(1.0)
-        params.slopes.copy_(torch.tensor([1.0, 0.0]))  # a score is the candidate's acceptance, the next one's is 0.98
-        params.this.zero_()
-        params.next.fill_(4.0)
-        params.step_seconds.fill_(0.001)
-        params.verify_seconds.copy_(0.6 * torch.arange(len(params.verify_seconds)))
-        for step, (row, wanted) in enumerate(zip(scores, drafts, strict=True), 1):
-            launch(torch.tensor(row + [0.0] * PADDING), torch.arange(2 + PADDING), step, **a)
-            assert a["draft_tokens"][:, step - 1].tolist() == wanted + [-1] * PADDING
+        for intercepts in (a["params"].this, a["params"].next):
+            intercepts.fill_(-500.0)
+        for step in range(1, 7):
+            launch(torch.zeros(case.num_reqs + PADDING), torch.arange(case.num_reqs + PADDING), step, **a)
+        assert a["lengths"].tolist() == [*round_.limits, *[0] * PADDING]
+        assert (a["draft_tokens"] >= 0).sum(dim=1).tolist() == a["lengths"].tolist()
+        assert not a["survival"][: case.num_reqs].any() and not a["running"].any()
 
 
 def _follow(a: dict[str, Any], oracle: Oracle) -> None:
     for name in ("survival", "expected", "lengths", "running"):
         a[name][: len(oracle.limits)] = torch.tensor(getattr(oracle, name)).to(a[name].dtype)
-    a["params"].explore_seconds.fill_(oracle.explore_seconds)
 
 
 def _compare(a: dict[str, Any], oracle: Oracle, made: Step, token_ids: Any, step: int, where: str) -> None:
@@ -197,12 +179,10 @@ def _compare(a: dict[str, Any], oracle: Oracle, made: Step, token_ids: Any, step
     assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * PADDING], where
     assert a["running"].tolist() == [*oracle.running, *[0] * PADDING], where
     assert a["any_running"].tolist() == [any(oracle.running)], where
-    left = oracle.explore_seconds
-    np.testing.assert_allclose(a["params"].explore_seconds, [left], rtol=1e-4, atol=1e-6, err_msg=where)
 
 
 def _events(running: list[bool], made: Step) -> Counter[str]:
-    met = Counter(steps=1, explored=int(made.explored))
+    met = Counter(steps=1)
     if any(running):
         met["all go on"] += made.go_on == running
         met["some go on"] += any(made.go_on) and made.go_on != running

@@ -16,9 +16,9 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.costs.model import CostCache
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4
@@ -58,7 +58,7 @@ def start(
         model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most_tokens(scheduler))
         bound = speculator.num_speculative_steps
         rule = CostAwareRule(model, bound, lag=tail.estimator.lag, adapt=config.online_calibration)
-    return DeviceCostAware(rule, tail.estimator, cache, agree, speculator.device, measured, tail=tail)
+    return DeviceCostAware(rule, tail, cache, agree, speculator.device, measured)
 
 
 def _cache(speculator: Any) -> CostCache:
