@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance
-from vllm_specdecpp.kernels.cost_aware_params import CostAwareParams
-from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail, cost_aware_tail_torch
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.tail_params import CostAwareParams
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
 from vllm_specdecpp.kernels.logits_summary import logits_summary, logits_summary_torch, make_partials
-from vllm_specdecpp.kernels.threshold_tail import threshold_tail, threshold_tail_torch
+from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 
 BATCHES = (1, 4, 16, 64, 256)
 MAX_LENGTH, NUM_STOP = 12, 2
@@ -77,7 +78,7 @@ def _threshold(n: int, device: torch.device | str) -> Workload:
     def call(launch: Callable[..., None]) -> Callable[[dict[str, Tensor]], None]:
         return lambda tensors: launch(step=1, min_length=1, scored=True, **tensors)
 
-    return Workload("threshold_tail", f"batch {n}", call(threshold_tail), call(threshold_tail_torch), state, 0.0)
+    return Workload("threshold_tail", f"batch {n}", call(threshold_tail), call(tails.threshold_tail), state, 0.0)
 
 
 def _cost_aware(n: int, device: torch.device | str) -> Workload:
@@ -85,7 +86,7 @@ def _cost_aware(n: int, device: torch.device | str) -> Workload:
 
     def state() -> dict[str, Tensor]:
         params.load(
-            limits=[MAX_LENGTH] * n, held=False, probe=False, rate=60.0 * n, explore_seconds=0.0,
+            limits=[MAX_LENGTH] * n, price=60.0 * n,
             this=[1, 0, 0, 0, 0, 0], next=[0.5, 0.4, 0, 0, 0, 0], means=[0.7] * 4,
             step_seconds=[0.002 + 1e-5 * i for i in range(n + 1)],
             verify_seconds=[0.02 + 1e-5 * i for i in range(1025)],
@@ -98,7 +99,7 @@ def _cost_aware(n: int, device: torch.device | str) -> Workload:
     def call(launch: Callable[..., None]) -> Callable[[dict[str, Tensor]], None]:
         return lambda tensors: launch(step=1, params=params, **tensors)
 
-    return Workload("cost_aware_tail", f"batch {n}", call(cost_aware_tail), call(cost_aware_tail_torch), state, 1e-4)
+    return Workload("cost_aware_tail", f"batch {n}", call(cost_aware_tail), call(tails.cost_aware_tail), state, 1e-4)
 
 
 def _logits(n: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str) -> Workload:

@@ -194,7 +194,7 @@ class Informed(CostAwareRule):
 
     def begin(self, request_ids: Sequence[str], max_lengths: Sequence[int]) -> CostAwareRound:
         limits = np.minimum(np.asarray(max_lengths, dtype=np.int64), self.max_length)
-        return CostAwareRound(self, list(request_ids), limits, limits > 0, self.rho, False, False)
+        return CostAwareRound(self, list(request_ids), limits, limits > 0, self.rho)
 
     def finish(self, *args: object) -> None:
         """Learns nothing."""

@@ -77,18 +77,17 @@ def _threshold_tail() -> Iterator[Variant]:
 
 def _cost_aware_tail() -> Iterator[Variant]:
     module = cost_aware_tail
-    whole = ("widths_ptr", "limits_ptr", "batch_ptr", "held_ptr", "probe_ptr")
+    whole = ("widths_ptr", "limits_ptr", "batch_ptr")
     real = (
-        "expected_ptr", "scores_log_ptr", "rate_ptr", "explore_ptr", "slopes_ptr", "this_ptr", "next_ptr", "means_ptr",
+        "expected_ptr", "scores_log_ptr", "price_ptr", "slopes_ptr", "this_ptr", "next_ptr", "drift_ptr", "means_ptr",
         "step_seconds_ptr", "verify_seconds_ptr",
     )  # fmt: skip
     types = _ROUND | dict.fromkeys(whole, "*i32") | dict.fromkeys(real, "*fp32")
     for num_reqs in (1, 64, 128, 256, 512, module.MAX_REQS):
-        for lag, drop_last in ((0, True), (1, True), (0, False)) if num_reqs in (1, 256) else ((0, True),):
+        for lag in (0, 1) if num_reqs in (1, 256) else (0,):
             yield Variant(
-                f"cost_aware_tail, {num_reqs} requests, lag {lag}{'' if drop_last else ', nothing dropped'}",
-                module._cost_aware_tail_kernel, types,
-                {"LAG": lag, "DROP_LAST": drop_last, **module.sizes(num_reqs)}, module.options(num_reqs),
+                f"cost_aware_tail, {num_reqs} requests, lag {lag}", module._cost_aware_tail_kernel, types,
+                {"LAG": lag, **module.sizes(num_reqs)}, module.options(num_reqs),
             )  # fmt: skip
 
 

@@ -12,10 +12,10 @@ import torch
 from tests.v2 import harness
 from tests.v2.oracle import Stops, predict
 from tests.v2.play import Play
+from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.engine.v2.passes import SHORT
-from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail_torch
 
 MAX_LENGTH = 5
 CURVES = {"first": {1: 1e-3, 4: 2e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
@@ -58,8 +58,8 @@ class Script(CostAwareRule):
         limits = np.minimum(caps, self._random.integers(0, MAX_LENGTH + 1, len(caps)))
         drafts = (limits > 0) & (self._random.random(len(caps)) < 0.8) & (self._random.random() < 0.7)
         self.plans.append(dict(zip(request_ids, np.where(drafts, limits, 0).tolist(), strict=True)))
-        round_ = CostAwareRound(self, list(request_ids), limits, drafts, 1.0, True, False)
-        round_.caps = caps
+        round_ = CostAwareRound(self, list(request_ids), limits, drafts, 0.0)
+        round_.caps, round_.rate, round_.held = caps, 1.0, True
         return round_
 
     def finish(self, round_: CostAwareRound, verified: Any, accepted: Any, *seconds: Any) -> None:
@@ -175,9 +175,7 @@ def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script |
 
     tail = speculator._tail
     rule = Script(seed, speculator.max_num_reqs) if leads else None
-    speculator.cost_aware = DeviceCostAware(
-        rule, tail.estimator, None, speculator.agree, speculator.device, tail=tail
-    )  # fmt: skip
+    speculator.cost_aware = DeviceCostAware(rule, tail, None, speculator.agree, speculator.device)
     speculator.cost_aware._leave_out = lambda *args, **kwargs: None  # the script has the last word
     return rule
 
@@ -186,7 +184,7 @@ def scripted(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tup
     """vLLM's configuration, a speculator over the oracle, and the script that says who drafts."""
     options = {"rule": "cost_aware", "num_speculative_tokens": MAX_LENGTH, **options}
     config, speculator = harness.speculator(tiny, **options)
-    speculator._tail._launch = cost_aware_tail_torch  # quicker than the interpreted kernel
+    speculator._tail._launch = tails.cost_aware_tail  # quicker than the interpreted kernel
     return config, speculator, attach_script(speculator, seed, leads=leads)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
-from vllm_specdecpp.rule_registry import find_rule, no_device_tail
+from vllm_specdecpp.rule_registry import find_rule
 
 if TYPE_CHECKING:  # the head imports this package's features
     from vllm_specdecpp.head.model import AcceptanceHead
@@ -81,18 +81,13 @@ NEVER = 2.0
 """A threshold above every 1 - survival."""
 
 
-def device_threshold(rule: StopRule) -> float:
-    """The h at which the threshold kernel decides as ``rule`` does.
-
-    Raises:
-        ValueError: the rule decides in another way.
-    """
+def tail_threshold(rule: StopRule) -> float | None:
+    """The h at which ``tails.threshold_tail`` decides as the rule does; None: it has logic of its own, which only the
+    host can ask."""
     decides = type(rule).should_stop
     if decides is ThresholdRule.should_stop and isinstance(rule, ThresholdRule):
         return rule.threshold
-    if decides is FixedRule.should_stop:
-        return NEVER
-    raise ValueError(f"specdecpp: {no_device_tail(rule.name)}; set VLLM_USE_V2_MODEL_RUNNER=0, or choose another rule")
+    return NEVER if decides is FixedRule.should_stop else None
 
 
 def make_estimator(head: AcceptanceHead | None) -> Estimator:

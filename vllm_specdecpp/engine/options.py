@@ -72,7 +72,7 @@ def _user_dict(args: Any) -> dict[str, Any] | None:
     if METHOD not in methods:
         for method in methods:
             if _is_mistyped(method):
-                raise ValueError(f"specdecpp: {_mistyped(method)}")
+                raise ValueError(f"specdecpp: {_mistyped(str(method))}")
         return None
     flags = {
         "method": ("--spec-method", args.spec_method),

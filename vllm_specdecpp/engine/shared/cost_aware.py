@@ -16,8 +16,8 @@ from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.decision.estimator import Estimator
-from vllm_specdecpp.decision.round import CostAwareState
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
+from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.engine.v1.inputs import RowState
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -35,7 +35,7 @@ class CostAwareDrafting:
 
     Args:
         rule: None on ranks that follow rank 0.
-        estimator: scores the candidates.
+        tail: decides in the rounds.
         file: where the costs are kept; None keeps them nowhere.
         agree: rank 0's tensor on every rank.
         device: of the draft model.
@@ -45,13 +45,13 @@ class CostAwareDrafting:
     def __init__(
         self,
         rule: CostAwareRule | None,
-        estimator: Estimator,
+        tail: CostAwareTail,
         file: CostFile | None,
         agree: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
         measured: bool = False,
     ) -> None:
-        self.rule, self.estimator, self.file = rule, estimator, file
+        self.rule, self.tail, self.file = rule, tail, file
         self.drafting = True
         """Whether the last round with a request that could draft did draft."""
         self.reliability = ReliabilityLog()
@@ -61,6 +61,7 @@ class CostAwareDrafting:
         self._overheads: list[float] | None = [] if measured else None
         self._agree, self._device = agree, device
         self._round: CostAwareRound | None = None
+        self._state: DraftRound | None = None  # the same round, while it is drafted
         self._step: Mapping[str, Any] = {}  # of the last round, as RoundLog.step fills it
         self._num_rounds = 0
 
@@ -73,14 +74,14 @@ class CostAwareDrafting:
         since_last_seconds: float | None,
         first_missing: Sequence[int],
         room: Sequence[int],
-    ) -> CostAwareState:
+    ) -> DraftRound:
         """Learn from the round that was just verified, and choose who drafts now.
 
         Args:
             rows: the batch.
             outcomes: row -> candidates verified and accepted, of the requests that were in the last round.
             max_lengths: upper bounds on the candidate lengths.
-            stop_token_ids: as in :class:`RoundState`.
+            stop_token_ids: as in :class:`DraftRound`.
             since_last_seconds: from the end of the last round's drafting to now.
             first_missing: first position of each request whose draft KV is not right.
             room: tokens that each request may emit after its next token.
@@ -92,13 +93,13 @@ class CostAwareDrafting:
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
             self._output_lengths.update({row.request_id: row.next_position for row in rows})
             self._leave_out(self._round, rows, _reading(rows, first_missing), room)
-        state = CostAwareState(
-            self._round, self.estimator, self.estimator.needs, len(rows), stop_token_ids=stop_token_ids,
-            agree=self._agree, device=self._device,
-        )  # fmt: skip
+            self._round.load(self.tail.params)
+        self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
+        longest = torch.tensor(max_lengths, dtype=torch.int32, device=self._device)  # [num_reqs]
+        self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
         if any(max_lengths):
-            self.drafting = state.any_running()
-        return state
+            self.drafting = self._state.goes_on()
+        return self._state
 
     def _leave_out(
         self,
@@ -156,6 +157,10 @@ class CostAwareDrafting:
     def timed(self, step: Mapping[str, Any]) -> None:
         """The round's drafting has ended; ``step`` is what :meth:`RoundLog.step` says of it."""
         self._step = step
+        if self._round is not None and self._state is not None:
+            num_reqs, state = len(self._round.request_ids), self._state
+            report = self.tail.report(num_reqs, state.max_lengths, state.lengths).cpu()
+            self._round.fill(Report.of(report, num_reqs, len(self.tail.widths)))
 
     def finish(
         self,

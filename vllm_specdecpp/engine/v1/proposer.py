@@ -21,8 +21,9 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.round import DraftRound, RoundState
+from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
 from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
@@ -108,7 +109,8 @@ class SpecDecPPProposer(DraftModelProposer):
             file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
             bound, lag=estimator.lag, adapt=self.config.online_calibration,
         )  # fmt: skip
-        self.cost_aware = CostAwareDrafting(rule, estimator, file, self.agree, self.device, measured)
+        tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
+        self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
         return self.cost_aware
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
@@ -214,7 +216,7 @@ class SpecDecPPProposer(DraftModelProposer):
         prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
         stop_token_ids = self.requests.stop_token_ids(rows)
         if self.rule is not None:
-            state: DraftRound = RoundState(
+            state = DraftRound(
                 self.rule,
                 torch.tensor(max_lengths, device=self.device),
                 min_length=self.config.min_speculative_tokens,
@@ -270,7 +272,7 @@ class SpecDecPPProposer(DraftModelProposer):
         probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
         needs = state.needs if trace is None else state.needs | trace.needs
 
-        while state.any_running():
+        while state.goes_on():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
             logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
@@ -282,27 +284,23 @@ class SpecDecPPProposer(DraftModelProposer):
                 margin="margin" in needs,
             )
             state.observe(features, running)
-            draws = state.drawing[running]  # [num_running]
-            if not bool(draws.all()):
-                running, logits, hidden_states = running[draws], logits[draws], hidden_states[draws]
-                features = features.select(draws)
-                if not len(running):
-                    break
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
+            column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
+            submits = column[running] >= 0  # [num_running]
             if trace is not None:
-                trace.step(running, features, drawn_logprobs)
-            drawn.append(scatter(token_ids, running, num_reqs, fill=-1))
+                logprobs_of = None if drawn_logprobs is None else drawn_logprobs[submits]
+                trace.step(running[submits], features.select(submits), logprobs_of)
+            drawn.append(column)
             if probs is not None:
                 probabilities.append(scatter(probs, running, num_reqs, fill=0))
-            state.append(token_ids, running, drawn_logprobs)
-            if not state.any_running():
+            if not state.goes_on():
                 break
-            keep = state.running[running]  # [num_running]
+            keep = state.running[running] > 0  # [num_running]
             fed_rows = running[keep]
             fed_blocks = block_table[fed_rows]
             positions = next_positions[fed_rows] + len(drawn) - 1

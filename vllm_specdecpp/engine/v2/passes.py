@@ -184,13 +184,13 @@ class DraftPasses(StandaloneARSpeculator):
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         """The draft's logits [num_reqs, vocab_size]; the rule scores them here, before anything is drawn from them."""
         self._logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        self.round.observe(self._step, self._logits, hidden_states)
+        self.round.observe_pass(self._step, self._logits, hidden_states)
         return self._logits
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
         token_ids = self.agree(super().sample_draft(*args, **kwargs).long())
-        return self.round.append(self._step, token_ids, self._logits)
+        return self.round.append_drawn(token_ids, self._logits)
 
     def agree(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""

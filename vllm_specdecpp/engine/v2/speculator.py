@@ -26,17 +26,19 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs.timing import most_tokens
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
 from vllm_specdecpp.engine.shared import vocabulary
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.engine.v2.requests import BatchRequests
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.kernels.cost_aware_tail import MAX_REQS, cost_aware_tail
 from vllm_specdecpp.provenance import model_label
 
 logger = init_logger("vllm.specdecpp")
@@ -96,8 +98,9 @@ class SpecDecPPSpeculator(CapturedRounds):
             return
         if self._tail is None:
             most = most_tokens(self.scheduler_config)
+            launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
             self._tail = CostAwareTail(
-                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
+                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device, launch
             )
         self.round.set_rule(self._tail, 1)
 

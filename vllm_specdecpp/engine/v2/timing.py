@@ -15,9 +15,9 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import Points
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4
@@ -46,7 +46,7 @@ def start(
         file, lambda: measure(speculator, told), told, speculator.scheduler_config, speculator.num_speculative_steps,
         lag=tail.estimator.lag, adapt=config.online_calibration,
     )  # fmt: skip
-    return DeviceCostAware(rule, tail.estimator, file, agree, speculator.device, measured, tail=tail)
+    return DeviceCostAware(rule, tail, file, agree, speculator.device, measured)
 
 
 def _file(speculator: Any) -> CostFile:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays recorded rounds under any stop rule: what it would have drafted, and how long that would have taken.
 
-The rule's own code (:class:`RoundState`) runs once over every start of the chains as one batch; walking the chains with
+The rule's own code (:class:`DraftRound`) runs once over every start of the chains as one batch; walking the chains with
 the lengths that come out is arithmetic. A rule meets the recorded features of a start's steps in order, as in the
 engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision import (
     ConfidenceEstimator,
+    DraftRound,
     Estimator,
-    RoundState,
+    FixedRule,
     StepFeatures,
     StopRule,
     ThresholdRule,
@@ -161,20 +162,21 @@ def run_rule(chains: Chains, rule: StopRule, source: StepSource, max_length: int
     Returns:
         Lengths, and the survival before each candidate, [num_starts, max_length] float32 (as long as a start runs).
     """
-    state = RoundState(rule, chains.available.clamp(max=max_length))
+    state = DraftRound(rule, chains.available.clamp(max=max_length))
     survival = torch.ones(chains.num_starts, max_length)
     stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
     drawn_logprob = chains.scalars["drawn_logprob"]
     for k in range(max_length):
-        if not state.any_running():
+        if not state.goes_on():
             break
-        rows = state.running.nonzero().squeeze(1)  # [num_rows]
+        ran = state.running.bool()
+        rows = ran.nonzero().squeeze(1)  # [num_rows]
         steps = chains.first_step[rows] + k
         state.observe(source.features(chains, steps), rows)
-        survival[:, k] = state.survival
-        stopped |= state.running & rule.should_stop(state.survival, k)
         state.append(chains.token_ids[steps], rows, drawn_logprob[steps])
-    return _with_cut(chains, state.lengths, stopped, max_length), survival
+        survival[:, k] = state.survival
+        stopped |= ran & rule.should_stop(state.survival, k)
+    return _with_cut(chains, state.lengths.long(), stopped, max_length), survival
 
 
 def survivals(chains: Chains, source: StepSource, max_length: int) -> Tensor:
@@ -263,18 +265,11 @@ def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
     )
 
 
-class _NeverStop:
+class _NeverStop(FixedRule):
     """Asks its estimator and goes on."""
 
-    name = "never"
-    depends_on = "nothing"
-
     def __init__(self, estimator: Estimator) -> None:
-        self.estimator: Estimator | None = estimator
-        self.needs = estimator.needs
-
-    def should_stop(self, survival: Tensor, num_drawn: int) -> Tensor:
-        return torch.zeros_like(survival, dtype=torch.bool)  # [num_reqs]
+        self.estimator, self.needs = estimator, estimator.needs
 
 
 def _with_cut(chains: Chains, lengths: Tensor, stopped: Tensor, max_length: int) -> Lengths:
