@@ -63,7 +63,8 @@ class Script(CostAwareRule):
         return round_
 
     def finish(self, round_: CostAwareRound, verified: Any, accepted: Any, *seconds: Any) -> None:
-        self.told.append(Told(round_, list(verified), list(accepted), *seconds, self._read))
+        drafting, verifying = seconds
+        self.told.append(Told(round_, list(verified), list(accepted), drafting, verifying, self._read))
         self._read = []
         super().finish(round_, verified, accepted, *seconds)
 

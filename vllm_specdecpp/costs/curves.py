@@ -18,8 +18,8 @@ _SHRINK = 2.0
 _FADE = 0.998
 """What a width's own steps still weigh after each later step: an old estimate gives way to the common drift."""
 _EXACT, _RATIO, _REACH = 24, 1.03, 0.15
-"""Widths up to 24 stand alone, and neighbours within about 15 % are a hint; wider ones are one smooth curve over bins
-3 % wide: what is asked of it is the price of a few more rows, which the noise of single bins would drown."""
+"""Widths up to 24 stand alone, with neighbours within about 15 % as a hint; wider ones are one smooth curve over bins
+3 % wide: what is asked of it is the price of a few rows more, a difference which the noise of single bins drowns."""
 _OUTLIER = 0.5
 """A step further off than this log-ratio is no news of its width: compilation, a prefill, another process's burst."""
 _SHIFT = 10
