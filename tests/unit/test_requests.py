@@ -29,7 +29,7 @@ def requests_of(*params: dict[str, Any], prompt: int = 10, prefilling: tuple[int
     batch = SimpleNamespace(num_computed_tokens_cpu=np.zeros(len(names), dtype=np.int32), req_ids=names)
     mask = np.array([i in prefilling for i in range(len(names))])
     runner = SimpleNamespace(input_batch=batch, requests=known, discard_request_mask=SimpleNamespace(np=mask))
-    return RunnerRequests(runner, max_model_len=100)
+    return RunnerRequests(runner, longest=100)
 
 
 def lengths(requests: RunnerRequests, num: int, prompt: int = 10) -> list[int]:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import require_supported
+from vllm_specdecpp.engine.one_row import schedule_one_row
 from vllm_specdecpp.request_options import RequestOptions
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -244,6 +245,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             what = f"model={config.model!r} as draft of {self.model!r}"
             raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
         _check_model_runner(self, config, vllm_config)
+        schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()

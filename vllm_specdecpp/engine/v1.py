@@ -27,6 +27,7 @@ from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
 from vllm_specdecpp.engine import costs
 from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.metrics import RoundLog
 from vllm_specdecpp.engine.passes import SinglePasses
@@ -63,12 +64,13 @@ class SpecDecPPProposer(DraftModelProposer):
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
-        self.requests = RunnerRequests(runner, self.max_model_len)
+        self.draft_limit = draft_limit(vllm_config)
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
         self.pass_widths = RowWidths()
         self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
-        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
+        self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
@@ -171,6 +173,8 @@ class SpecDecPPProposer(DraftModelProposer):
         with self.log.step(num_reqs, query_starts[-1]) as step:
             rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
             rows = self.requests.rows(query_starts, rejected)
+            if any(row.next_position >= self.draft_limit for row in rows):
+                warn_of_end(self.draft_limit)
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
             step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
@@ -321,16 +325,22 @@ class SpecDecPPProposer(DraftModelProposer):
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
     ) -> dict[int, tuple[int, int]]:
-        """Account for the rounds that were just verified: row -> candidates verified, accepted."""
+        """Account for the rounds that were just verified: row -> candidates verified, accepted.
+
+        A round may be verified some steps late, where the scheduler had no room for the request in between; it is
+        counted, but is no outcome of the last round.
+        """
         next_tokens = next_token_ids.tolist()
         outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
-            if row.request_id not in self._candidates or not self.draft_kv.continues(row):
+            position, candidates = self._candidates.get(row.request_id, (-1, []))
+            if position != row.first_query_position:
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
-            candidates = self._candidates[row.request_id][:num_verified]
-            outcomes[index] = num_verified, num_verified - rejected[index]
-            self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+            num_accepted = num_verified - rejected[index]
+            if self.draft_kv.continues(row):
+                outcomes[index] = num_verified, num_accepted
+            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index])
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
@@ -393,6 +403,8 @@ class SpecDecPPProposer(DraftModelProposer):
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
         num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
         self.draft_kv.replace(rows, num_right, blocks)
-        self._candidates = {
-            row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
+        held = {name: drafted for name, drafted in self._candidates.items() if name in self.runner.requests}
+        self._candidates = held | {
+            row.request_id: (-1 if p else row.next_position, tokens)
+            for row, tokens, p in zip(rows, candidates, prefilling, strict=True)
         }
