@@ -8,6 +8,7 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.draft_inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.draft_rows import logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.metrics import RoundLog
 from vllm_specdecpp.engine.passes import SinglePasses
 from vllm_specdecpp.engine.requests import RunnerRequests
@@ -241,8 +243,14 @@ class SpecDecPPProposer(DraftModelProposer):
         return state, [
             index
             for index, row in enumerate(rows)
-            if drafts[index] or (keep_up and prompts[index] and self.requests.will_go_on(row, index))
+            if drafts[index]
+            or ((keep_up and prompts[index] or not self.can_catch_up) and self.requests.will_go_on(row, index))
         ]
+
+    @cached_property
+    def can_catch_up(self) -> bool:
+        """Whether the draft model may leave a request's tokens for later; else it reads them in every round."""
+        return keeps_all_blocks(self.runner.kv_cache_config, self._draft_attn_layer_names)
 
     def _draft(
         self,
