@@ -11,8 +11,9 @@ import torch
 
 from tests.toy_rule import Alternate, registered
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.round import DraftRound
-from vllm_specdecpp.decision.rules import NEVER, FixedRule, ThresholdRule, make_rule, tail_threshold
+from vllm_specdecpp.decision.rules import NEVER, FixedRule, ThresholdRule, tail_threshold
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.rule_registry import RULES, RuleEntry, find_rule, register
 from vllm_specdecpp.training.replay import tune

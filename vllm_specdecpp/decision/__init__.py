@@ -19,8 +19,9 @@ from vllm_specdecpp.decision.features import (
     encode_scalars,
     features_from_logits,
 )
+from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.round import DraftRound
-from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_estimator, make_rule
+from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_estimator
 
 __all__ = [
     "ConfidenceEstimator",

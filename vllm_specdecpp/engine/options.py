@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import require_supported
 from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.request_options import RequestOptions
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
@@ -283,6 +284,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
         _check_model_runner(self, config, vllm_config)
         draft_layers.keep_alike(vllm_config)
+        schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()

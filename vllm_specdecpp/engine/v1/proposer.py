@@ -8,6 +8,7 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +24,13 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.round import DraftRound
-from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
+from vllm_specdecpp.decision.rules import StopRule, make_estimator
 from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
+from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.engine.v1 import draft_layers
@@ -66,12 +70,13 @@ class SpecDecPPProposer(DraftModelProposer):
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
-        self.requests = RunnerRequests(runner, self.max_model_len)
+        self.draft_limit = draft_limit(vllm_config)
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
         self.pass_widths = RowWidths()
         self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
-        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
+        self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
@@ -169,6 +174,8 @@ class SpecDecPPProposer(DraftModelProposer):
         with self.log.step(num_reqs, query_starts[-1]) as step:
             rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
             rows = self.requests.rows(query_starts, rejected)
+            if any(row.next_position >= self.draft_limit for row in rows):
+                warn_of_end(self.draft_limit)
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
             step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
@@ -236,8 +243,14 @@ class SpecDecPPProposer(DraftModelProposer):
         return state, [
             index
             for index, row in enumerate(rows)
-            if drafts[index] or (keep_up and prompts[index] and self.requests.will_go_on(row, index))
+            if drafts[index]
+            or ((keep_up and prompts[index] or not self.can_catch_up) and self.requests.will_go_on(row, index))
         ]
+
+    @cached_property
+    def can_catch_up(self) -> bool:
+        """Whether the draft model may leave a request's tokens for later; else it reads them in every round."""
+        return keeps_all_blocks(self.runner.kv_cache_config, self._draft_attn_layer_names)
 
     def _draft(
         self,
@@ -316,16 +329,22 @@ class SpecDecPPProposer(DraftModelProposer):
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
     ) -> dict[int, tuple[int, int]]:
-        """Account for the rounds that were just verified: row -> candidates verified, accepted."""
+        """Account for the rounds that were just verified: row -> candidates verified, accepted.
+
+        A round may be verified some steps late, where the scheduler had no room for the request in between; it is
+        counted, but is no outcome of the last round.
+        """
         next_tokens = next_token_ids.tolist()
         outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
-            if row.request_id not in self._candidates or not self.draft_kv.continues(row):
+            position, candidates = self._candidates.get(row.request_id, (-1, []))
+            if position != row.first_query_position:
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
-            candidates = self._candidates[row.request_id][:num_verified]
-            outcomes[index] = num_verified, num_verified - rejected[index]
-            self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+            num_accepted = num_verified - rejected[index]
+            if self.draft_kv.continues(row):
+                outcomes[index] = num_verified, num_accepted
+            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index])
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
@@ -388,6 +407,8 @@ class SpecDecPPProposer(DraftModelProposer):
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
         num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
         self.draft_kv.replace(rows, num_right, blocks)
-        self._candidates = {
-            row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
+        held = {name: drafted for name, drafted in self._candidates.items() if name in self.runner.requests}
+        self._candidates = held | {
+            row.request_id: (-1 if p else row.next_position, tokens)
+            for row, tokens, p in zip(rows, candidates, prefilling, strict=True)
         }

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_specs
 
+from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 Span = tuple[int, int]
@@ -66,11 +66,9 @@ class DraftKVGaps:
     @cached_property
     def can_catch_up(self) -> bool:
         """Whether rounds may do without a draft pass: a request keeps all of its blocks, and each rank holds all
-        positions of a block. Else a row of the block table may name blocks that are another's by now."""
-        speculator, names = self._speculator, self._speculator.draft_attn_layer_names
-        groups = [group for group in speculator.kv_cache_config.kv_cache_groups if names & set(group.layer_names)]
-        specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
-        plain = all(isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec) for spec in specs)
+        positions of a block."""
+        speculator = self._speculator
+        plain = keeps_all_blocks(speculator.kv_cache_config, speculator.draft_attn_layer_names)
         return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
 
     def arrive(self, input_batch: Any, new: Collection[str]) -> None:

@@ -28,8 +28,10 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs.timing import most_tokens
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
-from vllm_specdecpp.decision.rules import make_estimator, make_rule
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.rules import make_estimator
 from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
@@ -70,6 +72,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
+        self._longest = longest_drafted(vllm_config)
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
 
@@ -169,7 +172,9 @@ class SpecDecPPSpeculator(CapturedRounds):
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         # vLLM's warm-up needs every kernel once, not K_max equal passes.
         bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
-        limits = self.requests.table(request_ids, bound, self.max_model_len)
+        limits = self.requests.table(request_ids, bound, self._longest)
+        beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
+        limits[beyond, 0] = 0
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
@@ -180,7 +185,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             return self.draft_tokens[:num_reqs].clamp(min=0)
         self.gaps.arrive(input_batch, self.requests.take_arrived())
         num_passes: int | torch.Tensor = 0
-        if self.requests.all_off(request_ids):
+        if self.requests.all_off(name for name, is_beyond in zip(request_ids, beyond, strict=True) if not is_beyond):
             self.gaps.leave_out(input_batch)
         else:
             num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
@@ -188,6 +193,15 @@ class SpecDecPPSpeculator(CapturedRounds):
         self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
         # -1 is no row of an embedding table: see engine.v2.sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
+
+    def _beyond(self, input_batch: Any) -> np.ndarray:
+        """[num_reqs] bool: the requests that the host knows to be beyond the draft's last position for good."""
+        num_reqs, most_in_flight = input_batch.num_reqs, 3 * (1 + self.num_speculative_steps)
+        least = input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy() - most_in_flight
+        beyond: np.ndarray = np.maximum(least, input_batch.prefill_len_np[:num_reqs]) >= self.draft_limit
+        if beyond.any():
+            warn_of_end(self.draft_limit)
+        return beyond
 
     def _costs_in_force(self, dummy_run: bool) -> DeviceCostAware | None:
         """The host side of the rule that this step begins a round of; None while there is no such rule, or no costs."""
