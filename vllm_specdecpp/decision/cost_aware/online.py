@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -231,4 +232,23 @@ class AcceptanceModel:
         self.this.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k] for k in known])
         known = [k for k in known if k + 1 < num]
         self.next.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k + 1] for k in known])
+        self._recentre()
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as JSON."""
+        return {
+            "this": self.this.state(),
+            "next": self.next.state(),
+            "centre": self._centre,
+            "observed": self._observed.tolist(),
+            "accepted": self._accepted.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
+        self.this.restore(state["this"], weight)
+        self.next.restore(state["next"], weight)
+        self._centre = float(state["centre"])
+        self._observed = weight * np.array(state["observed"], dtype=np.float64)
+        self._accepted = weight * np.array(state["accepted"], dtype=np.float64)
         self._recentre()

@@ -26,32 +26,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.admission import Admission, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
-from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
-from vllm_specdecpp.decision.cost_aware.logistic import Array
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
-from vllm_specdecpp.decision.cost_aware.plan import Mask
-from vllm_specdecpp.decision.cost_aware.rate import RateEstimate
-from vllm_specdecpp.decision.cost_aware.start import StartGate
+from vllm_specdecpp.decision.cost_aware.purse import Purse
 
-__all__ = ["CostAwareRound", "CostAwareRule", "Decision"]
-
-_FEW = 3
-"""Up to so many requests a loop over floats is faster than arrays."""
-_EXPLORE_SHARE = 0.003
-"""Of all time, spent on candidates that do not pay, to learn what follows low scores, and on timing K = 0."""
-
-_TRIAL_EVERY, _FRESH = 32, 6.0
-"""Drafted rounds between two that try out another length, and steps after which a width's time is known."""
+__all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
 
 
 class CostAwareRule:
-    """State of one engine: costs, calibration, rho, guard. Decides for a round through :meth:`begin`.
+    """State of one engine: costs, calibration, admission, purse. Decides for a round through :meth:`begin`.
 
     Args:
         costs: measured at start-up; :meth:`finish` refreshes it.
@@ -60,13 +49,12 @@ class CostAwareRule:
         acceptance: a calibration to start from.
         drop_last: whether a request may leave out the candidate it just looked at.
         adapt: learn online; False freezes the calibration.
-        guarded: whether the guard may take over.
     """
 
     name = "cost_aware"
     depends_on = (
         "the prefix and Y_1..Y_{k-1} of every request in the batch, through the draft's passes that read them; past "
-        "rounds, through the calibration, the costs and rho"
+        "rounds, through the calibration, the costs and who is admitted"
     )
 
     def __init__(
@@ -78,84 +66,27 @@ class CostAwareRule:
         acceptance: AcceptanceModel | None = None,
         drop_last: bool = True,
         adapt: bool = True,
-        guarded: bool = True,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
         self.costs, self.max_length, self.lag = costs, max_length, lag
         self.acceptance = acceptance or AcceptanceModel()
         self.drop_last, self.adapt = drop_last, adapt
-        self.rate = RateEstimate()
-        self.start = StartGate()
-        self.guard = Guard(max_length) if guarded else None
-        self._since_trial = 0
-        self.explore_seconds = 0.0  # saved up for candidates that do not pay
+        self.admission = Admission()
+        self.purse = Purse()
 
-    def tokens_per_second(self, num_reqs: int) -> float:
-        """rho for a batch of this size; before the first round what a usual acceptance would bring at the best K."""
-        off = num_reqs / self.costs.verify.at(num_reqs)
-        speedup = self.rate.speedup(num_reqs)
-        if speedup is None:
-            means = self.acceptance.following(np.array([np.nan]), 0, self.max_length)[0]
-            tokens = num_reqs * (1 + np.concatenate([[0.0], np.cumprod(means).cumsum()]))
-            speedup = float((tokens / self.costs.fixed_seconds(num_reqs, self.max_length)).max()) / off
-        return max(speedup, 1.0) * off
-
-    def begin(self, request_ids: Sequence[str], max_lengths: Sequence[int]) -> CostAwareRound:
-        """Start a round: choose who drafts, before the first draft pass.
-
-        Args:
-            request_ids: of the requests in the batch.
-            max_lengths: upper bounds on the candidate lengths; 0 drafts nothing.
-        """
-        limits = np.minimum(np.asarray(max_lengths, dtype=np.int64), self.max_length)
-        allowed = limits > 0
-        rate = self.tokens_per_second(len(limits)) if len(limits) else 0.0
-        caps = limits
-        held = self.guard.tick() if self.guard and allowed.any() else None
-        probe = False
-        if held is not None:
-            limits = np.minimum(limits, held)
-            allowed = limits > 0
-        elif allowed.any() and self._should_time_off(len(limits)):
-            allowed = np.zeros_like(allowed)
-        elif allowed.any():
-            allowed, probe = self.start.choose(request_ids, allowed, rate, self.costs)
-            trial = None if probe else self._trial(limits, allowed)
-            if probe:
-                limits = np.minimum(limits, self.start.probe_length)
-            elif trial is not None:
-                limits, held, probe = np.minimum(limits, trial), trial, True
-        round_ = CostAwareRound(self, list(request_ids), limits, allowed, rate, held is not None, probe)
-        round_.caps = caps
+    def begin(self, batch: Sequence[Standing]) -> CostAwareRound:
+        """Start a round: choose who drafts, before the first draft pass."""
+        limits = np.array([min(s.limit, self.max_length) for s in batch], dtype=np.int64)
+        if not batch:
+            return CostAwareRound(self, [], limits, limits > 0, 0.0, False, False)
+        off_seconds = self.costs.verify.at(len(batch))
+        self.purse.earn(0.0, off_seconds)
+        admitted = self.admission.plan(batch, self.costs, self.purse)
+        names = [s.request_id for s in batch]
+        round_ = CostAwareRound(self, names, limits, admitted.drafts, admitted.price, False, False)
+        round_.admitted = admitted
         return round_
-
-    def _should_time_off(self, num_reqs: int) -> bool:
-        """Whether to leave drafting out once, since what a round without it takes is not known from real rounds lately:
-        everything is compared with it. Paid from the share of the time set apart for exploring."""
-        verify = self.costs.verify
-        if verify.freshness(num_reqs) >= 1:
-            return False
-        loss = ((self.rate.speedup(num_reqs) or 1.5) - 1) * verify.at(num_reqs)
-        if self.explore_seconds < loss:
-            return False
-        self.explore_seconds -= loss
-        return True
-
-    def _trial(self, limits: NDArray[np.int64], drafts: Mask) -> int | None:
-        """Now and then the guard's best fixed length for a round, if its verification was not timed lately.
-
-        The rule settles where its costs are known: a width that was measured too dear at start-up would never be tried.
-        """
-        rival = self.guard.rival() if self.guard is not None and drafts.any() else None
-        if rival is None:
-            return None
-        self._since_trial += 1
-        if self._since_trial < _TRIAL_EVERY:
-            return None
-        self._since_trial = 0
-        num_tokens = len(limits) + int(np.minimum(limits[drafts], rival).sum())
-        return rival if self.costs.verify.freshness(num_tokens) < _FRESH else None
 
     def finish(
         self,
@@ -189,25 +120,39 @@ class CostAwareRule:
         # An outcome that is not known counts as what was expected of it.
         expected = round_.expected.tolist()
         tokens = num_reqs + sum(won if k else e for k, won, e in zip(known, wins, expected, strict=True))
+        admitted = round_.admitted
+        self.purse.earn(seconds + admitted.reading, off_seconds)
         if round_.widths:
-            drafts = round_.drafts.tolist()
-            if self.guard is not None and not round_.probe:
-                index = [i for i in range(num_reqs) if known[i] and drafts[i]]
-                if 2 * len(index) > sum(drafts):
-                    self._compare(self.guard, round_, index, lengths, wins, seconds)
+            if admitted.trial:
+                self.purse.settle(seconds + admitted.reading - tokens / admitted.baseline)
+            self.admission.learn(admitted, tokens, seconds, off_seconds)
+            self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, known, lengths, wins)
-            if not round_.held:
-                price = round_.rate * (seconds - off_seconds) / max(1, sum(drafts))
-                index = [i for i in range(num_reqs) if known[i] and drafts[i] and lengths[i] == submitted[i]]
-                self.start.update(
-                    [round_.request_ids[i] for i in index], [wins[i] for i in index], [lengths[i] for i in index],
-                    price, len(round_.widths), round_.probe,
-                )  # fmt: skip
-        self.rate.update(num_reqs, tokens, seconds, off_seconds)
-        self.explore_seconds = min(self.explore_seconds + _EXPLORE_SHARE * seconds, seconds)
+        else:
+            self.admission.records.fade()
         if verify_seconds is not None and draft_seconds is not None:
-            costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
+            if admitted.read_tokens:
+                costs.verify.observe(num_tokens, verify_seconds)
+            else:
+                costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
+
+    def _record(self, round_: CostAwareRound, known: list[bool], lengths: list[int], wins: list[int]) -> None:
+        """How often the draft was right, of the candidates that were looked at."""
+        columns = np.array(round_.scores[self.lag :]).reshape(-1, len(known))  # [num_looks, num_reqs]
+        index = np.flatnonzero(round_.drafts)
+        looks, right = [], []
+        for i in index.tolist():
+            submitted = int(round_.lengths[i])
+            observed = min(wins[i] + 1, lengths[i]) if known[i] else 0
+            num, won = float(observed), float(wins[i]) if known[i] else 0.0
+            if (not known[i] or wins[i] == submitted) and submitted < len(columns):
+                x = float(columns[submitted][i])  # it was looked at, and dropped
+                if x == x:
+                    num, won = num + 1, won + self.acceptance.accept_one(x, submitted + 1)
+            looks.append(num)
+            right.append(won)
+        self.admission.records.update([round_.request_ids[i] for i in index.tolist()], looks, right)
 
     def _learn(self, round_: CostAwareRound, known: list[bool], lengths: list[int], wins: list[int]) -> None:
         """Labels for the calibration: of the accepted candidates and the first rejected one."""
@@ -224,45 +169,12 @@ class CostAwareRule:
         seen = (positions <= np.minimum(accepted + 1, lengths)) & known
         self.acceptance.update(scores, np.where(seen, np.where(positions <= accepted, 1.0, 0.0), np.nan))
 
-    def _compare(
-        self, guard: Guard, round_: CostAwareRound, index: list[int], lengths: list[int], wins: list[int],
-        seconds: float,
-    ) -> None:  # fmt: skip
-        """What fixed lengths would have emitted, for the guard.
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as JSON: for the next start of the same pair."""
+        return {"admission": self.admission.state(), "acceptance": self.acceptance.state()}
 
-        Both sides leave out the tokens of requests that did not draft, or whose outcome is not known; not their rows.
-        """
-        caps = round_.caps.tolist()
-        censored = [at for at, i in enumerate(index) if lengths[i] <= wins[i] and lengths[i] < caps[i]]
-        following = self._following(round_, [index[at] for at in censored], lengths)
-        won, verified = [wins[i] for i in index], [lengths[i] for i in index]
-        limits = [caps[i] for i in index]
-        alternatives = fixed_tokens(won, verified, censored, following, limits)
-        widths = np.add.reduce(np.array(limits)[:, None] > np.arange(self.max_length), axis=0)  # [max_length]
-        costs = self.costs.capped_seconds(len(lengths), widths)
-        guard.update(float(sum(won) + len(index)), seconds, alternatives, costs)
-
-    def _following(self, round_: CostAwareRound, index: list[int], lengths: list[int]) -> Array:
-        """[n, max_length] acceptance of what would have followed the last verified candidate of each request."""
-        columns, model = round_.scores[self.lag :], self.acceptance  # columns: of candidate 1, 2, ...
-        num = self.max_length + self.lag
-        x, positions = [], []
-        for i in index:
-            # From the score of the candidate that was dropped, or the last that was scored.
-            position = min(lengths[i] + 1, len(columns))
-            if position and position > lengths[i] and columns[position - 1][i] != columns[position - 1][i]:
-                position -= 1
-            x.append(float(columns[position - 1][i]) if position else math.nan)
-            positions.append(position)
-        if len(index) > _FEW:
-            walks = model.walk_many(np.array(x), np.array(positions), num).tolist()
-        else:
-            walks = [model.walk(score, position, num) for score, position in zip(x, positions, strict=True)]
-        out = np.empty((len(index), self.max_length))
-        for row, i in enumerate(index):
-            ahead = lengths[i] - positions[row]
-            if ahead < 0:
-                out[row] = [model.accept_one(x[row], positions[row]), *walks[row]][: self.max_length]
-            else:
-                out[row] = walks[row][ahead : ahead + self.max_length]
-        return out
+    def restore(self, state: dict[str, Any], age_seconds: float = 0.0) -> None:
+        """Take up :meth:`state` of an earlier start, as far as its age lets it count."""
+        weight = 0.5 ** (age_seconds / 86400)
+        self.admission.restore(state["admission"], weight)
+        self.acceptance.restore(state["acceptance"], weight)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who drafts at all: one formula for a set of requests, decided before the first draft pass of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
+from vllm_specdecpp.decision.cost_aware.purse import Purse
+from vllm_specdecpp.decision.cost_aware.records import Array, Records
+
+Mask = NDArray[np.bool_]
+
+_LENGTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 20, 28])
+"""Candidate lengths that are compared."""
+_ERRORS = 1.3
+"""Standard errors by which a trial may hope for more than is expected."""
+_ENOUGH = 24.0
+"""Looks before which nothing is expected, only hoped."""
+_BATCH_MEMORY = 128.0
+"""Rounds that the usual batch size remembers."""
+_FIT_MEMORY = 64.0
+"""Rounds that the correction remembers, and that it counts as before the first."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a request of the batch stands, before a round."""
+
+    request_id: str
+    limit: int
+    """Candidates that it may draft at most in this round; 0: none."""
+    room: int
+    """Tokens that it may emit at most after its next token."""
+    behind: int
+    """Tokens that the draft model would have to read beyond the two of a usual first pass."""
+    emitted: int
+    """Tokens that it has emitted."""
+    apart: float = 0.0
+    """Seconds that reading costs beside what a longer first pass does: its share of a pass of its own (V2)."""
+
+
+@dataclass
+class Admitted:
+    """Who drafts in a round, and what a second of it must bring."""
+
+    drafts: Mask
+    """[num_reqs]"""
+    price: float
+    """Tokens per second."""
+    off_rate: float
+    """Tokens per second if nobody drafted."""
+    baseline: float
+    """Tokens per second without the trial, if the round is one; else as expected."""
+    expected: float = 0.0
+    """Tokens per second that the formula says of a round that is no trial, before it is corrected; 0: not known."""
+    trial: bool = False
+    """Whether some request drafts that is not expected to gain by it."""
+    read_tokens: int = 0
+    """Tokens that the draft model reads beyond those of a usual first pass."""
+    reading: float = 0.0
+    """Seconds that this takes."""
+
+
+class Admission:
+    """Chooses the requests that draft.
+
+    For the n requests whose drafts bring most, and K candidates each, a round emits
+
+        tokens(n, K) = num_reqs + sum of a + a^2 + ... + a^K        a: the request's acceptance (Records)
+        seconds(n, K) = first(n) + (K - 1) step(n) + verify(num_reqs + n K) + reading
+
+    where reading is what the draft model has yet to read of the n requests, spread over the tokens that they are
+    expected to emit: at least as many as they have emitted, so a request that goes on is read in time (ski rental). The
+    best n and K are compared with a round without drafting. The stop rule does better than the best K, or text is
+    not that even: how much faster drafted rounds were than this says is followed, and expected of the next.
+
+    What is not expected to pay is tried where it would pay if the acceptance were higher by a few standard errors, while
+    the purse pays for what the trial will lose. Before anything is known, everything is a trial.
+
+    A request that has to be read is judged in the batch that is usual, if that is larger: others are about to join.
+
+    Attributes:
+        speedup: tokens per second as expected of the last round that was planned, over those of drafting for none.
+    """
+
+    def __init__(self) -> None:
+        self.records = Records()
+        self.lengths = OutputLengths()
+        self.speedup = 1.0
+        self._mean_reqs, self._weight = 0.0, 0.0
+        self._fit_seconds, self._fit_expected = 0.0, 0.0  # faded: in units of a round without drafting
+
+    @property
+    def correction(self) -> float:
+        """Tokens per second of drafted rounds over those that the formula said."""
+        return min(max((_FIT_MEMORY + self._fit_expected) / (_FIT_MEMORY + self._fit_seconds), 0.6), 1.6)
+
+    def plan(self, batch: Sequence[Standing], costs: CostModel, purse: Purse) -> Admitted:
+        """Decide for a round."""
+        num_reqs = len(batch)
+        self._weight = min(self._weight + 1, _BATCH_MEMORY)
+        self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
+        self.lengths.update({s.request_id: s.emitted for s in batch})
+        off_rate = num_reqs / costs.verify.at(num_reqs)
+        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate)
+        index = np.flatnonzero([s.limit > 0 for s in batch])
+        if not len(index):
+            return out
+        mine = [batch[i] for i in index.tolist()]
+        mean, error = self.records.of([s.request_id for s in mine])
+        limits = np.array([s.limit for s in mine])
+        debts = np.array([costs.read_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
+        charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
+        hoped = np.minimum(mean + _ERRORS * error, 0.98)
+
+        def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
+            usual = round(self._mean_reqs)
+            among = np.arange(len(mine))
+            if usual > num_reqs and debts.any():
+                fill = usual - num_reqs
+                padded = np.concatenate([accept, np.full(fill, accept.mean())])
+                far = np.concatenate([limits, np.full(fill, int(limits.max()))])
+                speed, chosen, _ = _best(costs, usual, padded, far, np.concatenate([charges, np.zeros(fill)]))
+                pays = self.correction * speed * costs.verify.at(usual) > usual
+                among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
+            if not len(among):
+                return 0.0, among, 0
+            speed, chosen, length = _best(costs, num_reqs, accept[among], limits[among], charges[among])
+            return self.correction * speed, among[chosen], length
+
+        rate, chosen, _ = best(mean) if self.records.known >= _ENOUGH else (0.0, index[:0], 0)
+        self.speedup = max(rate / off_rate, 1.0)
+        if rate > off_rate:
+            out.drafts[index[chosen]] = True
+            out.expected, out.price, out.baseline = rate / self.correction, rate, rate
+        rate_hoped, hopeful, length = best(hoped)
+        new = np.setdiff1d(hopeful, chosen) if out.price == rate else hopeful
+        if len(new) and rate_hoped > out.price:
+            everyone = np.union1d(chosen, hopeful) if out.expected else hopeful
+            known = self.records.known >= _ENOUGH
+            accepted = sum(_geometric(mean[i], min(length, limits[i])) for i in everyone.tolist()) if known else 0.0
+            seconds = (
+                costs.first.at(len(everyone)) + (length - 1) * costs.step.at(len(everyone))
+                + costs.verify.at(num_reqs + int(np.minimum(limits[everyone], length).sum()))
+            )  # fmt: skip
+            lost = seconds + float(debts[new].sum()) - (num_reqs + accepted) / out.price
+            if purse.affords(lost):
+                out.drafts[index[everyone]] = True
+                out.trial = True
+        drafts = out.drafts[index]  # [num that may]
+        out.reading = float(debts[drafts].sum())
+        out.read_tokens = sum(s.behind for s, reads in zip(mine, drafts.tolist(), strict=True) if reads)
+        return out
+
+    def learn(self, admitted: Admitted, tokens: float, seconds: float, off_seconds: float) -> None:
+        """Take in a drafted round: ``tokens`` emitted in ``seconds``, reading left out."""
+        if admitted.expected and not admitted.trial:
+            keep = 1 - 1 / _FIT_MEMORY
+            self._fit_seconds = keep * self._fit_seconds + seconds / off_seconds
+            self._fit_expected = keep * self._fit_expected + tokens / admitted.expected / off_seconds
+
+    def state(self) -> dict[str, Any]:
+        """What the next start of the same pair may take up."""
+        return {
+            "records": self.records.state(),
+            "lengths": self.lengths.state(),
+            "fit": [self._fit_seconds, self._fit_expected],
+        }
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
+        self.records.restore(state["records"], weight)
+        self.lengths.restore(state["lengths"])
+        self._fit_seconds, self._fit_expected = (weight * float(x) for x in state["fit"])
+
+
+def _geometric(accept: float, length: int) -> float:
+    """Expected accepted candidates of ``length``."""
+    return accept * (1 - accept**length) / max(1 - accept, 1e-6)
+
+
+def _best(
+    costs: CostModel, num_reqs: int, accept: Array, limits: NDArray[np.int64], charges: Array
+) -> tuple[float, NDArray[np.int64], int]:
+    """The most tokens per second of drafting for some of n requests, which, and their candidate length.
+
+    Args:
+        costs: the cost model.
+        num_reqs: in the batch, drafting or not.
+        accept: [n] acceptance.
+        limits: [n] candidates at most.
+        charges: [n] seconds of reading for each token that the request emits.
+    """
+    lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
+    longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
+    powers = np.power(accept[:, None], longest)
+    gains = accept[:, None] * (1 - powers) / (1 - accept[:, None])  # [n, num_lengths] accepted candidates
+    reading = charges[:, None] * (1 + gains)
+    order = np.argsort(-(gains[:, -1] - reading[:, -1] * num_reqs / costs.verify.at(num_reqs)), kind="stable")
+    counts = np.arange(1, len(accept) + 1)
+    tokens = num_reqs + np.add.accumulate(gains[order])
+    seconds = np.add.accumulate(reading[order])
+    seconds += costs.verify.many(num_reqs + np.add.accumulate(longest[order]))
+    seconds += costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1)
+    speeds = tokens / seconds
+    count, column = divmod(int(speeds.argmax()), len(lengths))
+    return float(speeds[count, column]), order[: count + 1], int(lengths[column])
