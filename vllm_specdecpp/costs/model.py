@@ -44,6 +44,7 @@ class CostModel:
         first: Mapping[int, float],
         step: Mapping[int, float],
         verify: Mapping[int, float],
+        read: Mapping[int, float] | None = None,
         *,
         max_reqs: int = 64,
         max_tokens: int = 1024,
@@ -51,6 +52,7 @@ class CostModel:
         self.first = Curve(first, max_reqs)
         self.step = Curve(step, max_reqs)
         self.verify = Curve(verify, max_tokens)
+        self.read = Curve(read, 4096) if read else None
 
     def draft_seconds(self, widths: Sequence[int]) -> float:
         """Seconds of a draft phase.
@@ -64,6 +66,8 @@ class CostModel:
 
     def read_seconds(self, num_tokens: int) -> float:  # TEMPORARY until the costs branch lands
         f = getattr(self, "_read", None)
+        if f is None and getattr(self, "read", None) is not None:
+            return self.read.at(num_tokens + 2) - self.read.at(2)
         return f(num_tokens) if f else 0.0
 
     def round_seconds(self, widths: Sequence[int], num_tokens: int) -> float:

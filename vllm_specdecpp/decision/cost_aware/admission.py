@@ -21,12 +21,14 @@ _LENGTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 20, 28])
 """Candidate lengths that are compared."""
 _ERRORS = 1.3
 """Standard errors by which a trial may hope for more than is expected."""
+_SURE = 0.98
+"""Acceptance that nothing is taken to exceed."""
 _ENOUGH = 24.0
 """Looks before which nothing is expected, only hoped."""
 _BATCH_MEMORY = 128.0
 """Rounds that the usual batch size remembers."""
 _FIT_MEMORY = 64.0
-"""Rounds that the correction remembers, and that it counts as before the first."""
+"""Rounds that the correction remembers."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ class Admission:
         self.lengths = OutputLengths()
         self.speedup = 1.0
         self._mean_reqs, self._weight = 0.0, 0.0
-        self._fit_seconds, self._fit_expected = 0.0, 0.0  # faded: in units of a round without drafting
+        # Faded sums over drafted rounds, in rounds without drafting; as much at the start as all the memory holds.
+        self._fit_seconds = self._fit_expected = _FIT_MEMORY
 
     @property
     def correction(self) -> float:
         """Tokens per second of drafted rounds over those that the formula said."""
-        return min(max((_FIT_MEMORY + self._fit_expected) / (_FIT_MEMORY + self._fit_seconds), 0.6), 1.6)
+        return self._fit_expected / self._fit_seconds
 
     def plan(self, batch: Sequence[Standing], costs: CostModel, purse: Purse) -> Admitted:
         """Decide for a round."""
@@ -115,10 +118,11 @@ class Admission:
             return out
         mine = [batch[i] for i in index.tolist()]
         mean, error = self.records.of([s.request_id for s in mine])
+        mean = np.minimum(mean, _SURE)
         limits = np.array([s.limit for s in mine])
         debts = np.array([costs.read_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
         charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
-        hoped = np.minimum(mean + _ERRORS * error, 0.98)
+        hoped = np.minimum(mean + _ERRORS * error, _SURE)
 
         def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
@@ -141,19 +145,20 @@ class Admission:
             out.drafts[index[chosen]] = True
             out.expected, out.price, out.baseline = rate / self.correction, rate, rate
         rate_hoped, hopeful, length = best(hoped)
-        new = np.setdiff1d(hopeful, chosen) if out.price == rate else hopeful
+        new = np.setdiff1d(hopeful, chosen) if out.expected else hopeful
         if len(new) and rate_hoped > out.price:
-            everyone = np.union1d(chosen, hopeful) if out.expected else hopeful
             known = self.records.known >= _ENOUGH
-            accepted = sum(_geometric(mean[i], min(length, limits[i])) for i in everyone.tolist()) if known else 0.0
-            seconds = (
-                costs.first.at(len(everyone)) + (length - 1) * costs.step.at(len(everyone))
-                + costs.verify.at(num_reqs + int(np.minimum(limits[everyone], length).sum()))
-            )  # fmt: skip
-            lost = seconds + float(debts[new].sum()) - (num_reqs + accepted) / out.price
-            if purse.affords(lost):
-                out.drafts[index[everyone]] = True
-                out.trial = True
+            cheapest = new[[int(debts[new].argmin())]]
+            for tried in (new, cheapest) if len(new) > 1 else (new,):
+                everyone = np.concatenate([chosen, tried]) if out.expected else tried
+                longest = np.minimum(limits[everyone], length)
+                accepted = float(_geometric(mean[everyone], longest).sum()) if known else 0.0
+                seconds = costs.round_seconds([len(everyone)] * length, num_reqs + int(longest.sum()))
+                lost = seconds + float(debts[tried].sum()) - (num_reqs + accepted) / out.price
+                if purse.affords(lost):
+                    out.drafts[index[everyone]] = True
+                    out.trial = True
+                    break
         drafts = out.drafts[index]  # [num that may]
         out.reading = float(debts[drafts].sum())
         out.read_tokens = sum(s.behind for s, reads in zip(mine, drafts.tolist(), strict=True) if reads)
@@ -178,12 +183,13 @@ class Admission:
         """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
         self.records.restore(state["records"], weight)
         self.lengths.restore(state["lengths"])
-        self._fit_seconds, self._fit_expected = (weight * float(x) for x in state["fit"])
+        self._fit_seconds, self._fit_expected = (float(x) for x in state["fit"])
 
 
-def _geometric(accept: float, length: int) -> float:
-    """Expected accepted candidates of ``length``."""
-    return accept * (1 - accept**length) / max(1 - accept, 1e-6)
+def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:
+    """Expected accepted candidates: a + a^2 + ... + a^length."""
+    accepted: Array = accept * (1 - np.power(accept, length)) / (1 - accept)
+    return accepted
 
 
 def _best(
@@ -200,8 +206,7 @@ def _best(
     """
     lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
     longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
-    powers = np.power(accept[:, None], longest)
-    gains = accept[:, None] * (1 - powers) / (1 - accept[:, None])  # [n, num_lengths] accepted candidates
+    gains = _geometric(accept[:, None], longest)  # [n, num_lengths]
     reading = charges[:, None] * (1 + gains)
     order = np.argsort(-(gains[:, -1] - reading[:, -1] * num_reqs / costs.verify.at(num_reqs)), kind="stable")
     counts = np.arange(1, len(accept) + 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 _SHARE = 0.005
 """Of all time, what trials may lose in the long run."""
-_OPENING = 16.0
-"""Rounds without drafting whose time the first trials may lose, before anything is known; and the most that is saved."""
+_OPENING, _LEAST = 16.0, 3.0
+"""Tokens whose time without drafting the first trials may lose, before anything is known, but so many rounds at least;
+and the most that is saved."""
 
 
 class Purse:
@@ -24,17 +25,20 @@ class Purse:
         self.balance = 0.0
         self._most = 0.0
 
-    def earn(self, seconds: float, off_seconds: float) -> None:
-        """A round has been served.
+    def open(self, num_reqs: int, off_seconds: float) -> None:
+        """A round begins.
 
         Args:
-            seconds: what it took.
+            num_reqs: in the batch; the more there are, the more a trial tells.
             off_seconds: a round without drafting.
         """
-        most = self._opening * off_seconds
-        if most > self._most:  # the first round, or a larger batch than ever
+        most = max(self._opening / num_reqs, _LEAST) * off_seconds
+        if most > self._most:  # the first round, or larger batches than ever
             self.balance += most - self._most
             self._most = most
+
+    def earn(self, seconds: float) -> None:
+        """A round has been served in so many seconds."""
         self.balance = min(self.balance + self._share * seconds, self._most)
 
     def affords(self, seconds: float) -> bool:

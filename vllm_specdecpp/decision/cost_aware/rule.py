@@ -80,8 +80,7 @@ class CostAwareRule:
         limits = np.array([min(s.limit, self.max_length) for s in batch], dtype=np.int64)
         if not batch:
             return CostAwareRound(self, [], limits, limits > 0, 0.0, False, False)
-        off_seconds = self.costs.verify.at(len(batch))
-        self.purse.earn(0.0, off_seconds)
+        self.purse.open(len(batch), self.costs.verify.at(len(batch)))
         admitted = self.admission.plan(batch, self.costs, self.purse)
         names = [s.request_id for s in batch]
         round_ = CostAwareRound(self, names, limits, admitted.drafts, admitted.price, False, False)
@@ -121,7 +120,7 @@ class CostAwareRule:
         expected = round_.expected.tolist()
         tokens = num_reqs + sum(won if k else e for k, won, e in zip(known, wins, expected, strict=True))
         admitted = round_.admitted
-        self.purse.earn(seconds + admitted.reading, off_seconds)
+        self.purse.earn(seconds + admitted.reading)
         if round_.widths:
             if admitted.trial:
                 self.purse.settle(seconds + admitted.reading - tokens / admitted.baseline)
