@@ -89,13 +89,14 @@ class Admission:
     A request that has to be read is judged in the batch that is usual, if that is larger: others are about to join.
 
     Attributes:
-        speedup: tokens per second as expected of the last round that was planned, over those of drafting for none.
+        price: rho, tokens that a second of drafting had to bring in the last round that was planned.
+        speedup: tokens per second as expected of that round, over those of drafting for none.
     """
 
     def __init__(self) -> None:
         self.records = Records()
         self.lengths = OutputLengths()
-        self.speedup = 1.0
+        self.price, self.speedup = 0.0, 1.0
         self._mean_reqs, self._weight = 0.0, 0.0
         # Faded sums over drafted rounds, in rounds without drafting; as much at the start as all the memory holds.
         self._fit_seconds = self._fit_expected = _FIT_MEMORY
@@ -148,17 +149,18 @@ class Admission:
         new = np.setdiff1d(hopeful, chosen) if out.expected else hopeful
         if len(new) and rate_hoped > out.price:
             known = self.records.known >= _ENOUGH
-            cheapest = new[[int(debts[new].argmin())]]
-            for tried in (new, cheapest) if len(new) > 1 else (new,):
-                everyone = np.concatenate([chosen, tried]) if out.expected else tried
+            new = new[np.argsort(debts[new], kind="stable")]
+            while len(new) and not out.trial:
+                everyone = np.concatenate([chosen, new]) if out.expected else new
                 longest = np.minimum(limits[everyone], length)
                 accepted = float(_geometric(mean[everyone], longest).sum()) if known else 0.0
                 seconds = costs.round_seconds([len(everyone)] * length, num_reqs + int(longest.sum()))
-                lost = seconds + float(debts[tried].sum()) - (num_reqs + accepted) / out.price
-                if purse.affords(lost):
+                lost = seconds + float(debts[new].sum()) - (num_reqs + accepted) / out.price
+                out.trial = purse.affords(lost)
+                if out.trial:
                     out.drafts[index[everyone]] = True
-                    out.trial = True
-                    break
+                new = new[: len(new) // 2]  # half of them cost less
+        self.price = out.price
         drafts = out.drafts[index]  # [num that may]
         out.reading = float(debts[drafts].sum())
         out.read_tokens = sum(s.behind for s, reads in zip(mine, drafts.tolist(), strict=True) if reads)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
+
 _SHARE = 0.005
 """Of all time, what trials may lose in the long run."""
-_OPENING, _LEAST = 16.0, 3.0
-"""Tokens whose time without drafting the first trials may lose, before anything is known, but so many rounds at least;
-and the most that is saved."""
+_OPENING = 16.0
+"""Rounds without drafting of one request whose time the first trials may lose, before anything is known, and the most
+that is saved. Of a batch the square root: a round of it tells more."""
 
 
 class Purse:
@@ -32,7 +34,7 @@ class Purse:
             num_reqs: in the batch; the more there are, the more a trial tells.
             off_seconds: a round without drafting.
         """
-        most = max(self._opening / num_reqs, _LEAST) * off_seconds
+        most = self._opening / math.sqrt(num_reqs) * off_seconds
         if most > self._most:  # the first round, or larger batches than ever
             self.balance += most - self._most
             self._most = most

@@ -9,11 +9,12 @@ verification. What this module adds to that comparison:
 * the batch: one draft step serves all requests, so the n best requests are compared for every n;
 * the last look: once a pass has shown how likely the candidate about to be drawn is to be accepted, a request that does
   not go on submits it only if it is worth its row;
-* K = 0 per request and for the batch (``start``), and a watch over the whole (``guard``).
+* K = 0 per request and for the batch (``admission``), which also says what rho is, and what is tried beyond it
+  (``purse``).
 
 Lossless: whether candidate j is submitted may depend on anything but Y_j and later ones. Proof. Let F_k
 be all that is known once every candidate of rounds past and of this round's steps 1..k-1 is drawn, for all requests,
-with the cost model, rho, the calibration and the guard, which change between rounds only. :meth:`CostAwareRound.step`
+with the cost model, rho, the calibration and who is admitted, which change between rounds only. :meth:`CostAwareRound.step`
 is called before any candidate of step k is drawn, with scores computed from F_k, so `submit` (whether Y_k is drawn, and
 drawn means submitted) and `go_on` are functions of F_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others
 do, since requests draw independently. Candidate k of request r is submitted iff `go_on` was True at steps 1..k-1, r was

@@ -148,7 +148,7 @@ class CostAwareDrafting:
 
     def stats(self) -> dict[str, Any]:
         """The calibration in force and how its estimates came true since the start (:class:`ReliabilityLog`); what
-        admission reckons with: speed-up over no drafting as last expected, acceptance and the looks that it rests on,
+        admission reckons with: rho, tokens that a second of drafting must bring; speed-up over no drafting as last expected, acceptance and the looks that it rests on,
         how much faster drafting was than expected, seconds in the purse; and ``costs``: curve -> width -> seconds."""
         if self.rule is None:
             return {}
@@ -160,6 +160,7 @@ class CostAwareDrafting:
                 "reliability": self.reliability.sums(),
             },
             "admission": {
+                "rho": admission.price,
                 "speedup": admission.speedup,
                 "acceptance": admission.records.mean,
                 "looks": admission.records.known,
