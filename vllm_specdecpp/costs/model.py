@@ -44,7 +44,6 @@ class CostModel:
         first: Mapping[int, float],
         step: Mapping[int, float],
         verify: Mapping[int, float],
-        read: Mapping[int, float] | None = None,
         *,
         max_reqs: int = 64,
         max_tokens: int = 1024,
@@ -52,7 +51,6 @@ class CostModel:
         self.first = Curve(first, max_reqs)
         self.step = Curve(step, max_reqs)
         self.verify = Curve(verify, max_tokens)
-        self.read = Curve(read, 4096) if read else None
 
     def draft_seconds(self, widths: Sequence[int]) -> float:
         """Seconds of a draft phase.
@@ -63,12 +61,6 @@ class CostModel:
         if not widths:
             return 0.0
         return self.first.at(widths[0]) + sum(self.step.at(width) for width in widths[1:])
-
-    def read_seconds(self, num_tokens: int) -> float:  # TEMPORARY until the costs branch lands
-        f = getattr(self, "_read", None)
-        if f is None and getattr(self, "read", None) is not None:
-            return self.read.at(num_tokens + 2) - self.read.at(2)
-        return f(num_tokens) if f else 0.0
 
     def round_seconds(self, widths: Sequence[int], num_tokens: int) -> float:
         """Seconds of a whole round that verifies ``num_tokens``, the last emitted token of each request among them."""
