@@ -123,8 +123,8 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
                 assert emitted > len(tokens) or tokens[emitted - 1] == next_token
     assert checked > 100 and bin(lengths).count("1") >= 5
     steps = llm.collective_rpc("specdecpp_step_times")[0]
-    caught_up = [step["caught_up"] for step in steps if step.get("caught_up", 0) > 0]
-    assert (max(caught_up) > 24) == (plan != "all rounds")  # more than one pass can read
+    read = [step["read"] for step in steps if step.get("read")]
+    assert (max(map(len, read)) > 1) == (plan != "all rounds")  # more than one pass can read
 
 
 def test_drafts_where_it_pays(llm, baseline, monkeypatch):

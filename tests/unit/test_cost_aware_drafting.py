@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,7 @@ def _rows(*ids: str) -> list[RowState]:
 def _round(drafting: CostAwareDrafting, ids: str, outcomes: dict[int, tuple[int, int]], **step: Any) -> list[int]:
     state = drafting.begin(_rows(*ids), outcomes, [8] * len(ids), None, 3.0, [5] * len(ids), [9] * len(ids))
     lengths = _play(state, torch.full((8, len(ids)), 0.9))
-    drafting.timed({"draft_seconds": 2.0, "caught_up": 0, **step})
+    drafting.timed({"draft_seconds": 2.0, "read": [], **step})
     return lengths
 
 
@@ -161,8 +162,7 @@ def test_outcomes_and_times_reach_their_round() -> None:
         ("abc", {0: (None, 1), 1: (None, 1)}, {}, None, None),  # a prompt was in the step
         ("a", {0: (None, 1)}, {}, None, None),  # one was aborted, perhaps before it was verified
         ("ab", {0: (1, 1), 1: (None, 1)}, {}, None, None),  # the scheduler cut the first one's candidates
-        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": 5}, None, 3.0),  # the first pass was no usual one
-        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": -1}, 2.0, 3.0),
+        ("ab", {0: (None, 1), 1: (None, 1)}, {"read": [9]}, None, 3.0),  # the first pass was no usual one
     ],
 )
 def test_times_that_are_not_the_rounds_own_are_left_out(
@@ -191,7 +191,7 @@ def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: i
         state = drafting.begin(rows, outcomes, [8, 8], None, 3.0, first_missing, [room, room])
         assert drafting._round is not None and drafting._round.drafts.tolist() == state.running.tolist()
         lengths = _play(state, torch.full((8, 2), 0.95))
-        drafting.timed({"draft_seconds": 2.0, "caught_up": 0})
+        drafting.timed({"draft_seconds": 2.0})
         outcomes = {row: (length, length) for row, length in enumerate(lengths)}
         drafted = [n + (length > 0) for n, length in zip(drafted, lengths, strict=True)]
     # 8000 tokens take 8000 * (12 - 10) / 63 * 1 / 10 = 25 s; drafting gains a few seconds a round and request.
@@ -246,11 +246,27 @@ def test_a_round_of_another_rule_teaches_nothing() -> None:
     assert not hasattr(spy, "told")
 
 
+def test_what_a_round_read_teaches_what_reading_costs() -> None:
+    """Whether the round's candidates were verified as they were drafted or not."""
+    drafting, spy = _drafting()
+    for outcomes in ({}, {0: (1, 1)}):
+        before = spy.costs.read_seconds(40)
+        rest = spy.costs.draft_seconds([1]) - spy.costs.read_seconds(2)
+        lengths = _round(drafting, "a", {})
+        more = rest + (lengths[0] - 1) * spy.costs.step.at(1)
+        drafting.timed({"draft_seconds": more + 1.3 * before, "read": [40]})
+        _round(drafting, "a", outcomes)
+        drafting.drop_round()
+        assert before < spy.costs.read_seconds(40) <= 1.3 * before
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> None:
     """Steps take 4 s more than the passes: what a wider verification adds stays what it was."""
     rule = _rule()
-    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"), measured)
+    saved: list[Any] = []
+    file: Any = SimpleNamespace(save=saved.append)
+    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), file, _same, torch.device("cpu"), measured)
     added = rule.costs.verify.at(40) - rule.costs.verify.at(5)
     outcomes: dict[int, tuple[int, int]] = {}
     num_tokens = 0
@@ -258,11 +274,12 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
         slow = 4.0 + 10.0 + (num_tokens - 1) * 2.0 / 63
         state = drafting.begin(_rows("a"), outcomes, [8], None, slow, [5], [9])
         (length,) = _play(state, torch.full((8, 1), 0.9))
-        drafting.timed({"draft_seconds": float(length), "caught_up": 0})
+        drafting.timed({"draft_seconds": float(length)})
         outcomes, num_tokens = {0: (length, length)}, 1 + length
     verify = rule.costs.verify
     assert verify.at(num_tokens) == pytest.approx(slow, rel=0.02)
     assert (verify.at(40) - verify.at(5) == pytest.approx(added, rel=0.03)) is measured
+    assert len(saved) == measured  # at once: the next start need not measure again, however this one ends
 
 
 def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,15 +288,15 @@ def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cost_aware, "SAVE_EVERY", 3)
     saved: list[Any] = []
 
-    class Cache:
+    class File:
         save = staticmethod(saved.append)
 
     drafting, spy = _drafting()
-    drafting.cache = Cache()  # type: ignore[assignment]
+    drafting.file = File()  # type: ignore[assignment]
     (length,) = _round(drafting, "a", {})
     for _ in range(7):
         (length,) = _round(drafting, "a", {0: (length, 1)})
-    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify"}
+    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify", "read"}
     drafting.save()
     assert saved[-1] == spy.costs.points()
 

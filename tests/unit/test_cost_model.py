@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import logging
 import random
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from vllm_specdecpp.costs import curves
 from vllm_specdecpp.costs.curves import Curve
-from vllm_specdecpp.costs.model import CostCache, CostModel, suggested_widths
+from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
 CPU = {1: 0.136, 2: 0.145, 3: 0.112, 6: 0.109, 9: 0.150, 17: 0.199}
 
@@ -126,11 +125,10 @@ def test_no_time_is_too_strange():
     assert curve.at(5) == pytest.approx(0.12, rel=0.05)
 
 
-def test_rounds_of_each_length_for_requests_with_different_room():
+def test_rounds_of_each_length():
     costs = CostModel({1: 0.04, 2: 0.06}, {1: 0.02, 2: 0.03}, {1: 0.1, 10: 0.19}, max_reqs=2, max_tokens=10)
-    expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 1], 5)]
-    assert costs.capped_seconds(2, np.array([2, 1, 0])) == pytest.approx([*expected, expected[-1]])
-    assert costs.capped_seconds(2, np.array([2, 2])) == pytest.approx(costs.fixed_seconds(2, 2))
+    expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 2], 6)]
+    assert costs.fixed_seconds(2, 2) == pytest.approx(expected)
 
 
 def test_draft_phase_time_goes_to_the_passes_by_share():
@@ -144,29 +142,38 @@ def test_draft_phase_time_goes_to_the_passes_by_share():
     costs.observe([], 0.0, 1, 0.1)  # a round without drafting
 
 
-def test_cache_round_trip_other_settings_and_damage(tmp_path, caplog):
-    costs = CostModel({1: 0.04}, {1: 0.02, 4: 0.03}, CPU)
-    cache = CostCache(tmp_path / "costs", {"target": "a", "tp": "1"})
-    assert cache.load() is None
-    assert cache.save(costs.points())
-    loaded = cache.load()
-    assert loaded == {"first": {1: 0.04}, "step": {1: 0.02, 4: 0.03}, "verify": CPU}
-    assert CostCache(tmp_path / "costs", {"target": "b", "tp": "1"}).load() is None
-    assert [p.suffix for p in (tmp_path / "costs").iterdir()] == [".json"]
-    for damage in ("", "{", "[]", '{"format": 1}', cache.path.read_text().replace("0.04", "-1")):
-        cache.path.write_text(damage)
-        with caplog.at_level(logging.WARNING):
-            caplog.clear()
-            assert cache.load_or_measure(costs.points) == loaded
-            assert "is damaged" in caplog.text
-        assert cache.load() == loaded  # measured anew, and saved
+def test_reading_is_a_curve_of_its_own():
+    costs = CostModel({1: 0.04}, {1: 0.04}, {1: 0.1}, {1: 0.03, 16: 0.04, 256: 0.28})
+    assert [costs.read_seconds(n) for n in (0, 1, 16, 136, 256)] == pytest.approx([0, 0.03, 0.04, 0.16, 0.28])
+    assert costs.read_seconds(3000) == pytest.approx(0.28 + 2744 * (0.28 - 0.04) / 240)
+    for _ in range(30):
+        costs.observe_reading(136, 0.24)
+    assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
+    assert costs.read_seconds(1000) > 1.3 * (0.28 + 744 * 0.001)  # most of it is true of other prompts
+    assert costs.draft_seconds([1, 1]) == pytest.approx(0.08) and costs.verify.at(1) == pytest.approx(0.1)
 
 
-def test_a_disk_that_cannot_be_written_is_logged(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    with caplog.at_level(logging.WARNING):
-        assert not CostCache(tmp_path / "file", {}).save(CostModel(CPU, CPU, CPU).points())
-    assert "cannot save" in caplog.text
+def test_what_a_prompt_took_beyond_a_usual_draft_phase_was_reading():
+    """First passes: 30 ms for two tokens and 10 ms for the lm_head; reading 136 tokens really takes 240 ms."""
+    for widths, rest in (([1, 1, 1], 0.01 + 2 * 0.02), ([], 0.0)):
+        costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {1: 0.03, 2: 0.03, 16: 0.04, 256: 0.28})
+        for _ in range(30):
+            costs.observe_reading_round(widths, rest + 0.24, [136])
+        assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
+        assert costs.draft_seconds([1, 1, 1]) == pytest.approx(0.08)
+    costs.observe_reading_round([1, 1], 0.01, [136])  # less than the further passes alone: no news
+
+
+def test_several_passes_share_their_time_as_expected():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {2: 0.03, 256: 0.3})
+    for _ in range(30):
+        costs.observe_reading_round([1], 0.01 + 1.3 * 0.33, [256, 2])
+    assert [costs.read_seconds(n) for n in (2, 256)] == pytest.approx([1.3 * 0.03, 1.3 * 0.3], rel=0.05)
+
+
+def test_reading_that_nobody_timed_is_in_proportion_to_the_target():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1, 11: 0.2})
+    assert costs.read_seconds(11) == pytest.approx(0.04)
 
 
 def test_suggested_widths_cover_the_range():

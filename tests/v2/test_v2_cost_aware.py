@@ -225,7 +225,13 @@ def _(monkeypatch, s):
 @mutation("times of first passes over prompts are taken")
 def _(monkeypatch, s):
     original = s.cost_aware.drafted
-    monkeypatch.setattr(s.cost_aware, "drafted", lambda short, *args: original(True, *args))
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda read, *args: original([], *args))
+
+
+@mutation("passes that caught up are not told of")
+def _(monkeypatch, s):
+    original = s.cost_aware.drafted
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda read, *args: original(read[-1:], *args))
 
 
 def _mutant_play(tiny: Any, monkeypatch: Any, plant: Any) -> list[int]:

@@ -120,7 +120,7 @@ def plot_costs(curves: Mapping[str, Mapping[int, float]], path: Path, title: str
     """Milliseconds by width, one line a curve, both axes logarithmic.
 
     Args:
-        curves: name -> width (requests of a draft pass, tokens of a verification) -> seconds.
+        curves: name -> width (requests of a draft pass, tokens of a verification or of what is read) -> seconds.
         path: of the PNG.
         title: names the pair and the machine.
 
@@ -132,7 +132,7 @@ def plot_costs(curves: Mapping[str, Mapping[int, float]], path: Path, title: str
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         widths = sorted(curve)
         axes.plot(widths, [1e3 * curve[w] for w in widths], color=colour, marker=marker, linewidth=1.8, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="requests (draft) or tokens (verification) in the pass", ylabel="ms")
+    axes.set(xscale="log", yscale="log", xlabel="requests (draft) or tokens (verify, read) in the pass", ylabel="ms")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.legend(fontsize=9)

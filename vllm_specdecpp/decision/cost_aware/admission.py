@@ -64,10 +64,8 @@ class Admitted:
     """Tokens per second that the formula says of a round that is no trial, before it is corrected; 0: not known."""
     trial: bool = False
     """Whether some request drafts that is not expected to gain by it."""
-    read_tokens: int = 0
-    """Tokens that the draft model reads beyond those of a usual first pass."""
     reading: float = 0.0
-    """Seconds that this takes."""
+    """Seconds that the draft model spends on reading what it is behind."""
 
 
 class Admission:
@@ -121,7 +119,7 @@ class Admission:
         mean, error = self.records.of([s.request_id for s in mine])
         mean = np.minimum(mean, _SURE)
         limits = np.array([s.limit for s in mine])
-        debts = np.array([costs.read_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
+        debts = np.array([costs.extra_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
         charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
         hoped = np.minimum(mean + _ERRORS * error, _SURE)
 
@@ -163,7 +161,6 @@ class Admission:
         self.price = out.price
         drafts = out.drafts[index]  # [num that may]
         out.reading = float(debts[drafts].sum())
-        out.read_tokens = sum(s.behind for s, reads in zip(mine, drafts.tolist(), strict=True) if reads)
         return out
 
     def learn(self, admitted: Admitted, tokens: float, seconds: float, off_seconds: float) -> None:

@@ -26,7 +26,7 @@ only through the cost model's state from past rounds. The same holds for greedy 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ from vllm_specdecpp.decision.cost_aware.purse import Purse
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
 
 
+_HALF_LIFE = 86400.0
+"""Seconds after which what an earlier start has learnt counts half."""
+
+
 class CostAwareRule:
     """State of one engine: costs, calibration, admission, purse. Decides for a round through :meth:`begin`.
 
@@ -50,6 +54,7 @@ class CostAwareRule:
         acceptance: a calibration to start from.
         drop_last: whether a request may leave out the candidate it just looked at.
         adapt: learn online; False freezes the calibration.
+        scores: whose scores these are; what was learnt of others' is not taken up.
     """
 
     name = "cost_aware"
@@ -67,12 +72,13 @@ class CostAwareRule:
         acceptance: AcceptanceModel | None = None,
         drop_last: bool = True,
         adapt: bool = True,
+        scores: str = "",
     ) -> None:
         if max_length < 1:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
         self.costs, self.max_length, self.lag = costs, max_length, lag
         self.acceptance = acceptance or AcceptanceModel()
-        self.drop_last, self.adapt = drop_last, adapt
+        self.drop_last, self.adapt, self.scores = drop_last, adapt, scores
         self.admission = Admission()
         self.purse = Purse()
 
@@ -103,7 +109,7 @@ class CostAwareRule:
             verified: candidates that were verified, at most those submitted; None where the outcome is not known (the
                 request ended or was preempted).
             accepted: candidates accepted; anything where ``verified`` is None.
-            draft_seconds: real time of the draft phase; None if it was no clean measurement.
+            draft_seconds: real time of the draft phase; None if it was no clean measurement, or something was read.
             verify_seconds: real time from there to the next draft phase; None, too, if a prefill was in the step.
         """
         num_reqs = len(round_.request_ids)
@@ -131,8 +137,8 @@ class CostAwareRule:
                 self._learn(round_, known, lengths, wins)
         else:
             self.admission.records.fade()
-        if verify_seconds is not None and draft_seconds is not None:
-            if admitted.read_tokens:
+        if verify_seconds is not None:
+            if draft_seconds is None:
                 costs.verify.observe(num_tokens, verify_seconds)
             else:
                 costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
@@ -171,10 +177,22 @@ class CostAwareRule:
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""
-        return {"admission": self.admission.state(), "acceptance": self.acceptance.state()}
+        return {"scores": self.scores, "admission": self.admission.state(), "acceptance": self.acceptance.state()}
 
-    def restore(self, state: dict[str, Any], age_seconds: float = 0.0) -> None:
-        """Take up :meth:`state` of an earlier start, as far as its age lets it count."""
-        weight = 0.5 ** (age_seconds / 86400)
-        self.admission.restore(state["admission"], weight)
-        self.acceptance.restore(state["acceptance"], weight)
+    def restore(self, state: Mapping[str, Any], age_seconds: float = 0.0) -> bool:
+        """Take up :meth:`state` of an earlier start, as far as its age lets it count.
+
+        Returns:
+            Whether it was taken up: not if it is of other scores, or damaged.
+        """
+        if state.get("scores") != self.scores:
+            return False
+        weight = 0.5 ** (age_seconds / _HALF_LIFE)
+        admission, acceptance = Admission(), AcceptanceModel()
+        try:
+            admission.restore(state["admission"], weight)
+            acceptance.restore(state["acceptance"], weight)
+        except (KeyError, TypeError, ValueError):
+            return False
+        self.admission, self.acceptance = admission, acceptance
+        return True

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.costs.model import CostCache
+from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
@@ -31,7 +31,7 @@ class CostAwareDrafting:
     Args:
         rule: None on ranks that follow rank 0.
         estimator: scores the candidates.
-        cache: where the costs are kept; None keeps them nowhere.
+        file: where the costs are kept; None keeps them nowhere.
         agree: rank 0's tensor on every rank.
         device: of the draft model.
         measured: the costs are those of single passes: attention, sampling and scheduling are to be added once seen.
@@ -41,12 +41,12 @@ class CostAwareDrafting:
         self,
         rule: CostAwareRule | None,
         estimator: Estimator,
-        cache: CostCache | None,
+        file: CostFile | None,
         agree: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
         measured: bool = False,
     ) -> None:
-        self.rule, self.estimator, self.cache = rule, estimator, cache
+        self.rule, self.estimator, self.file = rule, estimator, file
         self.reliability = ReliabilityLog()
         self._overheads: list[float] | None = [] if measured else None
         self._agree, self._device = agree, device
@@ -103,7 +103,7 @@ class CostAwareDrafting:
 
         Args:
             round_: as it was drafted.
-            step: ``draft_seconds``.
+            step: ``draft_seconds``, and ``read``: tokens of each pass that read, if more than the usual two a request.
             outcomes: request id -> candidates verified and accepted.
             num_reqs: in the step that verified it.
             since_last_seconds: from the end of the round's drafting to the start of the next one's.
@@ -115,7 +115,10 @@ class CostAwareDrafting:
             outcome is not None and outcome[0] == length
             for outcome, length in zip(known, round_.lengths.tolist(), strict=True)
         )
-        drafted = step["draft_seconds"] if whole else None
+        read = step.get("read", ())
+        if read:
+            self.rule.costs.observe_reading_round(round_.widths, step["draft_seconds"], read)
+        drafted = step["draft_seconds"] if whole and not read else None
         verified = [None if outcome is None else outcome[0] for outcome in known]
         accepted = [0 if outcome is None else outcome[1] for outcome in known]
         self.reliability.verified(round_, verified, accepted)
@@ -139,17 +142,19 @@ class CostAwareDrafting:
         if len(self._overheads) == OVERHEAD_ROUNDS:
             costs.verify = costs.verify.raised(max(statistics.median(self._overheads), 0.0))
             self._overheads = None
+            self.save()
         return None
 
     def save(self) -> None:
         """Keep the costs for the next start; those of single passes alone are measured anew."""
-        if self.rule is not None and self.cache is not None and self._overheads is None:
-            self.cache.save(self.rule.costs.points())
+        if self.rule is not None and self.file is not None and self._overheads is None:
+            self.file.save(self.rule.costs.points(), self.rule.state())
 
     def stats(self) -> dict[str, Any]:
         """The calibration in force and how its estimates came true since the start (:class:`ReliabilityLog`); what
-        admission reckons with: rho, tokens that a second of drafting must bring; speed-up over no drafting as last expected, acceptance and the looks that it rests on,
-        how much faster drafting was than expected, seconds in the purse; and ``costs``: curve -> width -> seconds."""
+        admission reckons with (rho: tokens that a second of drafting must bring; speed-up over no drafting as last
+        expected; acceptance and the looks that it rests on; how much faster drafting was than expected; seconds in the
+        purse); and ``costs``: curve -> width -> seconds."""
         if self.rule is None:
             return {}
         acceptance, admission = self.rule.acceptance, self.rule.admission

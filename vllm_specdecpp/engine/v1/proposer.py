@@ -21,7 +21,6 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
-from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound, RoundState
@@ -101,20 +100,13 @@ class SpecDecPPProposer(DraftModelProposer):
         """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
         if self.cost_aware is not None:
             return self.cost_aware
-        scheduler = self.vllm_config.scheduler_config
-        estimator, leads = make_estimator(self.head), get_tp_group().rank_in_group == 0
-        cache = cost_file.cost_cache(self.vllm_config, self.device)
-        points = cache.load() if leads else None
-        measured = not bool(self.agree(torch.tensor([points is not None])))
-        if measured:
-            points = timing.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
-        rule = None
-        if leads and points is not None:
-            most = min(scheduler.max_num_batched_tokens, timing.MAX_TOKENS)
-            model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most)
-            bound, adapt = self._max_num_speculative_tokens, self.config.online_calibration
-            rule = CostAwareRule(model, bound, lag=estimator.lag, adapt=adapt)
-        self.cost_aware = CostAwareDrafting(rule, estimator, cache, self.agree, self.device, measured)
+        scheduler, bound = self.vllm_config.scheduler_config, self._max_num_speculative_tokens
+        estimator, file = make_estimator(self.head), cost_file.cost_file(self.vllm_config, self.device)
+        rule, measured = cost_file.start_rule(
+            file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
+            bound, lag=estimator.lag, adapt=self.config.online_calibration, scores=self.config.head or estimator.name,
+        )  # fmt: skip
+        self.cost_aware = CostAwareDrafting(rule, estimator, file, self.agree, self.device, measured)
         return self.cost_aware
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
@@ -196,7 +188,8 @@ class SpecDecPPProposer(DraftModelProposer):
                     lambda row, start, end: self.requests.token_ids(fed[row], start, end),
                     self.max_num_tokens,
                 )
-                step["caught_up"] = sum(len(p.token_ids) for p in passes) - 2 * len(fed)
+                read = [len(p.token_ids) for p in passes]
+                step["read"] = read if sum(read) > 2 * len(fed) else []
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
                 candidates, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
                 if self.recorder is not None and trace is not None:

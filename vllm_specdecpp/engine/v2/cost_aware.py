@@ -67,7 +67,7 @@ class _Begun:
     round_: CostAwareRound
     start: Any  # mark
     end: Any = None
-    is_usual: bool = False  # its first pass, if any, read the usual two tokens a request, and nothing was caught up
+    read: Sequence[int] = ()  # tokens of each pass that read, if that was more than the usual two a request
     report: HostCopy | None = None
     # Of the next step:
     next_start: Any = None
@@ -81,7 +81,7 @@ class DeviceCostAware(CostAwareDrafting):
     :meth:`verified`, :meth:`begin_round`, drafting, :meth:`drafted`.
 
     Args:
-        rule, estimator, cache, agree, device, measured: as in :class:`CostAwareDrafting`.
+        rule, estimator, file, agree, device, measured: as in :class:`CostAwareDrafting`.
         tail: decides on the device.
     """
 
@@ -177,11 +177,11 @@ class DeviceCostAware(CostAwareDrafting):
         )  # fmt: skip
         self._begun.append(_Begun(round_, self._start))
 
-    def drafted(self, is_usual: bool, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
+    def drafted(self, read: Sequence[int], num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
         """The round that was begun last has been drafted, or what drafts it is queued.
 
         Args:
-            is_usual: whether its first pass, if there was one, was like most: its time tells of others.
+            read: tokens of each pass that read, if that was more than the usual two a request, else empty.
             num_reqs: in the batch.
             max_lengths: [>= num_reqs] int32, what each request had room for.
             lengths: [>= num_reqs] int32, candidates submitted.
@@ -189,7 +189,7 @@ class DeviceCostAware(CostAwareDrafting):
         if self.rule is None:
             return
         last = self._begun[-1]
-        last.is_usual, last.end = is_usual, self._clock.mark()
+        last.read, last.end = read, self._clock.mark()
         last.report = HostCopy(self.tail.report(num_reqs, max_lengths, lengths))
 
     def drop_round(self) -> None:
@@ -209,7 +209,7 @@ class DeviceCostAware(CostAwareDrafting):
         _fill(round_, report)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
-            "caught_up": 0 if begun.is_usual else 1,
+            "read": begun.read,
         }
         rest = self._clock.seconds(begun.end, begun.next_start)
         self.finish(round_, step, _outcomes(begun), len(begun.request_ids), rest)

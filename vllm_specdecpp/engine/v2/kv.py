@@ -128,7 +128,7 @@ class DraftKVGaps:
         self._mark(input_batch, self._first_stale(input_batch, rows, begins) < begins)
         self._grow(input_batch, behind)
 
-    def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> int:
+    def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> list[int]:
         """Read what these requests lack. Waits for the device if there is any.
 
         Args:
@@ -137,11 +137,11 @@ class DraftKVGaps:
             ends: [num_reqs] int64, positions up to which to read: the first pass reads on from there.
 
         Returns:
-            How many passes that took.
+            Tokens of each pass that this took.
         """
         rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
         if not rows or self._stale is None:
-            return 0
+            return []
         index = self._speculator.on_device(rows)
         upto = ends[index].clamp(min=0)  # [num_rows]
         starts = self._first_stale(input_batch, index, upto)
@@ -157,7 +157,7 @@ class DraftKVGaps:
         for row in rows:
             self._behind.pop(input_batch.req_ids[row])
             self._right.pop(input_batch.req_ids[row], None)
-        return len(passes)
+        return [sum(max(end - start, 1) for start, end in taken) for taken in passes]
 
     def _grow(self, input_batch: Any, names: Collection[str]) -> None:
         """These requests lack this step's tokens, too: a whole chunk of a prompt, else the one that was emitted."""

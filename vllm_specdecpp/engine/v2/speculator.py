@@ -25,6 +25,7 @@ from vllm.utils import torch_utils
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.costs.timing import most_tokens
 from vllm_specdecpp.decision.rules import make_estimator, make_rule
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
@@ -91,7 +92,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
             return
         if self._tail is None:
-            most = timing.most_tokens(self.scheduler_config)
+            most = most_tokens(self.scheduler_config)
             self._tail = CostAwareTail(
                 make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
             )
@@ -198,17 +199,20 @@ class SpecDecPPSpeculator(CapturedRounds):
         num_reqs = input_batch.num_reqs
         plan = self._plan(costs, input_batch, limits)
         num_passes: int | torch.Tensor = 0
-        is_usual = True
+        read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
-            num_read = self._catch_up(input_batch, plan.drafts)
-            is_usual = self._can_read_short(input_batch) and not num_read
+            read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
-            num_passes = num_read + (self.round.num_passes if drafted is None else drafted)
+            num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
+            if not self._can_read_short(input_batch):
+                read.append(input_batch.num_tokens + num_reqs)  # and each one's next token
+            elif read:
+                read.append(SHORT * num_reqs)
             self.gaps.read(input_batch)
         else:
             self.gaps.leave_out(input_batch)
         if costs is not None:
-            costs.drafted(is_usual, num_reqs, self.round.max_lengths, self.round.lengths)
+            costs.drafted(read, num_reqs, self.round.max_lengths, self.round.lengths)
         return num_passes
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
@@ -245,8 +249,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         assert told is not None
         return told
 
-    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> int:
-        """Read what these requests' draft KV lacks before the first pass; returns how many passes that took."""
+    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> list[int]:
+        """Read what these requests' draft KV lacks before the first pass; returns the tokens of each pass."""
         if self._can_read_short(input_batch):
             ends = self.round.next_positions[: input_batch.num_reqs] - 1
         else:  # vLLM's first pass reads this step's tokens anew

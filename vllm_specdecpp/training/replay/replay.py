@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision import (
     ConfidenceEstimator,
     EntropyEstimator,
@@ -27,7 +28,6 @@ from vllm_specdecpp.decision import (
 )
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains
-from vllm_specdecpp.training.replay.costs import Costs
 
 CUT_RATE_WARNING = 0.02
 """Above this share of rounds that outrun the record, the rounds should be recorded with more candidates."""
@@ -204,7 +204,7 @@ def fixed_lengths(chains: Chains, num_candidates: int) -> Lengths:
     return _with_cut(chains, lengths, torch.zeros_like(known), num_candidates)
 
 
-def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
+def oracle_lengths(chains: Chains, costs: CostModel, max_length: int) -> Lengths:
     """The best that any policy with 0 to ``max_length`` candidates can do, knowing every outcome.
 
     All policies emit the same tokens, so the highest long-run rate is the least time: a shortest path through each
@@ -212,7 +212,7 @@ def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
     """
     choices = torch.arange(max_length + 1)  # [num_choices]
     bound = fixed_lengths(chains, max_length).candidates  # [num_starts]
-    seconds = _round_seconds(costs, max_length)  # [max_length + 1]
+    seconds = torch.from_numpy(costs.fixed_seconds(1, max_length))  # [max_length + 1]
     ends, sizes = chains.prompt_starts[1:], chains.prompt_starts.diff()
     to_go = torch.zeros(chains.num_starts + 1, dtype=torch.float64)  # seconds from a start to its prompt's end
     best = torch.zeros(chains.num_starts, dtype=torch.int64)
@@ -227,7 +227,7 @@ def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
     return Lengths(best, torch.zeros_like(chains.limited))
 
 
-def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
+def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
     """Run every prompt from its first start to its end with the policy's lengths."""
     accepted = torch.minimum(lengths.candidates, chains.run)  # [num_starts]
     prompt = chains.prompt_of_start
@@ -242,9 +242,8 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
     candidates = lengths.candidates[rounds]
     passes = candidates if lengths.passes is None else lengths.passes[rounds]
     longest = max(int(lengths.candidates.max()), int(passes.max()))
-    draft, verify = (
-        torch.tensor([f(k) for k in range(longest + 2)], dtype=torch.float64) for f in (costs.draft, costs.verify)
-    )
+    draft = torch.tensor([costs.draft_seconds([1] * k) for k in range(longest + 1)], dtype=torch.float64)
+    verify = torch.tensor([costs.verify.at(n) for n in range(longest + 2)], dtype=torch.float64)
 
     def total(values: Tensor) -> Tensor:
         sums = torch.zeros(len(chains.prompts), dtype=torch.float64)
@@ -261,7 +260,7 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
     )
 
 
-def best_fixed(chains: Chains, costs: Costs, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
+def best_fixed(chains: Chains, costs: CostModel, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
     """The fixed candidate length with the most tokens per second on the chosen prompts ([num_prompts] bool)."""
     walks = {k: walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
     best = max(walks, key=lambda k: walks[k].tokens_per_second(chosen))
@@ -285,8 +284,3 @@ class _NeverStop:
 def _with_cut(chains: Chains, lengths: Tensor, stopped: Tensor, max_length: int) -> Lengths:
     cut = ~stopped & (lengths == chains.available) & (lengths < max_length) & ~chains.limited
     return Lengths(lengths, cut)
-
-
-def _round_seconds(costs: Costs, max_length: int) -> Tensor:
-    """[max_length + 1] float64, by candidate length."""
-    return torch.tensor([costs.round(k) for k in range(max_length + 1)], dtype=torch.float64)
