@@ -88,7 +88,8 @@ def started(start: str, name: str, setting: Setting, options: argparse.Namespace
     """A rule that is cold, warm or restored."""
     rule = RULES[options.rule](cost_model(setting, seed, options.scale))
     if start != "cold":
-        Server(setting, earlier(name, setting, options, seed), tokens_of(setting, options.warm_tokens)).play(rule, seed)
+        server = Server(setting, earlier(name, setting, options, seed), tokens_of(setting, options.warm_tokens))
+        server.play(rule, seed, name="earlier-")
     if start == "restored":
         state, rule = rule.state(), RULES[options.rule](cost_model(setting, seed, options.scale))
         rule.restore(state)

@@ -124,7 +124,7 @@ def serve(
     costs, stream, seed = cell
     setting = SETTINGS[costs]
     streams = simulate.streams_of(stream, setting, options, seed)
-    server = Server(setting, streams, simulate.tokens_of(setting, options.tokens))
+    server = Server(setting, streams, simulate.tokens_of(setting, options.tokens), reads=not options.no_reading)
     rates: list[float] = []
     acted: set[str] = set()
     for names in sets:
@@ -169,18 +169,12 @@ def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
         "Tokens/s of `cost_aware`, simulated, and the ratio to it of the same rule without one mechanism. Below 1: the",
         f"mechanism earns that much; above 1: it costs. Means over {seeds} seeds, the same text and the same noise for",
         f"each column. Bold: {WORTH:.1%} or more, and beyond {SIGMAS} standard errors.",
+        *([] if rows[0]["reads"] else ["The draft model knows every prompt for nothing: the stop rule alone is judged."]),
         "",
         f"| costs | batch | stream | /off | cost_aware | {' | '.join(f'−{name}' for name in names)} | noise |",
         "|---" * (6 + len(names)) + "|",
     ]
-    for row in rows:
-        whole = np.array(row["rates"])
-        ratios = [np.array(row["without"][name]) / whole for name in names]
-        noise = max(error(values.tolist()) for values in ratios)
-        lines.append(
-            f"| {row['costs']} | {row['batch']} | {row['stream']} | {whole.mean() / np.mean(row['off']):.3f} "
-            f"| {whole.mean():.2f} | {' | '.join(cell_text(values.tolist()) for values in ratios)} | {noise:.4f} |"
-        )
+    lines += map(_row, rows)
     lines += [
         "",
         f"noise: the largest standard error in the row. Over all {len(rows)} cells:",
@@ -202,6 +196,16 @@ def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
     return "\n".join([*lines, "", f"`{command}`", "", origin, ""])
 
 
+def _row(row: Mapping[str, Any]) -> str:
+    whole = np.array(row["rates"])
+    ratios = [(np.array(rates) / whole).tolist() for rates in row["without"].values()]
+    noise = max(error(values) for values in ratios)
+    return (
+        f"| {row['costs']} | {row['batch']} | {row['stream']} | {whole.mean() / np.mean(row['off']):.3f} "
+        f"| {whole.mean():.2f} | {' | '.join(map(cell_text, ratios))} | {noise:.4f} |"
+    )
+
+
 def _few(cells: Sequence[str], most: int = 4) -> str:
     return f"{len(cells)}" + (f" ({', '.join(cells[:most])}{', …' if len(cells) > most else ''})" if cells else "")
 
@@ -220,6 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=4000, help="tokens that each rule emits; more for batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--no-reading", action="store_true", help="the draft model knows every prompt for nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="result rows (JSONL), with a page (.md) beside them")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -252,13 +257,14 @@ def main(argv: list[str] | None = None) -> int:
                 columns = np.array([rates for rates, _ in here]).T  # [1 + num_ablations, num_seeds]
                 rows.append({
                     "costs": costs,
+                    "reads": not options.no_reading,
                     "batch": SETTINGS[costs].batch,
                     "stream": stream,
                     "off": [round(off, 4) for _, off in here],
                     "rates": columns[0].round(4).tolist(),
                     "without": {n: c.round(4).tolist() for n, c in zip(options.without, columns[1:], strict=True)},
                 })  # fmt: skip
-                print(page(rows[-1:], "", "").splitlines()[6], flush=True)
+                print(_row(rows[-1]), flush=True)
     except ValueError as problem:
         print(f"benchmarks.simulate_ablation: {problem}", file=sys.stderr)
         return 2

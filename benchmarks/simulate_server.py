@@ -97,7 +97,8 @@ class _Place:
     behind: int
     since: float
     before: int
-    index: int
+    where: int
+    number: int
 
 
 class Server:
@@ -108,10 +109,11 @@ class Server:
         streams: one for each place in the batch: when a request ends the next of its stream begins at once. For a
             served mix one stream, whose requests take whatever place is free.
         tokens: to emit; a stream that is at its end begins anew.
+        reads: False: the draft model knows every prompt, and all that was emitted, for nothing.
     """
 
-    def __init__(self, setting: Setting, streams: Sequence[Stream], tokens: int) -> None:
-        self.setting, self.tokens, self.streams = setting, tokens, streams
+    def __init__(self, setting: Setting, streams: Sequence[Stream], tokens: int, reads: bool = True) -> None:
+        self.setting, self.tokens, self.streams, self.reads = setting, tokens, streams, reads
         self.scores = np.concatenate([s.scores for s in streams])  # [num_positions, DEPTH]
         self.run: list[int] = np.concatenate([s.run for s in streams]).tolist()
         base = np.cumsum([0, *(len(s) for s in streams)]).tolist()
@@ -121,25 +123,27 @@ class Server:
         self.max_tokens = max(s.max_tokens for s in streams)
         self.verify = [0.0, *(setting.verify(n) for n in range(1, setting.batch * (DEPTH + 1) + 1))]
 
-    def _begin(self, place: int, number: int, since: float, before: int) -> _Place:
+    def _begin(self, name: str, place: int, number: int, since: float) -> _Place:
         lap, index = divmod(number, len(self.prompts[place]))
         start, end = self.starts[place][index : index + 2]
-        name = f"{place}-{lap}-{index}"
-        return _Place(start, end, start, name, self.prompts[place][index] - 1, since, before, number)
+        name = f"{name}{place}-{lap}-{index}"
+        behind = self.prompts[place][index] - 1 if self.reads else 0
+        return _Place(start, end, start, name, behind, since, 0, place, number)
 
-    def play(self, rule: Rule, seed: int, arrivals: Sequence[float] | None = None) -> Run:
+    def play(self, rule: Rule, seed: int, arrivals: Sequence[float] | None = None, name: str = "") -> Run:
         """Serve all by one rule.
 
         Args:
             rule: goes on learning.
             seed: of the noise in what it observes.
             arrivals: of a served mix: seconds at which each request arrives.
+            name: before the requests' ids; another one for each time that a rule serves.
         """
         rng = np.random.default_rng(seed)
         setting, run, now, tokens, number = self.setting, Run(), 0.0, 0, 0
         active: list[_Place] = []
         if arrivals is None:
-            active = [self._begin(place, 0, 0.0, 0) for place in range(len(self.streams))]
+            active = [self._begin(name, place, 0, 0.0) for place in range(len(self.streams))]
         num_rounds = 0
         while tokens < self.tokens:
             if arrivals is not None and not active:
@@ -162,10 +166,10 @@ class Server:
             while arrivals is not None and number < len(arrivals) and len(active) + len(new) < setting.batch:
                 if arrivals[number] > now + draft_seconds:
                     break
-                new.append(self._begin(0, number, arrivals[number], 0))
+                new.append(self._begin(name, 0, number, arrivals[number]))
                 number += 1
             if new:
-                prompt = sum(place.behind + 1 for place in new)
+                prompt = sum(self.prompts[0][place.number % len(self.prompts[0])] for place in new)
                 verify_seconds = max(verify_seconds, self.verify[1]) + setting.prefill(prompt)
             now += draft_seconds + verify_seconds
             before, stay, joined = tokens, [], False
@@ -175,15 +179,14 @@ class Server:
                 won = min(self.run[place.at], length)
                 place.at += won + 1
                 tokens += won + 1
-                place.behind = 0 if place.behind < 0 else place.behind + 1
+                place.behind = 0 if place.behind < 0 or not self.reads else place.behind + 1
                 accepted.append(won)
                 verified.append(length if place.at < place.end else None)
                 if place.at < place.end:
                     stay.append(place)
                 elif arrivals is None:
                     run.requests.append(now - place.since)
-                    where = int(place.request_id.partition("-")[0])
-                    stay.append(self._begin(where, place.index + 1, now, 0))
+                    stay.append(self._begin(name, place.where, place.number + 1, now))
                     joined = True
                 else:
                     run.per_token.append((place.before, now - place.since, place.end - place.start))
@@ -251,7 +254,7 @@ class Server:
                 tokens += a - at[i]
                 fresh[i] = is_end[a]
                 at[i] = first[i] if a == last[i] else a
-            if read:
+            if read and self.reads:
                 seconds += setting.reading(1, read)
         return tokens / seconds
 

@@ -145,6 +145,13 @@ def test_what_was_accepted_while_drafting_need_not_be_read():
     assert [(s.behind, s.emitted) for (s,) in rule.seen] == [(10, 1), (0, 5), (1, 6)]
 
 
+def test_without_reading_nothing_is_ever_behind():
+    rule = Planned(1, when=lambda number: number >= 2)
+    server = Server(FLAT, [text([0.0] * 50, prompts=[21])], 4, reads=False)
+    assert server.play(rule, 0).seconds[-1] == pytest.approx(4.2) and not any(s.behind for (s,) in rule.seen)
+    assert server.planned(np.full(50, 1)) == pytest.approx(1 / 1.1)
+
+
 def test_requests_end_where_their_text_does_and_the_rule_sees_only_a_bound():
     """Outputs of 4 and 6 tokens in turn, all accepted; at most 8 tokens each, the prefill's first one among them."""
     rule = Planned(3)
@@ -236,6 +243,19 @@ def test_the_engine_reads_no_prompt_for_an_output_that_cannot_win_it_back():
     assert Server(setting, [stream], 400).play(engine_of(setting), 0).drafted == 0
     cheap = text([1.0] * 400, prompts=[2] * 40, outputs=[10] * 40, max_tokens=12)
     assert Server(setting, [cheap], 400).play(engine_of(setting), 0).drafted > 200
+
+
+def test_a_warm_rule_meets_new_requests(monkeypatch):
+    """It has served other text, and no request of it comes back."""
+    rules = []
+    monkeypatch.setitem(simulate.RULES, "planned", lambda costs: rules.append(Planned()) or rules[-1])
+    options = simulate.make_parser().parse_args(["--rule", "planned", "--tokens", "600", "--warm-tokens", "500"])
+    options.starts = ["warm"]
+    simulate.measure("paper", "poor", options)
+    (rule,) = rules
+    ids = [s.request_id for standings in rule.seen for s in standings]
+    assert ids[0].startswith("earlier-") and not ids[-1].startswith("earlier-")
+    in_turn(ids)
 
 
 def test_a_restored_engine_knows_the_costs_that_the_other_learnt():
