@@ -169,7 +169,7 @@ def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
         "Tokens/s of `cost_aware`, simulated, and the ratio to it of the same rule without one mechanism. Below 1: the",
         f"mechanism earns that much; above 1: it costs. Means over {seeds} seeds, the same text and the same noise for",
         f"each column. Bold: {WORTH:.1%} or more, and beyond {SIGMAS} standard errors.",
-        *([] if rows[0]["reads"] else ["The draft model knows every prompt for nothing: the stop rule alone is judged."]),
+        *([] if rows[0]["reads"] else ["The draft model knows every prompt for nothing: the stop rule is judged."]),
         "",
         f"| costs | batch | stream | /off | cost_aware | {' | '.join(f'−{name}' for name in names)} | noise |",
         "|---" * (6 + len(names)) + "|",
