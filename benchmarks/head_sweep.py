@@ -28,16 +28,16 @@ from benchmarks import head_sweep_report
 from benchmarks.provenance import command_line, git_state, versions
 from benchmarks.records import RawFile, Row
 from vllm_specdecpp.cli import parse
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
+from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 from vllm_specdecpp.training import plots
-from vllm_specdecpp.training.calibration import fit_by_prompts, fit_regression
-from vllm_specdecpp.training.dataset import LabelRows, load_rows, open_datasets
-from vllm_specdecpp.training.estimates import Estimate, Scored, by_set, fit_estimates, judge, score_rows
-from vllm_specdecpp.training.fitting import targets
-from vllm_specdecpp.training.held_out import refuse_seen
+from vllm_specdecpp.training.fit.calibration import fit_by_prompts, fit_regression
+from vllm_specdecpp.training.fit.estimates import Estimate, Scored, by_set, fit_estimates, judge, score_rows
+from vllm_specdecpp.training.fit.fitting import targets
+from vllm_specdecpp.training.fit.held_out import refuse_seen
+from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
 from vllm_specdecpp.training.options import CommandOptions
-from vllm_specdecpp.training.prompts import split_by_id
-from vllm_specdecpp.training.train import TrainOptions, some_prompts, train_head
 
 MODULE = "benchmarks.head_sweep"
 CENTRE: dict[str, Any] = {

@@ -23,7 +23,7 @@ from benchmarks.engines import Engines, EngineSettings
 from benchmarks.methods import OFF, Method, parse_method
 from benchmarks.provenance import command_line, git_state, versions
 from benchmarks.records import RawFile, load_prompts, output_hash
-from vllm_specdecpp.models import SOURCES, fetch
+from vllm_specdecpp.setup.models import SOURCES, fetch
 
 TIE_SPACINGS = 4
 """A near-tie: at most this many bfloat16 spacings apart, as in tests/engine/test_real_pair.py."""

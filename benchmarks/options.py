@@ -13,8 +13,8 @@ from benchmarks.engines import EngineSettings
 from benchmarks.methods import Method
 from benchmarks.provenance import command_line, git_state, model_label, versions
 from benchmarks.records import Row
-from vllm_specdecpp.models import SOURCES, fetch
-from vllm_specdecpp.packaged_gguf import FetchError
+from vllm_specdecpp.setup.models import SOURCES, fetch
+from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 
 def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
         nargs=2,
         required=True,
         metavar=("TARGET", "DRAFT"),
-        help="hub ids, folders, or names that vllm_specdecpp.models fetches",
+        help="hub ids, folders, or names that vllm_specdecpp.setup.models fetches",
     )
     parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")

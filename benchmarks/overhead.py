@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import provenance
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 PARTS = ("begin", "step", "finish")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from vllm_specdecpp.training import provenance
+from vllm_specdecpp import provenance
 
 
 def command_line(argv: list[str], module: str) -> str:

@@ -12,12 +12,12 @@ import torch
 from benchmarks.simulate_server import Run, Server, Standing
 from benchmarks.simulate_settings import true_costs
 from benchmarks.simulated_streams import DEPTH, Stream
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.draft_inputs import RowState
+from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 INFORMED_TRIES = 2
 """Runs of the informed rule, each with the rate of the one before as its rho; they hardly move after the first."""
@@ -37,7 +37,7 @@ class Engine:
         limits = [s.limit for s in standings]
         round_ = self.rule.begin([s.request_id for s in standings], limits)
         rows = [RowState(s.request_id, 0, s.emitted) for s in standings]
-        self._engine._output_lengths.update(rows)
+        self._engine._output_lengths.update({s.request_id: s.emitted for s in standings})
         behind = [s.behind for s in standings]
         self._engine._leave_out(round_, rows, behind, [s.room for s in standings])
         if any(limits):

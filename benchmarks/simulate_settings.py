@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.simulated_streams import DEPTH
-from vllm_specdecpp.decision.cost_aware.costs import CostModel, suggested_widths
+from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
 READING = 0.0385
 """A token that a draft pass reads beyond its usual ones, as a share of a pass over one request, on the CPUs: one over

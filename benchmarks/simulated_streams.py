@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specdecpp.training.responses import read_responses
-from vllm_specdecpp.training.shards import open_dataset
+from vllm_specdecpp.data.shards import open_dataset
+from vllm_specdecpp.training.collect.responses import read_responses
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]

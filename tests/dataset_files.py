@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.training.shards import (
+from vllm_specdecpp.data.shards import (
     Dataset,
     Manifest,
     RoundRecord,

@@ -16,7 +16,7 @@ from vllm_specdecpp.decision import (
     StopRule,
     ThresholdRule,
 )
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN = 4
 RULES = ["fixed", "head", "confidence", "entropy", "head with scalars", "look-ahead head"]

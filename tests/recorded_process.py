@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.shard_file import Shard, outcomes
 from vllm_specdecpp.decision import encode_scalars
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training.chains import Chains, chains_of_shard
-from vllm_specdecpp.training.shard_file import Shard, outcomes
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.replay.chains import Chains, chains_of_shard
 
 HIDDEN = 8
 SCALARS = ("top1_prob", "entropy", "margin", "drawn_logprob")

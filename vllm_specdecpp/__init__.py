@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_specdecpp.config import SpecDecPPConfig
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
     from vllm_specdecpp.pairs import find_pair, known_pairs
 
 __version__ = "0.1.0"
 __all__ = ["AcceptanceHead", "SpecDecPPConfig", "__version__", "find_pair", "known_pairs"]
 
 _HOME_OF = {
-    "AcceptanceHead": "head",
+    "AcceptanceHead": "head.model",
     "SpecDecPPConfig": "config",
     "find_pair": "pairs",
     "known_pairs": "pairs",

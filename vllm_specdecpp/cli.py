@@ -39,13 +39,15 @@ class Command:
 COMMANDS = {
     "collect": Command(
         "record labels: which of the draft's tokens the target accepts",
-        "vllm_specdecpp.training.collect",
+        "vllm_specdecpp.training.collect.command",
         "finished shards are kept; the same command goes on from there",
     ),
-    "train": Command("train an acceptance head on collected labels", "vllm_specdecpp.training.train"),
-    "calibrate": Command("make the head's score a probability, and measure it", "vllm_specdecpp.training.calibrate"),
-    "measure": Command("time this machine's draft and verification steps", "vllm_specdecpp.training.measure"),
-    "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.tune"),
+    "train": Command("train an acceptance head on collected labels", "vllm_specdecpp.training.fit.train"),
+    "calibrate": Command(
+        "make the head's score a probability, and measure it", "vllm_specdecpp.training.fit.calibrate"
+    ),
+    "measure": Command("time this machine's draft and verification steps", "vllm_specdecpp.training.replay.measure"),
+    "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }
 

@@ -47,7 +47,7 @@ def draft_rounds(job: dict[str, Any]) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
 
-    from vllm_specdecpp.engine import graphs
+    from vllm_specdecpp.engine.v2 import graphs
 
     if (mode := job.get("mode")) is not None:
         graphs.choose_mode = lambda **_: (mode, "asked for by the benchmark")

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.training.shards import open_dataset
+from vllm_specdecpp.data.shards import open_dataset
 
 
 class TestCollect:
     """The command on tiny models, in this process."""
 
     def options(self, tiny, tmp_path, **changes: Any) -> Any:
-        from vllm_specdecpp.training.collect import CollectOptions
+        from vllm_specdecpp.training.collect.options import CollectOptions
 
         texts = ["one word", "a somewhat longer prompt", "x" * 400, "the end", "five"]
         lines = [json.dumps({"id": f"p{i}", "set": f"s{i % 2}", "prompt": text}) for i, text in enumerate(texts)]
@@ -29,7 +29,7 @@ class TestCollect:
         return CollectOptions(**fields)
 
     def test_on_policy(self, tiny, tmp_path, reference, capsys):
-        from vllm_specdecpp.training.collect import run
+        from vllm_specdecpp.training.collect.command import run
 
         options = self.options(tiny, tmp_path)
         assert run(options) == 0
@@ -63,7 +63,7 @@ class TestCollect:
 
     def test_a_lost_shard_is_collected_again(self, tiny, tmp_path):
         """Sampled answers too: every prompt keeps its seed."""
-        from vllm_specdecpp.training.collect import run
+        from vllm_specdecpp.training.collect.command import run
 
         options = self.options(tiny, tmp_path, temperature=1.0, limit=4)
         run(options)
@@ -76,7 +76,7 @@ class TestCollect:
         assert (options.out / "responses" / "00001.jsonl").read_text() == responses
 
     def test_a_target_that_is_no_model(self, tiny, tmp_path):
-        from vllm_specdecpp.training.collect import run
+        from vllm_specdecpp.training.collect.command import run
 
         with pytest.raises(ValueError, match=r"^specdecpp: target='.*nothing' cannot be loaded") as caught:
             run(self.options(tiny, tmp_path, target=str(tmp_path / "nothing")))

@@ -8,7 +8,7 @@ import torch
 
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -50,7 +50,7 @@ def test_costs_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch):
     def measure(*args: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(costs, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     with harness.engine(tiny.target, config) as llm:
         found = harness.proposer(llm).cost_aware.rule.costs.points()
     assert {n: list(c) for n, c in found.items()} == {n: list(c) for n, c in learnt.items()}

@@ -140,7 +140,7 @@ def test_a_wrong_temperature_is_noticed(sampling_llm, law, monkeypatch):
     """What the unmended CPU sampler does, made repeatable: draft rows get a number that is not their temperature."""
     from vllm.triton_utils.dispatcher import register_kernels
 
-    from vllm_specdecpp.engine import cpu_sampler
+    from vllm_specdecpp.engine.v1 import cpu_sampler
 
     harness.configure(sampling_llm, **RULES[0])
     register_kernels({cpu_sampler.KERNEL: lambda output_ptr, *_: output_ptr.fill_(3)})
@@ -152,7 +152,7 @@ def test_a_wrong_temperature_is_noticed(sampling_llm, law, monkeypatch):
 
 def test_the_worker_has_mended_the_sampler(sampling_llm):
     """Fails if the Worker does not call ``cpu_sampler.apply``."""
-    from vllm_specdecpp.engine import cpu_sampler
+    from vllm_specdecpp.engine.v1 import cpu_sampler
 
     assert not cpu_sampler.is_broken()
 
@@ -162,7 +162,7 @@ def test_vllm_still_needs_the_mend():
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils import cpu_triton_utils
 
-    from vllm_specdecpp.engine import cpu_sampler
+    from vllm_specdecpp.engine.v1 import cpu_sampler
 
     register_kernels({cpu_sampler.KERNEL: cpu_triton_utils._expand_kernel_impl})
     try:
@@ -179,7 +179,7 @@ def test_expand_repeats_and_replaces(dtype):
     """The mended kernel through vLLM's own launcher, on ragged counts with zeros."""
     from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
-    from vllm_specdecpp.engine import cpu_sampler
+    from vllm_specdecpp.engine.v1 import cpu_sampler
 
     cpu_sampler.apply()
     counts = torch.tensor([2, 0, 5, 1, 0, 3])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.measure import (
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.measure import (
     MeasureOptions,
     Samples,
     check_options,

@@ -15,8 +15,8 @@ import torch
 
 from tests import engine_harness as harness
 from tests.reference_loop import Rule, generate, load_head
-from vllm_specdecpp.engine import v1
-from vllm_specdecpp.engine.draft_inputs import PADDING_SLOT_ID, DraftInputs, DraftKV
+from vllm_specdecpp.engine.v1 import proposer as v1
+from vllm_specdecpp.engine.v1.inputs import PADDING_SLOT_ID, DraftInputs, DraftKV
 
 THRESHOLD = 0.8
 MAX_LENGTH = 8

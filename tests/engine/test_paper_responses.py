@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from vllm_specdecpp.training.collect import CollectOptions, run
+from vllm_specdecpp.training.collect.command import run
+from vllm_specdecpp.training.collect.options import CollectOptions
 
 SENTENCES = ["Wrap the text.", "A line of words.", "x", "word " * 200]
 MAX_TOKENS = 6

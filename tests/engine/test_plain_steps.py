@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import engine_harness as harness
-from vllm_specdecpp.engine import plain_steps
+from vllm_specdecpp.engine.v1 import plain_steps
 
 REQUESTS = 4
 OFF = {"specdecpp": {"enabled": False}}

@@ -26,7 +26,7 @@ from tests.recordings import (
     rounds_by_request,
 )
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.training.shards import create_dataset, read_shard
+from vllm_specdecpp.data.shards import create_dataset, read_shard
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
@@ -183,7 +183,7 @@ def test_preempted_requests(tiny, tmp_path, reference):
 def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
     """The rule's inputs, recomputed from the record: states and scalars of the right pass, for the right request."""
     from vllm_specdecpp.decision.features import encode_scalars
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
     torch.manual_seed(3)
     head = AcceptanceHead(HIDDEN_SIZE, num_layers=1, features=EVERY_SCALAR)

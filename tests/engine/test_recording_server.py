@@ -17,7 +17,7 @@ from tests.recordings import (
     config,
     manifest,
 )
-from vllm_specdecpp.training.shards import create_dataset, open_dataset
+from vllm_specdecpp.data.shards import create_dataset, open_dataset
 
 
 class TestServerMode:
@@ -25,7 +25,7 @@ class TestServerMode:
         return sorted((folder / "shards").glob("*.safetensors"))
 
     def test_the_engine_writes_by_itself_up_to_the_bound(self, tiny, tmp_path, monkeypatch):
-        from vllm_specdecpp.engine import recorder
+        from vllm_specdecpp.engine.recording import recorder
 
         monkeypatch.setattr(recorder, "STEPS_PER_SHARD", 64)
         bound = 200 << 10
@@ -130,7 +130,7 @@ def test_rank_0_alone_records(monkeypatch, rank):
 
 
 def test_acceptance_is_the_quotient_cut_at_1():
-    from vllm_specdecpp.engine.recording_sampler import acceptance
+    from vllm_specdecpp.engine.recording.sampler import acceptance
 
     p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5]])
     q = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.4, 0.6]])

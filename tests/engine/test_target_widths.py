@@ -47,8 +47,8 @@ def widths_seen(runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("num_requests", [1, 3])
 def test_padding_changes_the_width_and_nothing_else(llm, monkeypatch, num_requests):
-    from vllm_specdecpp.engine.target_widths import pad_to, unpad
-    from vllm_specdecpp.engine.widths import RowWidths
+    from vllm_specdecpp.engine.shared.widths import RowWidths
+    from vllm_specdecpp.engine.v1.target_widths import pad_to, unpad
 
     runner = runner_of(llm)
     requests = harness.prompts(num_requests, seed=5)
@@ -68,7 +68,7 @@ def test_padding_changes_the_width_and_nothing_else(llm, monkeypatch, num_reques
 
 
 def test_measuring_gives_a_time_for_each_width(llm):
-    from vllm_specdecpp.engine.target_widths import measure_target
+    from vllm_specdecpp.engine.v1.target_widths import measure_target
 
     seconds = measure_target(runner_of(llm))
     assert len(seconds) == 8 and all(0 < s < 10 for s in seconds)
@@ -76,7 +76,7 @@ def test_measuring_gives_a_time_for_each_width(llm):
 
 @pytest.mark.parametrize(("lora", "multimodal"), [(object(), False), (None, True)])
 def test_models_with_other_inputs_are_left_alone(lora, multimodal):
-    from vllm_specdecpp.engine.target_widths import can_pad
+    from vllm_specdecpp.engine.v1.target_widths import can_pad
 
     runner = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=lora), supports_mm_inputs=multimodal)
     assert not can_pad(runner)

@@ -19,7 +19,7 @@ def plant() -> None:
 
     Adds noise to the draft's logits on rank 1: other features, other scores, other draws than on rank 0.
     """
-    from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+    from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
     if getattr(SpecDecPPProposer, "_planted", False):
         return

@@ -10,7 +10,7 @@ import pytest
 from tests import engine_harness as harness
 from tests.v2 import harness as v2_harness
 from tests.v2.cost_rounds import late_copies
-from vllm_specdecpp.engine import graphs
+from vllm_specdecpp.engine.v2 import graphs
 
 pytestmark = pytest.mark.gpu
 CURVES = {"first": {1: 2e-3}, "step": {1: 2e-3, 4: 3e-3}, "verify": {1: 10e-3, 8: 14e-3, 32: 30e-3}}

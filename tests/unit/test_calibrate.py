@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from vllm_specdecpp import cli
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training import calibrate
-from vllm_specdecpp.training.calibrate import CalibrateOptions, run
-from vllm_specdecpp.training.calibration import Calibration
-from vllm_specdecpp.training.calibration_report import verdict
-from vllm_specdecpp.training.prompts import Prompt, digest, split_by_id
-from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.prompts import Prompt, digest, split_by_id
+from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.fit import calibrate
+from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
+from vllm_specdecpp.training.fit.calibration import Calibration
+from vllm_specdecpp.training.fit.calibration_report import verdict
 
 HIDDEN, K, W_REJ = 8, 3, 6.0
 ESTIMATORS = [
@@ -248,7 +248,7 @@ def test_a_damaged_provenance_is_named(head: Path, fit: Path, content: str) -> N
 
 
 def test_what_train_writes_is_understood(tmp_path: Path) -> None:
-    train_module = pytest.importorskip("vllm_specdecpp.training.train")
+    train_module = pytest.importorskip("vllm_specdecpp.training.fit.train")
     data = make_dataset(tmp_path / "train", ids("train", 60))
     out = tmp_path / "trained"
     train_options = train_module.TrainOptions(
@@ -320,7 +320,7 @@ def test_without_matplotlib_it_says_so_before_any_work(
 def test_a_score_that_is_no_number_leaves_the_head_as_it_was(tmp_path: Path, head: Path, fit: Path) -> None:
     bad = make_dataset(tmp_path / "bad", ids("bad", 4), shift_of=lambda each: 0.0)
     path = bad / "shards" / "00000.safetensors"
-    from vllm_specdecpp.training.shards import open_dataset, read_shard
+    from vllm_specdecpp.data.shards import open_dataset, read_shard
 
     manifest = open_dataset(bad).manifest
     shard = read_shard(path, manifest)
@@ -388,8 +388,8 @@ def test_from_the_command_line(
 
 
 def test_manifests_in_the_provenance_are_those_of_the_folders(fit: Path, head: Path) -> None:
-    from vllm_specdecpp.training.held_out import training_data
-    from vllm_specdecpp.training.shards import open_dataset
+    from vllm_specdecpp.data.shards import open_dataset
+    from vllm_specdecpp.training.fit.held_out import training_data
 
     write_provenance(head, [fit])
     found = training_data(head)
@@ -399,8 +399,8 @@ def test_manifests_in_the_provenance_are_those_of_the_folders(fit: Path, head: P
 
 
 def test_a_servers_traffic_is_known_by_its_whole_manifest(fit: Path, head: Path) -> None:
-    from vllm_specdecpp.training.held_out import training_data
-    from vllm_specdecpp.training.shards import open_dataset
+    from vllm_specdecpp.data.shards import open_dataset
+    from vllm_specdecpp.training.fit.held_out import training_data
 
     server = Manifest(**{**asdict(open_dataset(fit).manifest), "prompts_digest": "", "created": "today"})
     entry = {"folder": "x", "manifest": json.loads(json.dumps(asdict(server)))}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_specdecpp.engine.catch_up import PROBE_SHARE, CatchUp
+from vllm_specdecpp.decision.cost_aware.catch_up import PROBE_SHARE, CatchUp
 
 TIMES = {"first_seconds": 0.1, "off_seconds": 1.0}
 

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.training import collect
-from vllm_specdecpp.training.collect import CollectOptions, make_manifest, run
-from vllm_specdecpp.training.prompts import load_prompts
-from vllm_specdecpp.training.shards import RoundRecord, open_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.stop_signal import StopSignal
-from vllm_specdecpp.training.units import UnitSummary, encode, shard_path, write_responses
+from vllm_specdecpp.data.prompts import load_prompts
+from vllm_specdecpp.data.shards import RoundRecord, open_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.training.collect import command as collect
+from vllm_specdecpp.training.collect.command import make_manifest, run
+from vllm_specdecpp.training.collect.options import CollectOptions
+from vllm_specdecpp.training.collect.stop_signal import StopSignal
+from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
 
 NUM_PROMPTS, UNIT = 7, 2
 

@@ -11,9 +11,9 @@ import torch
 
 from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.engine.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.draft_inputs import RowState
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v1.inputs import RowState
+from vllm_specdecpp.head.model import AcceptanceHead
 
 CURVES = {"first": {1: 1.0, 8: 1.2}, "step": {1: 1.0, 8: 1.2}, "verify": {1: 10.0, 64: 12.0}}
 
@@ -183,7 +183,7 @@ def test_times_that_are_not_the_rounds_own_are_left_out(
 def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: int, late: range) -> None:
     drafting, _ = _drafting()
     for tokens in range(usual):
-        drafting._output_lengths.update([RowState("before", 0, 5 + tokens)])
+        drafting._output_lengths.update({"before": 5 + tokens})
     rows, drafted = [RowState("far", 8000, 8001), RowState("near", 8000, 8001)], [0, 0]
     outcomes: dict[int, tuple[int, int]] = {}
     for _ in range(40):
@@ -266,7 +266,7 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
 
 
 def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_specdecpp.engine import cost_aware
+    from vllm_specdecpp.engine.shared import cost_aware
 
     monkeypatch.setattr(cost_aware, "SAVE_EVERY", 3)
     saved: list[Any] = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 VOCAB, LENGTH, BATCH = 3, 4, 8

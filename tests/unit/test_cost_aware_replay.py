@@ -11,10 +11,10 @@ import torch
 
 from tests.recorded_process import HIDDEN, Process, chains_of, record
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths, cost_model
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.replay import Lengths, fixed_lengths, oracle_lengths, walk
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths, cost_model
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import Lengths, fixed_lengths, oracle_lengths, walk
 
 RECORDED, BOUND = 24, 8
 CHEAP = Costs({1: 0.02, 8: 0.10}, {2: 0.20, 9: 0.22}, 0.20)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 K = 6

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
 from vllm_specdecpp.decision.cost_aware.plan import best_extension, best_submission
 from vllm_specdecpp.decision.cost_aware.rate import RateEstimate

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from vllm_specdecpp.decision.cost_aware import curves
-from vllm_specdecpp.decision.cost_aware.costs import CostCache, CostModel, suggested_widths
-from vllm_specdecpp.decision.cost_aware.curves import Curve
+from vllm_specdecpp.costs import curves
+from vllm_specdecpp.costs.curves import Curve
+from vllm_specdecpp.costs.model import CostCache, CostModel, suggested_widths
 
 CPU = {1: 0.136, 2: 0.145, 3: 0.112, 6: 0.109, 9: 0.150, 17: 0.199}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.decision.cost_aware.costs import CostCache
-from vllm_specdecpp.training.costs import Costs
+from vllm_specdecpp.costs.model import CostCache
+from vllm_specdecpp.training.replay.costs import Costs
 
 
 def costs(**changes: Any) -> Costs:

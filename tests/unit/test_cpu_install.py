@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.wheels import make_wheel, pip_environment
-from vllm_specdecpp import cpu_install
+from vllm_specdecpp.setup import cpu_install
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = {"torch/__init__.py": "__version__ = '2.13.0+cpu'\n"}
@@ -69,7 +69,7 @@ class Environment:
         assert done.returncode == 0, done.stderr
 
     def cpu_install(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run("vllm_specdecpp.cpu_install", *arguments)
+        return self.run("vllm_specdecpp.setup.cpu_install", *arguments)
 
     def installed(self) -> dict[str, str]:
         found = metadata.distributions(path=[str(self.site_packages)])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.training.dataset import LabelRows, load_rows, rows_of, stream_batches
-from vllm_specdecpp.training.shards import Manifest, Shard, create_dataset, empty_shard, open_dataset, write_shard
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, rows_of, stream_batches
+from vllm_specdecpp.data.shards import Manifest, Shard, create_dataset, empty_shard, open_dataset, write_shard
 
 HIDDEN_SIZE = 3
 SCALARS = ("top1_prob", "entropy", "margin", "drawn_logprob")

@@ -15,8 +15,8 @@ from tests.dataset_files import (
     make_manifest,
     refused,
 )
-from vllm_specdecpp.training.manifest import MANIFEST_FILE, read_manifest
-from vllm_specdecpp.training.shards import (
+from vllm_specdecpp.data.manifest import MANIFEST_FILE, read_manifest
+from vllm_specdecpp.data.shards import (
     create_dataset,
     open_dataset,
 )

@@ -20,7 +20,7 @@ from vllm_specdecpp.decision import (
     features_from_logits,
     make_rule,
 )
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 FLOAT32_TOLERANCE = 1e-5  # a sum over a vocabulary, against float64
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from vllm_specdecpp.engine.draft_inputs import (
+from vllm_specdecpp.engine.v1.inputs import (
     PADDING_SLOT_ID,
     DraftKV,
     RowBlocks,

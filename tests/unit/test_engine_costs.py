@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing
+from vllm_specdecpp.engine.shared import cost_file
 
 
 class _Clock:
@@ -31,9 +32,9 @@ def test_the_least_time_of_each_width_counts_and_the_first_run_does_not():
         first = runs.count(width) == 1
         clock.now += 5.0 if first else 0.01 * width + 0.003 * runs.count(width)
 
-    times = costs.time_widths(run, 3, _same, clock=clock, seconds=100)
+    times = timing.time_widths(run, 3, _same, clock=clock, seconds=100)
     assert times == pytest.approx({n: 0.01 * n + 0.006 for n in (1, 2, 3)}) and list(times) == [1, 2, 3]
-    assert runs == [w for w in (1, 3, 2) for _ in range(1 + costs.REPEATS)]
+    assert runs == [w for w in (1, 3, 2) for _ in range(1 + timing.REPEATS)]
 
 
 def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
@@ -42,7 +43,7 @@ def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
     def run(width: int) -> None:
         clock.now += 10.0
 
-    assert list(costs.time_widths(run, 100, _same, clock=clock)) == [1, 4, 16, 100]  # the range before its inside
+    assert list(timing.time_widths(run, 100, _same, clock=clock)) == [1, 4, 16, 100]  # the range before its inside
 
 
 def test_no_width_beyond_the_wanted_one_or_the_bound():
@@ -51,9 +52,9 @@ def test_no_width_beyond_the_wanted_one_or_the_bound():
     def run(width: int) -> None:
         clock.now += 1e-5
 
-    assert max(costs.time_widths(run, 37, _same, clock=clock)) == 37
-    assert max(costs.time_widths(run, 10_000, _same, clock=clock)) == costs.MAX_WIDTH
-    assert list(costs.time_widths(run, 1, _same, clock=clock)) == [1]
+    assert max(timing.time_widths(run, 37, _same, clock=clock)) == 37
+    assert max(timing.time_widths(run, 10_000, _same, clock=clock)) == timing.MAX_WIDTH
+    assert list(timing.time_widths(run, 1, _same, clock=clock)) == [1]
 
 
 def test_ranks_stop_at_the_same_width_with_the_same_times():
@@ -71,16 +72,16 @@ def test_ranks_stop_at_the_same_width_with_the_same_times():
         clock.now += seconds
         log.append(width)
 
-    first = costs.time_widths(lambda w: run(slow, 1.0, runs[0], w), 64, lead, clock=slow)
+    first = timing.time_widths(lambda w: run(slow, 1.0, runs[0], w), 64, lead, clock=slow)
     answers = iter(told)
-    second = costs.time_widths(lambda w: run(fast, 1e-6, runs[1], w), 64, lambda _: next(answers), clock=fast)
+    second = timing.time_widths(lambda w: run(fast, 1e-6, runs[1], w), 64, lambda _: next(answers), clock=fast)
     assert first == second and runs[0] == runs[1]
 
 
 def test_curves_add_the_lm_head_and_double_the_first_pass():
     draft = {1: 10.0, 2: 12.0, 3: 13.0, 4: 15.0, 8: 23.0}
     logits = {1: 1.0, 2: 1.5, 3: 2.0}
-    found = costs.curves(draft, logits, {1: 50.0})
+    found = timing.curves(draft, logits, {1: 50.0})
     assert found == {
         "first": {1: 13.0, 2: 16.5, 3: 21.0}, "step": {1: 11.0, 2: 13.5, 3: 15.0}, "verify": {1: 50.0}
     }  # fmt: skip
@@ -106,11 +107,11 @@ class _Passes:
 @pytest.mark.parametrize("ratio", [None, 3.0])
 def test_measure(monkeypatch, ratio):
     clock = _Clock()
-    monkeypatch.setattr(costs.time_widths, "__defaults__", (costs.SECONDS_PER_CURVE, clock))
+    monkeypatch.setattr(timing.time_widths, "__defaults__", (timing.SECONDS_PER_CURVE, clock))
     passes = _Passes(clock)
     passes.target_to_draft = ratio
     scheduler = SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=100)
-    points = costs.measure(passes, scheduler, 2, _same)
+    points = timing.measure(passes, scheduler, 2, _same)
     assert points["step"] == pytest.approx({1: 0.013, 2: 0.014})
     assert points["first"] == pytest.approx({1: 0.014, 2: 0.016})
     widths = range(1, 5) if ratio else range(1, 7)  # the draft's passes go up to two tokens a request
@@ -135,8 +136,8 @@ def test_another_setting_has_another_file(monkeypatch, tmp_path):
     changes: list[dict[str, Any]] = [
         {}, {"target": "t2"}, {"draft": "d2"}, {"dtype": torch.float32}, {"eager": True}, {"tp": 2},
     ]  # fmt: skip
-    paths = {costs.cost_cache(_config(**change), device).path for change in changes}
+    paths = {cost_file.cost_cache(_config(**change), device).path for change in changes}
     assert len(paths) == len(changes)
     assert {path.parent for path in paths} == {tmp_path / "specdecpp"}
-    assert costs.cost_cache(_config(), device).path in paths
-    assert costs.cost_cache(_config(), device).key["device"]
+    assert cost_file.cost_cache(_config(), device).path in paths
+    assert cost_file.cost_cache(_config(), device).key["device"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.training import calibration, metrics
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit import calibration
 
 
 def rows(num_prompts: int, seed: int, effect: Tensor, num: int = 120) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN = 8
 TOLERANCE = 1e-6  # the same float32 operations in another order

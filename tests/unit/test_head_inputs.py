@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
-from vllm_specdecpp.head import AcceptanceHead, update_config
+from vllm_specdecpp.head.model import AcceptanceHead, update_config
 
 HIDDEN, WIDTH, ROWS = 8, 5, 6
 TOLERANCE = 1e-5  # the same float32 operations in another order

@@ -15,12 +15,12 @@ import torch
 
 from benchmarks import head_sweep, head_sweep_report
 from benchmarks.head_sweep import Config, Data, HeadSweepOptions, grid, main, run, run_one, with_head
-from vllm_specdecpp.training import metrics
-from vllm_specdecpp.training.dataset import LabelRows
-from vllm_specdecpp.training.estimates import Scored, score_rows
-from vllm_specdecpp.training.prompts import Prompt, digest, split_by_id
-from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.train import train_head
+from vllm_specdecpp.data.dataset import LabelRows
+from vllm_specdecpp.data.prompts import Prompt, digest, split_by_id
+from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit.estimates import Scored, score_rows
+from vllm_specdecpp.training.fit.train import train_head
 
 HIDDEN, K = 8, 3
 QUICK = {"width": None, "lr": 3e-3, "epochs": 6, "dropout": 0.0, "weight_decay": 0.0, "batch_size": 64}

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import inspect as command
-from vllm_specdecpp.training.costs import Costs
 from vllm_specdecpp.training.inspect import InspectOptions, facts
+from vllm_specdecpp.training.replay.costs import Costs
 
 
 def _shown(what, capsys, **options) -> str:
@@ -95,7 +95,7 @@ def test_costs(tmp_path, capsys):
 
 
 def test_a_dataset(tmp_path, capsys):
-    from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+    from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
     manifest = Manifest(
         kind="rounds", target="org/big", draft="org/small", hidden_size=4, source="on-policy",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_specdecpp.engine.metrics import RoundLog
+from vllm_specdecpp.engine.shared.round_log import RoundLog
 
 
 def _filled(trace_rounds: int) -> RoundLog:

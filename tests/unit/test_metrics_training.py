@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.training import calibration, metrics
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit import calibration
 
 
 def brute_force_auc(scores: list[float], accepted: list[int]) -> float:

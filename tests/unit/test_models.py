@@ -22,8 +22,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.wheels import make_wheel, pip_environment
-from vllm_specdecpp import models
-from vllm_specdecpp.packaged_gguf import FetchError
+from vllm_specdecpp.setup import models
+from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"

@@ -313,7 +313,7 @@ def test_loading_the_plugin_imports_nothing_heavy_of_ours():
         "import sys, vllm.engine.arg_utils; before = set(sys.modules);"
         "from vllm_specdecpp.plugin import register; register();"
         "print(*sorted(m for m in set(sys.modules) - before if 'specdecpp' not in m.split('.')[0].lower() or "
-        "m.startswith(('vllm_specdecpp.head', 'vllm_specdecpp.decision', 'vllm_specdecpp.engine.v1'))))"
+        "m.startswith(('vllm_specdecpp.head.model', 'vllm_specdecpp.decision', 'vllm_specdecpp.engine.v1.proposer'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert [m for m in done.stdout.split() if m.startswith(("vllm", "torch"))] == []

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-from vllm_specdecpp.engine.draft_inputs import RowState
-from vllm_specdecpp.engine.output_lengths import OutputLengths
+from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 
 
 def _serve(lengths: OutputLengths, name: str, prompt: int, tokens: int, beside: str | None = None) -> None:
     """One request, its output two tokens a round."""
     for emitted in range(1, tokens + 1, 2):
-        rows = [RowState(name, 0, prompt + emitted - 1)]
-        lengths.update(rows + ([RowState(beside, 0, 10)] if beside else []))
+        lengths.update({name: prompt + emitted - 1} | ({beside: 10} if beside else {}))
 
 
 def test_what_the_request_may_emit_before_anything_is_known() -> None:
     lengths = OutputLengths()
-    lengths.update([RowState("a", 0, 7)])
+    lengths.update({"a": 7})
     assert lengths.remaining("a", 100) == 100
 
 
@@ -24,12 +22,12 @@ def test_the_mean_of_those_that_ended_less_what_was_emitted() -> None:
     lengths = OutputLengths()
     _serve(lengths, "a", 50, 21)
     _serve(lengths, "b", 900, 41)
-    lengths.update([RowState("c", 0, 30)])  # a and b have ended, with 21 and 41 tokens
+    lengths.update({"c": 30})  # a and b have ended, with 21 and 41 tokens
     assert lengths.remaining("c", 100) == 31 - 1
     assert lengths.remaining("c", 12) == 12
-    lengths.update([RowState("c", 0, 30 + 24)])
+    lengths.update({"c": 30 + 24})
     assert lengths.remaining("c", 100) == 31 / 4  # it may be a long one
-    lengths.update([RowState("c", 0, 30 + 99)])
+    lengths.update({"c": 30 + 99})
     assert lengths.remaining("c", 100) == 31 / 4
 
 

@@ -110,7 +110,9 @@ print(vllm_specdecpp.kernels.__file__)
     ]
 
 
-@pytest.mark.parametrize("module", ["vllm_specdecpp", "vllm_specdecpp.cpu_install", "vllm_specdecpp.models"])
+@pytest.mark.parametrize(
+    "module", ["vllm_specdecpp", "vllm_specdecpp.setup.cpu_install", "vllm_specdecpp.setup.models"]
+)
 def test_import_brings_in_nothing_heavy(module: str) -> None:
     code = f"""
 import sys

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from vllm_specdecpp.training import paper_labels
-from vllm_specdecpp.training.responses import read_responses, responses_path
+from vllm_specdecpp.training.collect import paper_labels
+from vllm_specdecpp.training.collect.responses import read_responses, responses_path
 
 VOCAB_SIZE = 512
 STATE_TOLERANCE = 2e-4
@@ -162,7 +162,7 @@ SENTENCES = ["Wrap the text.", "A line of words, longer than the first one.", "d
 
 
 def _options(tiny, out, **changes):
-    from vllm_specdecpp.training.collect import CollectOptions
+    from vllm_specdecpp.training.collect.options import CollectOptions
 
     settings = {
         "target": tiny.target, "draft": tiny.draft_good, "prompts": str(out.parent / "prompts.txt"), "out": out,
@@ -173,7 +173,7 @@ def _options(tiny, out, **changes):
 
 @pytest.fixture
 def prompts(tmp_path):
-    from vllm_specdecpp.training.prompts import load_prompts
+    from vllm_specdecpp.data.prompts import load_prompts
 
     (tmp_path / "prompts.txt").write_text("\n".join(SENTENCES) + "\n")
     return load_prompts(tmp_path / "prompts.txt")
@@ -184,9 +184,9 @@ def answers(tiny, tmp_path, prompts):
     """A dataset of the same target and prompts, of which only the responses are of use: the third has none."""
     from transformers import AutoTokenizer
 
-    from vllm_specdecpp.training.collect import make_manifest
-    from vllm_specdecpp.training.shards import create_dataset
-    from vllm_specdecpp.training.units import encode, write_responses
+    from vllm_specdecpp.data.shards import create_dataset
+    from vllm_specdecpp.training.collect.command import make_manifest
+    from vllm_specdecpp.training.collect.units import encode, write_responses
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.target)
     rnd = random.Random(1)
@@ -203,9 +203,9 @@ def answers(tiny, tmp_path, prompts):
 
 def _collected(options, prompts):
     """(dataset, summaries) of a run over all prompts."""
-    from vllm_specdecpp.training.collect import make_manifest
-    from vllm_specdecpp.training.paper import PaperCollector
-    from vllm_specdecpp.training.shards import create_dataset
+    from vllm_specdecpp.data.shards import create_dataset
+    from vllm_specdecpp.training.collect.command import make_manifest
+    from vllm_specdecpp.training.collect.paper import PaperCollector
 
     dataset = create_dataset(options.out, make_manifest(options, prompts), False)
     collector = PaperCollector(options, dataset.manifest)
@@ -239,7 +239,7 @@ def test_a_collected_dataset_holds_the_labels(tiny, tmp_path, prompts, answers, 
 
 
 def test_the_command_takes_up_where_it_stopped_and_repeats_itself(tiny, tmp_path, prompts, answers, capsys):
-    from vllm_specdecpp.training.collect import run
+    from vllm_specdecpp.training.collect.command import run
 
     options = _options(tiny, tmp_path / "out", responses=answers)
     assert run(options) == 0

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from vllm_specdecpp.training import plots
-from vllm_specdecpp.training.metrics import Reliability, reliability
+from vllm_specdecpp.training.statistics import Reliability, reliability
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.training.prompts import Prompt, digest, load_prompts, split_by_id
+from vllm_specdecpp.data.prompts import Prompt, digest, load_prompts, split_by_id
 
 FIVE_SIGMA = 5.0
 

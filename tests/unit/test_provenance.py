@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specdecpp.training import provenance
+from vllm_specdecpp import provenance
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_revision_of_a_folder_tells_weights_and_configs_apart(model, tmp_path):
 def test_revision_of_hub_models(tmp_path, monkeypatch):
     folder = _cached(tmp_path, "b" * 40)
     assert provenance.model_revision(folder) == "b" * 40
-    ask = "from vllm_specdecpp.training.provenance import model_revision as r; "
+    ask = "from vllm_specdecpp.provenance import model_revision as r; "
     program = ask + "print(r('org/some-model'), r('org/other'))"
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_specdecpp.training import ray_collect
-from vllm_specdecpp.training.ray_collect import TRIES, collect_with_ray
+from vllm_specdecpp.training.collect import ray_collect
+from vllm_specdecpp.training.collect.ray_collect import TRIES, collect_with_ray
 
 # As the collection itself does before it imports Ray.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
@@ -58,11 +58,12 @@ UNITS = {3: ["a", "b"], 0: ["c"], 7: ["d", "e", "f"], 1: ["g"], 9: ["h"]}
 
 def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path):
     """Two workers label with real (tiny) models; the first that has written unit 1 dies before it can say so."""
-    from vllm_specdecpp.training.collect import CollectOptions, make_manifest
-    from vllm_specdecpp.training.paper import PaperCollector
-    from vllm_specdecpp.training.prompts import Prompt
-    from vllm_specdecpp.training.shards import create_dataset
-    from vllm_specdecpp.training.units import write_responses
+    from vllm_specdecpp.data.prompts import Prompt
+    from vllm_specdecpp.data.shards import create_dataset
+    from vllm_specdecpp.training.collect.command import make_manifest
+    from vllm_specdecpp.training.collect.options import CollectOptions
+    from vllm_specdecpp.training.collect.paper import PaperCollector
+    from vllm_specdecpp.training.collect.units import write_responses
 
     units = {unit: [Prompt(f"{unit}-{i}", "s", "text") for i in range(2)] for unit in range(4)}
     prompts = [prompt for unit in units.values() for prompt in unit]
@@ -116,10 +117,11 @@ def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path)
 
 def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monkeypatch):
     """A worker has another working directory: it must neither write nor look elsewhere."""
-    from vllm_specdecpp.training.collect import CollectOptions, make_manifest, run
-    from vllm_specdecpp.training.prompts import load_prompts
-    from vllm_specdecpp.training.shards import create_dataset, open_dataset
-    from vllm_specdecpp.training.units import encode, write_responses
+    from vllm_specdecpp.data.prompts import load_prompts
+    from vllm_specdecpp.data.shards import create_dataset, open_dataset
+    from vllm_specdecpp.training.collect.command import make_manifest, run
+    from vllm_specdecpp.training.collect.options import CollectOptions
+    from vllm_specdecpp.training.collect.units import encode, write_responses
 
     monkeypatch.chdir(tmp_path)
     Path("models").symlink_to(tiny.root)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_specdecpp.data.shards import Manifest, create_dataset, open_dataset, read_shard
 from vllm_specdecpp.decision.features import StepFeatures
-from vllm_specdecpp.engine import record_folder, recorder
-from vllm_specdecpp.engine.draft_inputs import RowState
-from vllm_specdecpp.engine.record_folder import RecordFolder
-from vllm_specdecpp.engine.recorder import RoundRecorder
-from vllm_specdecpp.training.shards import Manifest, create_dataset, open_dataset, read_shard
+from vllm_specdecpp.engine.recording import folder as record_folder
+from vllm_specdecpp.engine.recording import recorder
+from vllm_specdecpp.engine.recording.folder import RecordFolder
+from vllm_specdecpp.engine.recording.recorder import RoundRecorder
+from vllm_specdecpp.engine.v1.inputs import RowState
 
 HIDDEN_SIZE = 4
 NUM_PROMPT_TOKENS = 5

@@ -8,7 +8,7 @@ import pytest
 
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.engine.reliability import NUM_BINS, ReliabilityLog
+from vllm_specdecpp.decision.cost_aware.reliability import NUM_BINS, ReliabilityLog
 
 CHEAP = ({1: 1e-6, 4: 1e-6}, {1: 1e-6, 4: 1e-6}, {1: 0.1, 64: 0.1})
 """Seconds of the draft's first pass, its steps and the verification: drafting always pays."""

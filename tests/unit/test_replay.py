@@ -14,10 +14,10 @@ import torch
 from tests import recorded_process
 from tests.recorded_process import HIDDEN, Process, chains_of, record, rule_length, run_policy
 from vllm_specdecpp.decision import ThresholdRule
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training.chains import Chains, concatenate
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.replay import (
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.replay.chains import Chains, concatenate
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import (
     Lengths,
     best_fixed,
     fixed_lengths,

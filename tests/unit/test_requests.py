@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_specdecpp.engine.requests import RunnerRequests
+from vllm_specdecpp.engine.v1.requests import RunnerRequests
 
 
 def requests_of(*params: dict[str, Any], prompt: int = 10, prefilling: tuple[int, ...] = ()) -> RunnerRequests:

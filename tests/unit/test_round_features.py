@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_specdecpp.decision import HeadEstimator, RoundState, StepFeatures, ThresholdRule, encode_scalars
 from vllm_specdecpp.decision import round as round_module
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 NUM_REQS, NUM_STEPS, HIDDEN = 40, 9, 3
 NOW = ("top1_prob", "entropy", "margin")

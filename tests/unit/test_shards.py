@@ -24,8 +24,8 @@ from tests.dataset_files import (
     make_shard,
     refused,
 )
-from vllm_specdecpp.training.manifest import write_whole
-from vllm_specdecpp.training.shards import (
+from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.data.shards import (
     create_dataset,
     empty_shard,
     open_dataset,

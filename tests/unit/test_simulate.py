@@ -16,10 +16,10 @@ from benchmarks.simulate_rules import Engine, Informed, Off, calibrated, informe
 from benchmarks.simulate_server import Run, Server
 from benchmarks.simulate_settings import SETTINGS, Setting, cost_model, true_costs
 from benchmarks.simulated_streams import DEPTH, make, recorded, requests
+from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.units import write_responses
+from vllm_specdecpp.training.collect.units import write_responses
 
 FLAT = Setting(lambda b: 0.1, lambda b: 0.1, lambda n: 1.0, 1, per_read=0.01)
 """A draft pass takes 0.1 s and 0.01 s for each token beyond the usual ones, the target's 1 s."""

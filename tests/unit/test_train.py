@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training import fitting, metrics
-from vllm_specdecpp.training.dataset import LabelRows
-from vllm_specdecpp.training.train import TrainOptions, some_prompts, train_head
+from vllm_specdecpp.data.dataset import LabelRows
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit import fitting
+from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
 
 HIDDEN = 12
 

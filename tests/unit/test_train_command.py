@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.head_sweep import PAPERS
 from vllm_specdecpp import cli
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training import train
-from vllm_specdecpp.training.dataset import LabelRows, load_rows
-from vllm_specdecpp.training.fitting import evaluate, score
-from vllm_specdecpp.training.prompts import split_by_id
-from vllm_specdecpp.training.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.train import TrainOptions, advice_on, run, train_head
+from vllm_specdecpp.data.dataset import LabelRows, load_rows
+from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.fit import train
+from vllm_specdecpp.training.fit.fitting import evaluate, score
+from vllm_specdecpp.training.fit.train import TrainOptions, advice_on, run, train_head
 
 HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
 QUICK: dict[str, Any] = {"layers": 1, "lr": 3e-3, "epochs": 4, "batch_size": 64, "validation": 0.25}

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.dataset_files import make_manifest, make_round
-from vllm_specdecpp.training.calibrate import CalibrateOptions, run
-from vllm_specdecpp.training.held_out import (
+from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.shards import Dataset, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
+from vllm_specdecpp.training.fit.held_out import (
     name_digest,
     prompt_lists,
     prompts_of,
@@ -18,10 +20,8 @@ from vllm_specdecpp.training.held_out import (
     refuse_trained_on,
     training_data,
 )
-from vllm_specdecpp.training.prompts import split_by_id
-from vllm_specdecpp.training.shards import Dataset, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.train import TrainOptions
-from vllm_specdecpp.training.train import run as train
+from vllm_specdecpp.training.fit.train import TrainOptions
+from vllm_specdecpp.training.fit.train import run as train
 
 VALIDATION = 0.4
 

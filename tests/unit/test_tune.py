@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from tests.recorded_process import HIDDEN, Process, as_shard, record
-from vllm_specdecpp.head import AcceptanceHead
-from vllm_specdecpp.training.chains import load_chains
-from vllm_specdecpp.training.cost_aware_replay import cost_aware_lengths
-from vllm_specdecpp.training.costs import Costs
-from vllm_specdecpp.training.prompts import split_by_id
-from vllm_specdecpp.training.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
-from vllm_specdecpp.training.shards import Manifest, create_dataset, write_shard
-from vllm_specdecpp.training.tune import TuneOptions, choose, run
-from vllm_specdecpp.training.tune_report import markdown, table_rows, warnings
-from vllm_specdecpp.training.units import write_responses
+from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.collect.units import write_responses
+from vllm_specdecpp.training.replay.chains import load_chains
+from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
+from vllm_specdecpp.training.replay.tune import TuneOptions, choose, run
+from vllm_specdecpp.training.replay.tune_report import markdown, table_rows, warnings
 
 COSTS = Costs({1: 0.05, 8: 0.36}, {2: 0.20, 9: 0.26}, 0.19, machine="a machine")
 MANIFEST = Manifest(

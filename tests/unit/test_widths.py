@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 
-from vllm_specdecpp.engine.widths import RowWidths, measure
+from vllm_specdecpp.engine.shared.widths import RowWidths, measure
 
 
 def test_pads_up_to_a_cheaper_width_and_never_down():

@@ -158,7 +158,7 @@ def check(told: Told, truth: Truth) -> None:
 
 def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script | None:
     """Put a script in the place of the cost-aware rule; on a rank that follows, nothing."""
-    from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
+    from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
 
     tail = speculator._tail
     rule = Script(seed, speculator.max_num_reqs) if leads else None
@@ -179,8 +179,8 @@ def scripted(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tup
 
 def late_copies(monkeypatch: Any, by: int) -> None:
     """Let what the rule learns from arrive ``by`` steps later, as from a device that the host runs ahead of."""
-    from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
-    from vllm_specdecpp.engine.v2_log import HostCopy
+    from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
+    from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
     verified = DeviceCostAware.verified
     now = [0]

@@ -32,7 +32,7 @@ def speculator(
     from vllm.config import set_current_vllm_config
 
     from vllm_specdecpp.config import SpecDecPPConfig
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
     sampling = (("draft_sample_method", draft_sample_method),)
     vllm_config = _vllm_config(tiny.target, tiny.draft_good, num_speculative_tokens, sampling)

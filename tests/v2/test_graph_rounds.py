@@ -16,7 +16,7 @@ from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
-from vllm_specdecpp.engine.graphs import IF_NODES, DraftGraphs
+from vllm_specdecpp.engine.v2.graphs import IF_NODES, DraftGraphs
 
 THRESHOLD, MAX_LENGTH = 0.45, 5
 

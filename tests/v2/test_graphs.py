@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.engine.graphs import EAGER, IF_NODES, PER_PASS, DraftGraphs, batch_sizes, choose_mode
+from vllm_specdecpp.engine.v2.graphs import EAGER, IF_NODES, PER_PASS, DraftGraphs, batch_sizes, choose_mode
 
 BEST: dict[str, Any] = {
     "on_cuda": True, "full_graphs": True, "metadata_in_place": True, "has_if_nodes": True, "num_ranks": 1

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from tests import engine_harness as harness
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs, v2_lora
+from vllm_specdecpp.costs import timing
+from vllm_specdecpp.engine.v2 import lora as v2_lora
 
 MAX_TOKENS, RANK = 12, 8
 PROMPTS = harness.prompts(6, seed=11)
@@ -92,7 +93,7 @@ def started(tiny, expected, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         from vllm.lora.worker_manager import WorkerLoRAManager
 
-        from vllm_specdecpp.engine.v2_start import V2Passes
+        from vllm_specdecpp.engine.v2.timing import V2Passes
 
         add, target = WorkerLoRAManager.add_dummy_lora, V2Passes.target
 
@@ -107,7 +108,7 @@ def started(tiny, expected, tmp_path_factory):
             return add(self, request, rank)
 
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(costs, "SECONDS_PER_CURVE", 0.1)
+        patch.setattr(timing, "SECONDS_PER_CURVE", 0.1)
         patch.setattr(WorkerLoRAManager, "add_dummy_lora", counted)
         patch.setattr(V2Passes, "target", watched)
         with harness.engine(tiny.target, config, **OPTIONS) as llm:

@@ -15,7 +15,7 @@ import torch
 
 from tests.tiny_models import HIDDEN_SIZE
 from tests.v2 import v1_rounds
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 
 @pytest.fixture

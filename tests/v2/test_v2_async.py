@@ -14,7 +14,7 @@ from tests.reference_loop import generate
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
 from tests.v2.cost_rounds import late_copies
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing
 
 MAX_LENGTH, MAX_TOKENS = 5, 16
 PROMPTS = harness.prompts(4, seed=12)
@@ -71,7 +71,7 @@ def test_rounds_equal_the_reference(tiny, reference, asynchronous):
 
 def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous, monkeypatch):
     """Each outcome comes when the next round has begun; every one reaches its own round, none twice, none never."""
-    monkeypatch.setattr(costs, "measure", lambda *args: CURVES)
+    monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
     late_copies(monkeypatch, by=1)
     draft = reference("draft_good")
     with _engine(tiny, rule="cost_aware", threshold=None) as llm:
@@ -107,7 +107,8 @@ def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous
 def test_what_was_booked_beyond_a_draft_is_never_accepted(tiny, reference, asynchronous, monkeypatch, masked):
     """The room is filled with what the draft would have gone on with; without the mask that is accepted, and shows."""
     from vllm_specdecpp.decision.rules import FixedRule
-    from vllm_specdecpp.engine import v2, v2_sampler
+    from vllm_specdecpp.engine.v2 import sampler as v2_sampler
+    from vllm_specdecpp.engine.v2 import speculator as v2
 
     expected = _expected(tiny, reference)
     original = v2.SpecDecPPSpeculator.propose

@@ -13,7 +13,7 @@ import torch
 from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, late_copies, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
-from vllm_specdecpp.engine import v2_cost_aware
+from vllm_specdecpp.engine.v2 import cost_aware as v2_cost_aware
 
 
 @pytest.mark.parametrize(("late", "books"), [(0, False), (1, False), (2, True)])

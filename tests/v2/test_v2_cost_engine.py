@@ -11,7 +11,7 @@ import pytest
 from tests import engine_harness as harness
 from tests.reference_loop import Rule, generate
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs
+from vllm_specdecpp.costs import timing
 
 MAX_LENGTH, MAX_TOKENS = 5, 14
 PROMPTS = harness.prompts(4, seed=31, longest=60)
@@ -37,9 +37,9 @@ def llm(tiny, tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(costs, "SECONDS_PER_CURVE", 0.1)
+        patch.setattr(timing, "SECONDS_PER_CURVE", 0.1)
         with harness.engine(tiny.target, config, enable_prefix_caching=True, max_num_batched_tokens=48) as llm:
-            patch.setattr(costs, "measure", _no_measure)
+            patch.setattr(timing, "measure", _no_measure)
             yield llm
 
 

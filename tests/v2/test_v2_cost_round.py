@@ -38,9 +38,9 @@ class _Twins:
     """The same round on the host and on the device, with a rule each."""
 
     def __init__(self, case: Case, seed: int, twin: bool) -> None:
-        from vllm_specdecpp.engine.v2_cost_aware import DeviceCostAware
-        from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-        from vllm_specdecpp.engine.v2_round import DeviceRound
+        from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
+        from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+        from vllm_specdecpp.engine.v2.round import DeviceRound
 
         self.rng = np.random.default_rng(seed)
         self.met: set[str] = set()
@@ -185,7 +185,7 @@ def test_time_set_apart_is_not_spent_by_two_rounds_in_flight():
 
 def test_where_the_host_runs_ahead_it_plans_with_what_it_knows():
     """A prompt that this step does not end drafts nothing; where a request stands is known to the device alone."""
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     batch = SimpleNamespace(

@@ -23,7 +23,7 @@ class _Captured:
 
 def test_captured_rounds_are_timed_as_they_are_replayed(tiny, monkeypatch):
     from tests.v2 import harness
-    from vllm_specdecpp.engine import v2_start
+    from vllm_specdecpp.engine.v2 import timing as v2_start
 
     _, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=6)
     clock = [0.0]

@@ -15,7 +15,7 @@ from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
-from vllm_specdecpp.engine.v2_draft_kv import DraftKVGaps, reading_passes
+from vllm_specdecpp.engine.v2.kv import DraftKVGaps, reading_passes
 
 
 @pytest.mark.parametrize("most", [3, 4, 5, 7, 50])

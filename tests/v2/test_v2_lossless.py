@@ -14,9 +14,9 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
-from vllm_specdecpp.engine import costs
-from vllm_specdecpp.engine.v2_cost_tail import CostAwareTail
-from vllm_specdecpp.engine.v2_round import DeviceRound
+from vllm_specdecpp.costs import timing
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2.round import DeviceRound
 
 FAILS_BELOW = 1e-4
 """p-value. Seeds are fixed, so a passing case goes on passing; a planted bias lands far below."""
@@ -183,7 +183,7 @@ def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> Non
 
 @pytest.fixture(autouse=True)
 def costs_are_known(monkeypatch):
-    monkeypatch.setattr(costs, "measure", lambda *args: CURVES)
+    monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
 
 
 def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):
@@ -203,7 +203,7 @@ def test_room_beyond_a_draft_is_masked_for_verification_alone():
     """Rows beyond what a request submitted are invalid, whatever the caller has found invalid already."""
     from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-    from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+    from vllm_specdecpp.engine.v2.sampler import end_of_draft_sampler
 
     plain = RejectionSampler.__new__(RejectionSampler)
     submitted = torch.tensor([9, 2, 0, 3], dtype=torch.int32)  # by request state
@@ -227,7 +227,7 @@ def test_room_beyond_a_draft_is_masked_for_verification_alone():
 
 
 def test_a_rejection_sampler_of_another_kind_is_refused():
-    from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+    from vllm_specdecpp.engine.v2.sampler import end_of_draft_sampler
 
     with pytest.raises(ValueError, match="^specdecpp: .*SimpleNamespace.*VLLM_USE_V2_MODEL_RUNNER=0$"):
         end_of_draft_sampler(types.SimpleNamespace(), torch.zeros(1))

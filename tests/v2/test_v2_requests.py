@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.engine.v2_log import DeferredRounds
-from vllm_specdecpp.engine.v2_requests import NUM_STOP_TOKENS, BatchRequests
+from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
+from vllm_specdecpp.engine.v2.requests import NUM_STOP_TOKENS, BatchRequests
 
 
 def _params(**options: Any) -> SimpleNamespace:

@@ -13,7 +13,7 @@ from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstima
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import RoundState
 from vllm_specdecpp.decision.rules import FixedRule, ThresholdRule
-from vllm_specdecpp.head import AcceptanceHead
+from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN, VOCAB, MAX_LENGTH = 8, 40, 6
 STOP = 3
@@ -57,8 +57,8 @@ def _pass(step: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 @pytest.mark.parametrize("name", RULES)
 @torch.no_grad()
 def test_decisions_equal_round_state(name, min_length):
-    from vllm_specdecpp.engine.v2_requests import COLUMNS
-    from vllm_specdecpp.engine.v2_round import DeviceRound
+    from vllm_specdecpp.engine.v2.requests import COLUMNS
+    from vllm_specdecpp.engine.v2.round import DeviceRound
 
     num_reqs, max_num_reqs = 40, 44
     rule = RULES[name]()
@@ -113,7 +113,7 @@ def _check_confidences(device: Any, step: int, ran: torch.Tensor) -> None:
     ],
 )
 def test_longest_draft(seq_len, rejected, sampled, cap, end, wanted):
-    from vllm_specdecpp.engine.v2_round import DeviceRound
+    from vllm_specdecpp.engine.v2.round import DeviceRound
 
     device = DeviceRound(torch.zeros(3, 8, dtype=torch.int64))
     device.limits[:, 0], device.limits[:, 1] = cap, end

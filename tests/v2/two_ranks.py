@@ -29,16 +29,16 @@ def plant() -> None:
     """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
 
-    from vllm_specdecpp.decision.cost_aware.costs import CostModel
-    from vllm_specdecpp.decision.cost_aware.curves import Curve
-    from vllm_specdecpp.engine import costs
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
-    from vllm_specdecpp.engine.v2_passes import StandaloneARSpeculator
+    from vllm_specdecpp.costs import timing
+    from vllm_specdecpp.costs.curves import Curve
+    from vllm_specdecpp.costs.model import CostModel
+    from vllm_specdecpp.engine.v2.passes import StandaloneARSpeculator
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
     if getattr(SpecDecPPSpeculator, "_planted", False):
         return
     scale, original = float(os.environ[ranks.NOISE]), StandaloneARSpeculator.compute_draft_logits
-    measure = costs.measure
+    measure = timing.measure
 
     def noisy(self: Any, *args: Any) -> torch.Tensor:
         from vllm.distributed import get_tp_group
@@ -53,8 +53,8 @@ def plant() -> None:
         return CURVES
 
     StandaloneARSpeculator.compute_draft_logits = noisy
-    costs.measure = measure_in_vain  # type: ignore[assignment]
-    costs.SECONDS_PER_CURVE = 0.1
+    timing.measure = measure_in_vain  # type: ignore[assignment]
+    timing.SECONDS_PER_CURVE = 0.1
     CostModel.observe = lambda *args: None  # type: ignore[method-assign]
     Curve.freshness = lambda *args: 99.0  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":

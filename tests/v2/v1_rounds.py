@@ -29,10 +29,10 @@ PROMPTS = engine_harness.prompts(4, seed=31)
 
 def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
     """For each rule: every request's rounds, on the runner that the environment selects."""
-    from vllm_specdecpp.engine import costs
+    from vllm_specdecpp.costs import timing
 
-    measure = costs.measure
-    costs.measure = lambda *args: {"first": {1: FIRST}, **CURVES}
+    measure = timing.measure
+    timing.measure = lambda *args: {"first": {1: FIRST}, **CURVES}
     found = []
     with engine_harness.engine(tiny_models.ensure().target, config, block_size=32, **options) as llm:
         for changes in CHANGES:
@@ -41,7 +41,7 @@ def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
                 _fix_costs(llm)
             outputs = engine_harness.generate(llm, PROMPTS, max_tokens=16)
             found.append(engine_harness.rounds_of(outputs, engine_harness.take_rounds(llm)))
-    costs.measure = measure
+    timing.measure = measure
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_specdecpp.decision.features import StepFeatures, encode_scalars
 
 if TYPE_CHECKING:  # the head imports this package's features
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
 
 class Estimator(Protocol):

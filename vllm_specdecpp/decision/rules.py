@@ -16,7 +16,7 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, Estimator, HeadEstimator
 
 if TYPE_CHECKING:  # the head imports this package's features
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head.model import AcceptanceHead
 
 
 class StopRule(Protocol):

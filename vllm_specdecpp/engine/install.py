@@ -14,8 +14,8 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.options import ADDITIONAL_CONFIG_KEY
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.engine.v1 import SpecDecPPProposer
-    from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+    from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
+    from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
 logger = init_logger("vllm.specdecpp")
 
@@ -38,25 +38,25 @@ class SpecDecPPWorkerMixin:
 
     def _install_speculator(self, config: SpecDecPPConfig) -> None:
         """Model Runner V2."""
-        from vllm_specdecpp.engine.v2 import SpecDecPPSpeculator
+        from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
         self.model_runner.speculator = None  # its buffers can be large
         runner = self.model_runner
         runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
         if self.vllm_config.lora_config is not None:
-            from vllm_specdecpp.engine import v2_lora
+            from vllm_specdecpp.engine.v2 import lora
 
-            v2_lora.count_rows(runner)
+            lora.count_rows(runner)
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
-        from vllm_specdecpp.engine import plain_steps
-        from vllm_specdecpp.engine.v1 import SpecDecPPProposer
+        from vllm_specdecpp.engine.v1 import plain_steps
+        from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
         runner = self.model_runner
         plain_steps.sample_plainly(runner)
         if self.device.type == "cpu":
-            from vllm_specdecpp.engine import cpu_sampler
+            from vllm_specdecpp.engine.v1 import cpu_sampler
 
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
@@ -70,7 +70,7 @@ class SpecDecPPWorkerMixin:
         """Load as vLLM does; on Model Runner V2 then tell the rejection sampler where drafts end."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         if self._speculator is not None:
-            from vllm_specdecpp.engine.v2_sampler import end_of_draft_sampler
+            from vllm_specdecpp.engine.v2.sampler import end_of_draft_sampler
 
             runner = self.model_runner
             runner.rejection_sampler = end_of_draft_sampler(runner.rejection_sampler, self._speculator.submitted)
@@ -104,8 +104,8 @@ class SpecDecPPWorkerMixin:
         """Let the target verify at the cheapest measured width; every rank at the same one."""
         import torch
 
-        from vllm_specdecpp.engine import target_widths
-        from vllm_specdecpp.engine.widths import RowWidths
+        from vllm_specdecpp.engine.shared.widths import RowWidths
+        from vllm_specdecpp.engine.v1 import target_widths
 
         runner = self.model_runner
         if not target_widths.can_pad(runner):
@@ -132,9 +132,9 @@ class SpecDecPPWorkerMixin:
         proposer, runner = self._proposer, self.model_runner
         if get_tp_group().rank_in_group != 0 or proposer.recorder is not None:
             return
-        from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
-        from vllm_specdecpp.engine.recorder import RoundRecorder
-        from vllm_specdecpp.engine.recording_sampler import RecordingRejectionSampler
+        from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
+        from vllm_specdecpp.engine.recording.recorder import RoundRecorder
+        from vllm_specdecpp.engine.recording.sampler import RecordingRejectionSampler
 
         config, folder = proposer.config, None
         if config.record_dir is not None:
@@ -163,8 +163,8 @@ class SpecDecPPWorkerMixin:
         return self._speculator or self._proposer
 
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset, see :class:`vllm_specdecpp.engine.metrics.RoundLog`; and
-        ``cost_aware``, if that rule has run: see :meth:`vllm_specdecpp.engine.cost_aware.CostAwareDrafting.stats`."""
+        """Counters since start-up or the last reset, see ``engine.shared.round_log.RoundLog``; and ``cost_aware``, if
+        that rule has run: see ``engine.shared.cost_aware.CostAwareDrafting.stats``."""
         drafter = self._drafter
         stats = drafter.log.stats(reset=reset)
         if drafter.cost_aware is not None:
@@ -177,7 +177,7 @@ class SpecDecPPWorkerMixin:
 
     def specdecpp_step_times(self, clear: bool = False) -> list[dict[str, Any]]:
         """Times of the last ``trace_rounds`` steps, oldest first; see
-        :meth:`vllm_specdecpp.engine.metrics.RoundLog.step_times`."""
+        :meth:`vllm_specdecpp.engine.shared.round_log.RoundLog.step_times`."""
         return self._proposer.log.step_times(clear=clear)
 
     def specdecpp_flush_records(
@@ -185,8 +185,8 @@ class SpecDecPPWorkerMixin:
     ) -> dict[str, Any]:
         """Write what was recorded since the last call; the first call starts recording if ``record_dir`` did not.
 
-        Arguments, result and errors are those of :meth:`vllm_specdecpp.engine.recorder.RoundRecorder.flush`; the
-        result is empty on all ranks but the first.
+        Arguments, result and errors are those of ``engine.recording.recorder.RoundRecorder.flush``; the result
+        is empty on all ranks but the first.
         """
         self._start_recording()
         recorder = self._proposer.recorder

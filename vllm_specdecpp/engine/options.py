@@ -196,8 +196,8 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Load the head once in the front end, so that a bad one fails here and not inside a worker."""
     if config.head is None:
         return
-    from vllm_specdecpp.head import AcceptanceHead
-    from vllm_specdecpp.training.provenance import model_label
+    from vllm_specdecpp.head.model import AcceptanceHead
+    from vllm_specdecpp.provenance import model_label
 
     hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
     AcceptanceHead.from_pretrained(
@@ -212,7 +212,7 @@ def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Open the folder once in the front end, so that one that cannot be recorded into fails here."""
     if config.record_dir is None:
         return
-    from vllm_specdecpp.engine.record_folder import RecordFolder, server_manifest
+    from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
 
     RecordFolder(config.record_dir, server_manifest(vllm_config)).close()
     logger.info("specdecpp: recording hidden states and token ids into %s", config.record_dir)

@@ -108,8 +108,8 @@ def _shown(value: Any) -> str:
 
 
 def _head(source: str) -> dict[str, Any]:
-    from vllm_specdecpp import head_files
-    from vllm_specdecpp.head import AcceptanceHead
+    from vllm_specdecpp.head import files as head_files
+    from vllm_specdecpp.head.model import AcceptanceHead
 
     head = AcceptanceHead.from_pretrained(source)
     folder = head_files.find(source, None)
@@ -185,7 +185,7 @@ def _serve_commands(pair: Mapping[str, Any], source: str, rule: Any) -> dict[str
 def _dataset(folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from vllm_specdecpp.training.shards import open_dataset
+    from vllm_specdecpp.data.shards import open_dataset
 
     dataset = open_dataset(folder)
     manifest = asdict(dataset.manifest)
@@ -214,7 +214,7 @@ def _costs(path: Path) -> dict[str, Any]:
         return {"kind": ENGINE_COSTS, "where": str(path), "setting": setting, "seconds": seconds}
     from dataclasses import asdict
 
-    from vllm_specdecpp.training.costs import Costs
+    from vllm_specdecpp.training.replay.costs import Costs
 
     costs = Costs.load(path)
     rest = asdict(costs)

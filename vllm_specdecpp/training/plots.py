@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.training.metrics import Reliability
+from vllm_specdecpp.training.statistics import Reliability
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart with every kind of colour vision (Okabe and Ito, 2008); each group also has its own marker."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.head import ResidualBlock
+from vllm_specdecpp.head.model import ResidualBlock
 
 CASES = [
     (1, 1, "float32"), (1, 16, "bfloat16"), (2, 17, "float32"), (5, 130, "float16"), (17, 40, "float32"),

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.logistic import Array, logit, logit_one
 from vllm_specdecpp.decision.cost_aware.plan import Mask, best_extension, best_submission, entries, extends
-
-if TYPE_CHECKING:
-    from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 _HORIZON = 6
 """Candidates looked ahead: as many as a step of the verification's cost is wide on the machines measured."""
@@ -45,7 +42,7 @@ class CostAwareRound:
     """
 
     def __init__(
-        self, rule: CostAwareRule, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, rate: float,
+        self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, rate: float,
         held: bool, probe: bool,
     ) -> None:  # fmt: skip
         self.rule, self.request_ids, self.limits = rule, request_ids, limits

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specdecpp.decision.cost_aware.costs import CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
 from vllm_specdecpp.decision.cost_aware.logistic import Array

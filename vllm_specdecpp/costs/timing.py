@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What draft passes and verifications cost on this machine: timed at start-up.
+
+The passes are timed without attention, sampling and scheduling; :class:`CostModel` learns the rest from real rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vllm_specdecpp.costs.model import suggested_widths
+
+logger = logging.getLogger("vllm.specdecpp")
+
+MAX_TOKENS = 4096
+"""Widest verification that the cost model keeps apart; beyond it the slope goes on."""
+MAX_WIDTH = 256
+"""Widest pass that is timed; the curves go on with their slope."""
+SECONDS_PER_CURVE = 8.0
+"""Once this much time is spent, the widths between those that were timed are left to the line between them."""
+REPEATS = 3
+"""Timed runs of a narrow width; one is enough for wide ones, which last longer and where less depends on each."""
+NARROW = 16
+
+Points = dict[str, dict[int, float]]
+
+
+class Passes(Protocol):
+    """What is timed; see :class:`vllm_specdecpp.engine.v1.timing.SinglePasses`."""
+
+    @property
+    def target_to_draft(self) -> float | None: ...
+
+    def draft(self, num_rows: int) -> None: ...
+
+    def draft_logits(self, num_rows: int) -> None: ...
+
+    def target(self, num_rows: int) -> None: ...
+
+
+def time_widths(
+    run: Callable[[int], object],
+    max_width: int,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+    seconds: float = SECONDS_PER_CURVE,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Least seconds of ``run(width)`` for widths from 1 up.
+
+    The least of a few, not their mean: what else runs on the machine can only add time.
+
+    Args:
+        run: one pass; returns when the device has finished it. Ranks of a tensor-parallel group meet in it.
+        max_width: the widest one that is wanted.
+        agree: rank 0's tensor on every rank, so that all stop at the same width.
+        seconds: no further width is begun after this time; four always are.
+        clock: seconds from any start.
+    """
+    times: dict[int, float] = {}
+    start = clock()
+    for width in _coarse_to_fine(min(max_width, MAX_WIDTH)):
+        run(width)  # the first run of a width builds its kernels
+        samples = []
+        for _ in range(REPEATS if width <= NARROW else 1):
+            before = clock()
+            run(width)
+            samples.append(clock() - before)
+        times[width] = min(samples)
+        if bool(agree(torch.tensor([clock() - start > seconds]))) and len(times) >= 4:
+            break
+    widths = sorted(times)
+    agreed = agree(torch.tensor([times[width] for width in widths], dtype=torch.float64))
+    return dict(zip(widths, agreed.tolist(), strict=True))
+
+
+def _coarse_to_fine(max_width: int) -> list[int]:
+    """Powers of four and the widest, powers of two, then what lies between: however soon the time is up, a range."""
+    fours = [4**n for n in range(max_width.bit_length()) if 4**n < max_width]
+    twos = [2 * n for n in fours if 2 * n < max_width]
+    coarse = [*fours[:1], *([max_width] if max_width > 1 else []), *fours[1:], *twos]
+    return coarse + [width for width in suggested_widths(max_width) if width not in coarse]
+
+
+def measure(
+    passes: Passes, scheduler_config: Any, max_length: int, agree: Callable[[torch.Tensor], torch.Tensor]
+) -> Points:  # fmt: skip
+    """Time both models, seconds on a CPU; every rank of a tensor-parallel group must call it.
+
+    Args:
+        passes: runs single passes.
+        scheduler_config: vLLM's, for the widest batch.
+        max_length: upper bound on the candidate length.
+        agree: rank 0's tensor on every rank.
+
+    Returns:
+        The curves of :class:`CostModel`.
+    """
+    logger.info("specdecpp: measuring what draft passes and verifications cost")
+    start = time.perf_counter()
+    most = scheduler_config.max_num_batched_tokens
+    num_reqs = min(scheduler_config.max_num_seqs, most)
+    draft = time_widths(passes.draft, min(2 * num_reqs, most), agree)
+    logits = time_widths(passes.draft_logits, num_reqs, agree)
+    ratio = passes.target_to_draft
+    if ratio is None:
+        verify = time_widths(passes.target, min(num_reqs * (max_length + 1), most), agree)
+    else:
+        verify = {n: ratio * seconds for n, seconds in draft.items()}
+    points = curves(draft, logits, verify)
+    shown = {name: {n: f"{1e3 * t:.1f} ms" for n, t in list(curve.items())[:4]} for name, curve in points.items()}
+    logger.info("specdecpp: measured in %.1f s: %s, ...", time.perf_counter() - start, shown)
+    return points
+
+
+def curves(draft: Mapping[int, float], logits: Mapping[int, float], verify: Mapping[int, float]) -> Points:
+    """The cost model's curves from times of single passes.
+
+    Args:
+        draft: rows -> seconds of the draft model's forward pass.
+        logits: rows -> seconds of its lm_head.
+        verify: rows -> seconds of the target's forward pass and lm_head.
+    """
+    step = {n: draft[n] + logits[n] for n in draft if n in logits}
+    widths = sorted(draft)
+    # A round's first pass reads about two tokens of each request.
+    first = {
+        n: float(np.interp(2 * n, widths, [draft[w] for w in widths])) + logits[n]
+        for n in step
+        if 2 * n <= widths[-1]
+    }
+    return {"first": first, "step": step, "verify": dict(verify)}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recording rounds from the traffic, as training data."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where measured costs are kept between starts: a file for each pair of models, machine and versions."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_specdecpp.costs.model import CostCache
+
+
+def cache_folder() -> Path:
+    """Where costs are kept: below vLLM's own cache (``VLLM_CACHE_ROOT``)."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "specdecpp"
+
+
+def cost_cache(vllm_config: Any, device: torch.device) -> CostCache:
+    """The file for this pair of models, machine and versions."""
+    from importlib.metadata import version
+
+    import vllm
+
+    from vllm_specdecpp.provenance import model_label
+
+    target, speculative = vllm_config.model_config, vllm_config.speculative_config
+    draft = speculative.draft_model_config
+    key = {
+        "target": model_label(target.model),
+        "draft": model_label(draft.model),
+        "dtype": str(target.dtype),
+        "quantization": f"{target.quantization}/{draft.quantization}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+        "tensor_parallel_size": str(vllm_config.parallel_config.tensor_parallel_size),
+        "enforce_eager": str(target.enforce_eager),
+        "vllm": vllm.__version__,
+        "torch": version("torch"),
+    }
+    return CostCache(cache_folder(), key)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

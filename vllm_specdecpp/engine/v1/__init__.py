@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafting on vLLM's Model Runner V1."""

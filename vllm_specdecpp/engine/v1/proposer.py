@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proposer for Model Runner V1: vLLM's draft model, our draft loop.
+
+Loading, compilation, KV groups and attention metadata stay vLLM's (``DraftModelProposer``); :meth:`propose` is our
+own: it drafts until every sequence has stopped, drops stopped sequences from the draft's batch, and returns candidates
+of different lengths, which vLLM's scheduler and rejection sampler take as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.costs import timing
+from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.decision.round import DraftRound, RoundState
+from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
+from vllm_specdecpp.engine.shared import cost_file
+from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.shared.round_log import RoundLog
+from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
+from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.v1.requests import RunnerRequests
+from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.timing import SinglePasses
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.provenance import model_label
+
+if TYPE_CHECKING:
+    from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
+
+logger = init_logger("vllm.specdecpp")
+
+
+class SpecDecPPProposer(DraftModelProposer):
+    """Drafts with a candidate length per sequence (``vllm.v1.spec_decode.draft_model.DraftModelProposer``).
+
+    Args:
+        vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
+        device: where the draft model runs.
+        runner: the ``GPUModelRunner`` that owns this proposer.
+        config: our checked options.
+    """
+
+    num_speculative_tokens: int
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self.config = config
+        self.head: AcceptanceHead | None = None
+        self.rule: StopRule | None = None  # None: the cost-aware one
+        self.cost_aware: CostAwareDrafting | None = None
+        self.log = RoundLog(config.trace_rounds)
+        self.recorder: RoundRecorder | None = None  # of rank 0, while recording
+        self.draft_kv = DraftKV()
+        self.requests = RunnerRequests(runner, self.max_model_len)
+        self.pass_widths = RowWidths()
+        self.logits_widths = RowWidths()
+        self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
+        self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
+        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
+        super().load_model(target_model)
+        if self.config.head is not None:
+            self.head = AcceptanceHead.from_pretrained(
+                self.config.head,
+                revision=self.config.head_revision,
+                expected_hidden_size=self.hidden_size,
+                expected_draft=model_label(self.config.model),
+                device=self.device,
+            )
+        if self.config.resolved_rule != "cost_aware":
+            self.rule = make_rule(self.config, self.head)
+
+    def measure_widths(self) -> None:
+        """Time the draft model's passes at small widths; call once the model is compiled. GPUs pad to their graphs."""
+        if self.device.type != "cpu":
+            return
+        passes, most = SinglePasses(self), min(MAX_ROWS, self.max_num_tokens)
+        times = [measure(passes.draft, most), measure(passes.draft_logits, most)]
+        tables = self.agree(torch.tensor(times, dtype=torch.float64))  # ranks that pad differently would not meet
+        self.pass_widths, self.logits_widths = (RowWidths(table) for table in tables.tolist())
+        chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
+        logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
+
+    def start_cost_aware(self) -> CostAwareDrafting:
+        """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
+        if self.cost_aware is not None:
+            return self.cost_aware
+        scheduler = self.vllm_config.scheduler_config
+        estimator, leads = make_estimator(self.head), get_tp_group().rank_in_group == 0
+        cache = cost_file.cost_cache(self.vllm_config, self.device)
+        points = cache.load() if leads else None
+        measured = not bool(self.agree(torch.tensor([points is not None])))
+        if measured:
+            points = timing.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
+        rule = None
+        if leads and points is not None:
+            most = min(scheduler.max_num_batched_tokens, timing.MAX_TOKENS)
+            model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most)
+            bound, adapt = self._max_num_speculative_tokens, self.config.online_calibration
+            rule = CostAwareRule(model, bound, lag=estimator.lag, adapt=adapt)
+        self.cost_aware = CostAwareDrafting(rule, estimator, cache, self.agree, self.device, measured)
+        return self.cost_aware
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """One pass instead of vLLM's K_max equal ones: at K_max 20 those take minutes of every start on a CPU."""
+        kept, self.num_speculative_tokens = self.num_speculative_tokens, 1
+        try:
+            super().dummy_run(*args, **kwargs)
+        finally:
+            self.num_speculative_tokens = kept
+
+    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
+        """Check ``changes`` against the options and put them in force.
+
+        Raises:
+            ValueError: an unknown option, a bad value, or a bound above the start-up value.
+        """
+        config = self.config.with_changes(changes)
+        if config.num_speculative_tokens > self._max_num_speculative_tokens:
+            raise ValueError(
+                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
+                f"{self._max_num_speculative_tokens} given at start-up; restart with a larger one"
+            )
+        rule = None if config.resolved_rule == "cost_aware" else make_rule(config, self.head)
+        self.config, self.rule = config, rule
+        if self.cost_aware is not None:
+            self.cost_aware.drop_round()
+        if rule is None:
+            self.start_cost_aware().adapt(config.online_calibration)
+        self.log.resize(config.trace_rounds)
+        return config
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,  # [num_tokens]
+        target_positions: torch.Tensor,  # [num_tokens]
+        target_hidden_states: torch.Tensor,  # [num_tokens, target_hidden_size]
+        next_token_ids: torch.Tensor,  # [num_reqs]
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,  # [num_reqs]
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Draft one round (``SpecDecodeBaseProposer.propose``, same arguments).
+
+        Returns:
+            Each request's candidates; an empty list where none are wanted.
+        """
+        self.num_speculative_tokens = num_speculative_tokens
+        self._last_draft_probs = None
+        query_starts = common_attn_metadata.query_start_loc_cpu.tolist()  # [num_reqs + 1]
+        num_reqs = common_attn_metadata.batch_size()
+        with self.log.step(num_reqs, query_starts[-1]) as step:
+            rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
+            rows = self.requests.rows(query_starts, rejected)
+            outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
+            step["num_new"] = num_reqs - len(outcomes)
+            block_table = common_attn_metadata.block_table_tensor
+            blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
+            bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
+            missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
+            state, fed = self._begin_round(rows, outcomes, bound, step["since_last_seconds"], missing)
+            candidates: list[list[int]] = [[] for _ in rows]
+            num_fed: list[int | None] = [None] * num_reqs
+            if fed:
+                index = torch.tensor(fed)
+                passes = first_pass(
+                    [rows[i] for i in fed],
+                    [missing[i] for i in fed],
+                    target_token_ids,
+                    [query_starts[i] for i in fed],
+                    next_token_ids[index.to(self.device)],
+                    block_table[index.to(self.device)],
+                    self.block_size,
+                    self.max_model_len,
+                    lambda row, start, end: self.requests.token_ids(fed[row], start, end),
+                    self.max_num_tokens,
+                )
+                step["caught_up"] = sum(len(p.token_ids) for p in passes) - 2 * len(fed)
+                trace = None if self.recorder is None else self.recorder.new_trace(rows)
+                candidates, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
+                if self.recorder is not None and trace is not None:
+                    self.recorder.drafted(rows, candidates, trace)
+            self._finish_round(rows, num_fed, candidates, blocks)
+        if self.cost_aware is not None:
+            self.cost_aware.timed(step)
+        return candidates
+
+    def _begin_round(
+        self,
+        rows: list[RowState],
+        outcomes: dict[int, tuple[int, int]],
+        bound: int,
+        since_last: float | None,
+        first_missing: list[int],
+    ) -> tuple[DraftRound, list[int]]:
+        """Decide who drafts, and whom the first pass is for: them, and prompts that are being read."""
+        max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
+        prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
+        stop_token_ids = self.requests.stop_token_ids(rows)
+        if self.rule is not None:
+            state: DraftRound = RoundState(
+                self.rule,
+                torch.tensor(max_lengths, device=self.device),
+                min_length=self.config.min_speculative_tokens,
+                stop_token_ids=stop_token_ids,
+                agree=self.agree,
+            )
+            drafts = [length > 0 for length in max_lengths]
+            keep_up = True
+        else:
+            assert self.cost_aware is not None
+            room = [self.requests.remaining(row) for row in rows]
+            state = self.cost_aware.begin(rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing, room)
+            drafts = state.running.tolist()
+            keep_up = self.cost_aware.drafting
+        # Where drafting does not pay, prompts are not read either; the first round that drafts catches up.
+        keep_up = keep_up and (any(drafts) or not any(max_lengths))
+        return state, [
+            index
+            for index, row in enumerate(rows)
+            if drafts[index] or (keep_up and prompts[index] and self.requests.will_go_on(row, index))
+        ]
+
+    def _draft(
+        self,
+        fed: torch.Tensor,
+        passes: list[DraftInputs],
+        state: DraftRound,
+        block_table: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        trace: DraftTrace | None,
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """The draft loop: passes and draws until every request has stopped.
+
+        Args:
+            fed: [num_fed] int64, requests that the first pass is for.
+            passes: the first pass, and those that had to be split off it; of ``fed``.
+
+        Returns:
+            Each request's candidates, and how many tokens from its next token on the draft model has read; None for
+            those not in ``fed``.
+        """
+        num_reqs = state.running.shape[0]
+        for inputs in passes:
+            hidden_states = self._run_draft_model(inputs, block_table[fed[inputs.rows].to(self.device)], 0)
+        hidden_states = hidden_states[inputs.last_indices.to(self.device)]  # [num_fed, hidden_size]
+        fed_rows = fed.to(self.device)
+        next_positions = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)  # of the candidate to be drawn
+        next_positions[fed_rows] = inputs.seq_lens.to(self.device).long()
+        num_fed: list[int | None] = [None] * num_reqs
+        for index in fed.tolist():
+            num_fed[index] = 1
+        drawn: list[torch.Tensor] = []  # per step: [num_reqs] candidates, -1 where none was submitted
+        probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
+        needs = state.needs if trace is None else state.needs | trace.needs
+
+        while state.any_running():
+            running = state.running.nonzero().squeeze(1)  # [num_running]
+            hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
+            logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
+            features = features_from_logits(
+                logits,
+                hidden_states,
+                top1="top1_prob" in needs,
+                entropy="entropy" in needs,
+                margin="margin" in needs,
+            )
+            state.observe(features, running)
+            draws = state.drawing[running]  # [num_running]
+            if not bool(draws.all()):
+                running, logits, hidden_states = running[draws], logits[draws], hidden_states[draws]
+                features = features.select(draws)
+                if not len(running):
+                    break
+            metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
+            # Drawing divides the logits by the temperature in place.
+            raw_logits = logits.clone() if "drawn_logprob" in needs else None
+            token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
+            token_ids = self.agree(token_ids)
+            drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
+            if trace is not None:
+                trace.step(running, features, drawn_logprobs)
+            drawn.append(scatter(token_ids, running, num_reqs, fill=-1))
+            if probs is not None:
+                probabilities.append(scatter(probs, running, num_reqs, fill=0))
+            state.append(token_ids, running, drawn_logprobs)
+            if not state.any_running():
+                break
+            keep = state.running[running]  # [num_running]
+            fed_rows = running[keep]
+            fed_blocks = block_table[fed_rows]
+            positions = next_positions[fed_rows] + len(drawn) - 1
+            inputs = decode_pass(token_ids[keep], positions, fed_blocks, self.block_size, self.max_model_len)
+            hidden_states = self._run_draft_model(inputs, fed_blocks, len(drawn))
+            for index in fed_rows.tolist():
+                num_fed[index] = (num_fed[index] or 0) + 1
+
+        if probabilities:
+            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()  # [num_reqs, num_steps, vocab_size]
+        return ragged(drawn, state.lengths), num_fed
+
+    def _log_verified(
+        self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
+    ) -> dict[int, tuple[int, int]]:
+        """Account for the rounds that were just verified: row -> candidates verified, accepted."""
+        next_tokens = next_token_ids.tolist()
+        outcomes: dict[int, tuple[int, int]] = {}
+        for index, row in enumerate(rows):
+            if row.request_id not in self._candidates or not self.draft_kv.continues(row):
+                continue
+            num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
+            candidates = self._candidates[row.request_id][:num_verified]
+            outcomes[index] = num_verified, num_verified - rejected[index]
+            self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+        if self.recorder is not None:
+            self.recorder.verified(rows, outcomes)
+        return outcomes
+
+    def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
+        """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
+        num_tokens = inputs.token_ids.shape[0]
+        self.input_ids[:num_tokens] = inputs.token_ids
+        self.positions[:num_tokens] = inputs.positions
+        lengths = inputs.query_start_loc.diff()
+        metadata = CommonAttentionMetadata(
+            query_start_loc=inputs.query_start_loc.to(self.device),
+            query_start_loc_cpu=inputs.query_start_loc,
+            seq_lens=inputs.seq_lens.to(self.device),
+            seq_lens_cpu_upper_bound=inputs.seq_lens,
+            num_reqs=len(lengths),
+            num_actual_tokens=num_tokens,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(inputs.seq_lens.max()),
+            block_table_tensor=block_table,
+            slot_mapping=inputs.slot_mapping,
+        )
+        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(
+            self.pass_widths.cheapest(num_tokens)
+        )
+        _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=draft_index)
+        model_kwargs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
+        with set_forward_context(
+            per_layer,
+            self.vllm_config,
+            num_tokens=num_input_tokens,
+            num_tokens_across_dp=num_tokens_across_dp,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=self._get_slot_mapping(slot_mapping_size, metadata.slot_mapping),
+        ):
+            hidden_states = self.model(**model_kwargs)
+        self.log.draft_pass()
+        return hidden_states[:num_tokens]
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The draft's logits [num_rows, vocab_size] from its hidden states [num_rows, hidden_size]."""
+        num_rows = hidden_states.shape[0]
+        if (width := self.logits_widths.cheapest(num_rows)) > num_rows:
+            padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])
+            hidden_states = torch.cat([hidden_states, padding])
+        return self.model.compute_logits(hidden_states)[:num_rows]
+
+    def agree(self, decision: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return decision
+        message = decision.to(self.device, torch.uint8 if decision.dtype == torch.bool else decision.dtype)
+        return group.broadcast(message.contiguous(), src=0).to(decision.device, decision.dtype)
+
+    def _finish_round(
+        self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks]
+    ) -> None:
+        prefilling = [self.requests.is_prefilling(index) for index in range(len(rows))]
+        # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
+        num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
+        self.draft_kv.replace(rows, num_right, blocks)
+        self._candidates = {
+            row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
+        }

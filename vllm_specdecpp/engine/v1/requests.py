@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the proposer reads of Model Runner V1: where each request stands, and how long it may still draft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_specdecpp.engine.v1.inputs import RowState
+from vllm_specdecpp.request_options import RequestOptions
+
+
+class RunnerRequests:
+    """The requests of a ``GPUModelRunner`` during one ``propose`` call, by row of its batch.
+
+    Args:
+        runner: read only: ``input_batch``, ``requests``, ``discard_request_mask``.
+        max_model_len: of the target, in tokens.
+    """
+
+    def __init__(self, runner: Any, max_model_len: int) -> None:
+        self._runner = runner
+        self._max_model_len = max_model_len
+
+    def rows(self, query_starts: list[int], rejected: list[int]) -> list[RowState]:
+        """Where each request stands after verification.
+
+        Args:
+            query_starts: [num_reqs + 1] where each request's tokens start in what the target has just read.
+            rejected: [num_reqs] how many of those were rejected candidates.
+        """
+        batch = self._runner.input_batch
+        computed = batch.num_computed_tokens_cpu  # [max_num_reqs] before this step's tokens
+        return [
+            RowState(
+                request_id,
+                int(computed[index]),
+                int(computed[index]) + query_starts[index + 1] - query_starts[index] - rejected[index],
+            )
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+
+    def token_ids(self, index: int, start: int, end: int) -> list[int]:
+        """The request's tokens at positions ``start`` to ``end - 1``, all of them older than this step's."""
+        return self._runner.input_batch.token_ids_cpu[index, start:end].tolist()
+
+    def is_prefilling(self, index: int) -> bool:
+        """Whether the prompt is not read to its end yet, so that nothing was sampled."""
+        return bool(self._runner.discard_request_mask.np[index])
+
+    def remaining(self, row: RowState) -> int:
+        """How many tokens the request may still emit after its next token."""
+        request = self._runner.requests[row.request_id]
+        remaining = self._max_model_len - 1 - row.next_position
+        if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
+            num_emitted = row.next_position + 1 - request.num_prompt_tokens
+            remaining = min(remaining, request.sampling_params.max_tokens - num_emitted)
+        return int(remaining)
+
+    def max_length(self, row: RowState, index: int, bound: int) -> int:
+        """The request's own upper bound on its candidate length: one token of every round is the target's."""
+        if self.is_prefilling(index):
+            return 0
+        return max(min(self.options(row).bound(bound), self.remaining(row) - 1), 0)
+
+    def options(self, row: RowState) -> RequestOptions:
+        """What the request says about its own speculation."""
+        params = self._runner.requests[row.request_id].sampling_params
+        try:
+            return RequestOptions.from_extra_args(params.extra_args if params is not None else None)
+        except ValueError:  # refused on admission, unless an API server process without that check let it in
+            return RequestOptions()
+
+    def will_go_on(self, row: RowState, index: int) -> bool:
+        """Whether the request can need the draft model again, so that its KV must be kept right."""
+        return self.options(row).bound(1) > 0 and (self.is_prefilling(index) or self.remaining(row) > 1)
+
+    def stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
+        """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""
+        sets = []
+        for row in rows:
+            params = self._runner.requests[row.request_id].sampling_params
+            ids = set(params.stop_token_ids or ()) if params is not None else set()
+            if params is not None and params.eos_token_id is not None:
+                ids.add(params.eos_token_id)
+            sets.append(sorted(ids))
+        width = max(map(len, sets), default=0)
+        return torch.tensor([ids + [-1] * (width - len(ids)) for ids in sets]) if width else None

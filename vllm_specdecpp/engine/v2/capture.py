@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether and how draft rounds are captured in CUDA graphs (``engine.v2.graphs`` holds the graphs themselves)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+
+from vllm_specdecpp.engine.v2 import graphs
+from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
+
+
+class CapturedRounds(DraftPasses):
+    """The part of the speculator that vLLM asks to capture.
+
+    Attributes:
+        graphs: the captured rounds; None where they run eagerly.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.graphs: graphs.DraftGraphs | None = None
+        self._full_graphs = False
+        self._mode = graphs.EAGER, "vLLM captured no graphs"
+
+    def open(self) -> None:
+        """Let everybody draft as far as they may: while a round is captured or timed."""
+        raise NotImplementedError
+
+    @property
+    def any_running(self) -> torch.Tensor:
+        """[1] bool, see ``graphs.Rounds``."""
+        return self.round.any_running
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Note whether vLLM captures full graphs of decode steps; ours are captured with them."""
+        self._full_graphs = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+
+    def graph_mode(self) -> tuple[str, str]:
+        """How draft rounds run on this machine, and why."""
+        return graphs.choose_mode(
+            on_cuda=self.device.type == "cuda" and torch.version.cuda is not None,
+            full_graphs=self._full_graphs,
+            metadata_in_place=self.supports_decode_metadata_update,
+            has_if_nodes=hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"),
+            num_ranks=self._num_ranks,
+        )
+
+    def how_rounds_run(self) -> tuple[str, str]:
+        """The mode in force, and why; for the start-up log."""
+        mode, reason = self.graph_mode()
+        return (mode, reason) if mode == graphs.EAGER else self._mode
+
+    def capture(self) -> None:
+        """Capture draft rounds if they can be (called by vLLM after the target's graphs)."""
+        mode, reason = self.graph_mode()
+        if mode != graphs.EAGER:
+            sizes = graphs.batch_sizes(min(self.max_num_reqs, self.max_num_tokens // SHORT))
+            captured = graphs.DraftGraphs(
+                self, mode, sizes, self.num_speculative_steps, graphs.CudaBackend(self.device)
+            )
+            try:
+                with graph_capture(device=self.device):  # a stream of its own, and all-reduces that can be captured
+                    captured.capture()
+                self.graphs = captured
+            except RuntimeError as error:  # the draft model runs as well without
+                mode, reason = graphs.EAGER, f"capture failed: {' '.join(str(error).split())}"
+        self._mode = mode, reason
+
+    def prepare_round(self, size: int, length: int) -> None:
+        """Set up a round of ``size`` requests that write no KV and draft ``length`` candidates each, or what a
+        threshold rule leaves of them."""
+        self.idx_mapping.fill_(-1)
+        ones = torch.ones(size, dtype=torch.int32, device=self.device)
+        self.round.limits[:size] = length
+        self.round.limits[:size, 1] = self.max_model_len
+        self.round.limits[:size, 2:] = -1
+        self.round.start(size, ones, ones * 0, ones)
+        self.open()
+
+    def prepare_capture(self, size: int) -> tuple[Callable[[], None], Callable[[int], None]]:
+        """A round of ``size`` requests that write no KV, see ``graphs.Rounds``."""
+        self.prepare_round(size, self.num_speculative_steps)
+        first_state, later_state = (
+            prepare_inputs_to_capture(
+                size, size * query_len, self.model_state, self.input_buffers, self.block_tables, self.attn_groups,
+                self.kv_cache_config, full_cudagraph=True, max_query_len=query_len,
+            )
+            for query_len in (SHORT, 1)
+        )  # fmt: skip
+
+        def first() -> None:
+            self._step = 1
+            self._load_short(size)
+            self._map_slots(size, SHORT)
+            self._run_pass(size, SHORT, *first_state)
+
+        def later(step: int) -> None:
+            self._step = step
+            self._load_candidates(size)
+            self._map_slots(size, 1)
+            self._update_draft_decode_metadata(later_state[0], size)
+            self._run_pass(size, 1, *later_state)
+
+        return first, later
+
+    def _refresh_first_pass(self, size: int, seq_lens_cpu_upper_bound: torch.Tensor) -> None:
+        """Let the attention backend's own buffers fit this batch before the first pass is replayed."""
+        bound = torch.zeros(size, dtype=torch.int32)
+        num_known = min(size, len(seq_lens_cpu_upper_bound))
+        bound[:num_known] = seq_lens_cpu_upper_bound[:num_known]
+        self._load_short(size)
+        self._metadata(size, SHORT, bound, 1, CUDAGraphMode.FULL)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the draft model's KV has fallen behind the target's on Model Runner V2, and how it catches up.
+
+A round that drafts nothing runs no draft pass: K = 0 costs what no speculation costs. The target's KV then gets ahead
+of the draft's, and vLLM's prefix cache may hand such blocks to later requests. So blocks are remembered, on the device,
+since only it knows where a request stands; the host knows which requests have such blocks and about how much they lack.
+Until a first pass is left out for the first time nothing of this is kept, or costs anything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_specs
+
+from vllm_specdecpp.engine.v2.in_flight import HostCopy
+
+Span = tuple[int, int]
+"""Positions of a request: the first, and the one after the last."""
+
+
+def reading_passes(spans: Sequence[Span], most: int) -> list[list[Span]]:
+    """Split what requests have to read into passes of a bounded size.
+
+    Args:
+        spans: of each request of the batch; empty ones read nothing.
+        most: tokens of one pass, at least one a request.
+
+    Returns:
+        Per pass the span of each request. One that has nothing to read, or no room, has an empty span.
+    """
+    starts, passes = [start for start, _ in spans], []
+    while any(start < end for start, (_, end) in zip(starts, spans, strict=True)):
+        left = most - len(spans)  # each row of a pass has a token, of use or not
+        taken = []
+        for index, (_, end) in enumerate(spans):
+            count = min(end - starts[index], left + 1) if starts[index] < end else 0
+            left -= max(count - 1, 0)
+            taken.append((starts[index], starts[index] + count))
+            starts[index] += count
+        passes.append(taken)
+    return passes
+
+
+class DraftKVGaps:
+    """Blocks whose draft KV is not right, and the requests that have such blocks.
+
+    Call :meth:`arrive` in each step, then either :meth:`leave_out`, or :meth:`catch_up` and, behind the first pass,
+    :meth:`read`. Ranks that call the same with the same arguments run the same passes.
+
+    Args:
+        speculator: its model loaded, its block tables there.
+    """
+
+    def __init__(self, speculator: Any) -> None:
+        self._speculator = speculator
+        self._stale: torch.Tensor | None = None  # [num_blocks] bool
+        self._behind: dict[str, int] = {}  # request id -> tokens that the draft model lacks, at most about
+        self._right: dict[str, int] = {}  # how many of these the device has found right after all
+        self._asked: deque[tuple[list[str], HostCopy]] = deque()
+
+    @cached_property
+    def can_catch_up(self) -> bool:
+        """Whether rounds may do without a draft pass: a request keeps all of its blocks, and each rank holds all
+        positions of a block. Else a row of the block table may name blocks that are another's by now."""
+        speculator, names = self._speculator, self._speculator.draft_attn_layer_names
+        groups = [group for group in speculator.kv_cache_config.kv_cache_groups if names & set(group.layer_names)]
+        specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
+        plain = all(isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec) for spec in specs)
+        return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
+
+    def arrive(self, input_batch: Any, new: Collection[str]) -> None:
+        """A step begins.
+
+        Args:
+            input_batch: of the step (``vllm.v1.worker.gpu.input_batch.InputBatch``).
+            new: requests that came, or came back after a preemption, since the last step.
+        """
+        if self._stale is None:
+            return
+        held = self._speculator.requests
+        self._behind = {name: n for name, n in self._behind.items() if name not in new and name in held}
+        self._right = {name: n for name, n in self._right.items() if name in self._behind}
+        cached = input_batch.num_computed_prefill_tokens_np
+        rows = [row for row, name in enumerate(input_batch.req_ids) if name in new and cached[row]]
+        if not rows:
+            return
+        # What the prefix cache gave them may lack the draft's KV: only the device can tell, and answers later.
+        ends = self._speculator.on_device(cached[rows].astype("int64"))
+        starts = self._first_stale(input_batch, self._speculator.on_device(rows), ends)
+        names = [input_batch.req_ids[row] for row in rows]
+        self._behind |= dict(zip(names, cached[rows].tolist(), strict=True))
+        self._asked.append((names, HostCopy(starts)))
+
+    def missing(self, request_ids: Sequence[str]) -> list[int]:
+        """Tokens of each request that the draft model would have to read before it drafts; about, and 0 for none.
+
+        Ranks may differ in it: what they run must not depend on it.
+        """
+        while self._asked and self._asked[0][1].is_here():
+            names, starts = self._asked.popleft()
+            self._right |= dict(zip(names, starts.tensor.tolist(), strict=True))
+        return [max(self._behind.get(name, 0) - self._right.get(name, 0), 0) for name in request_ids]
+
+    def leave_out(self, input_batch: Any) -> None:
+        """The target has read this step's tokens; the draft model will not."""
+        if not self.can_catch_up:
+            return
+        if self._stale is None:
+            self._stale = torch.zeros(self._num_blocks(), dtype=torch.bool, device=self._speculator.device)
+        self._mark(input_batch, True)
+        self._grow(input_batch, input_batch.req_ids)
+
+    def read(self, input_batch: Any) -> None:
+        """The draft model has read this step's tokens as well: rightly for requests whose KV was right before it."""
+        if self._stale is None:
+            return
+        behind = [name for name in input_batch.req_ids if name in self._behind]
+        if not behind:
+            self._mark(input_batch, False)
+            return
+        rows = torch.arange(input_batch.num_reqs, device=self._stale.device)
+        begins = input_batch.positions[input_batch.query_start_loc[rows].long()]
+        self._mark(input_batch, self._first_stale(input_batch, rows, begins) < begins)
+        self._grow(input_batch, behind)
+
+    def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> int:
+        """Read what these requests lack. Waits for the device if there is any.
+
+        Args:
+            input_batch: of the step.
+            rows: of the batch; those that are not behind are passed over.
+            ends: [num_reqs] int64, positions up to which to read: the first pass reads on from there.
+
+        Returns:
+            How many passes that took.
+        """
+        rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
+        if not rows or self._stale is None:
+            return 0
+        index = self._speculator.on_device(rows)
+        upto = ends[index].clamp(min=0)  # [num_rows]
+        starts = self._first_stale(input_batch, index, upto)
+        spans = [(0, 0)] * input_batch.num_reqs
+        # Ranks must run the same passes.
+        agreed = self._speculator.agree(torch.stack((starts, upto), dim=1)).tolist()
+        for row, span in zip(rows, agreed, strict=True):
+            spans[row] = tuple(span)
+        passes = reading_passes(spans, self._speculator.max_num_tokens)
+        for taken in passes:
+            slots = self._speculator.read_spans(input_batch, taken)[self._group]
+            self._set(slots, False)
+        for row in rows:
+            self._behind.pop(input_batch.req_ids[row])
+            self._right.pop(input_batch.req_ids[row], None)
+        return len(passes)
+
+    def _grow(self, input_batch: Any, names: Collection[str]) -> None:
+        """These requests lack this step's tokens, too: a whole chunk of a prompt, else the one that was emitted."""
+        for index, name in enumerate(input_batch.req_ids):
+            if name in names:
+                chunk = input_batch.is_prefilling_np[index]
+                new = int(input_batch.num_scheduled_tokens[index]) if chunk else 1
+                self._behind[name] = self._behind.get(name, 0) + new
+
+    def _first_stale(self, input_batch: Any, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """[num_rows] int64 first position of each of these rows from which on the draft's KV is not right, at most
+        its end [num_rows]."""
+        assert self._stale is not None
+        size, longest = self._block_size, int(input_batch.seq_lens_cpu_upper_bound.max())
+        table = self._speculator.block_tables.block_tables[self._group].gpu
+        blocks = table[input_batch.idx_mapping[rows], : -(-longest // size)].long()  # [num_rows, num_blocks]
+        num_blocks = (ends + size - 1) // size
+        columns = torch.arange(blocks.shape[1], device=blocks.device)
+        stale = self._stale[blocks] & (columns < num_blocks[:, None])
+        first = torch.where(stale.any(dim=1), stale.int().argmax(dim=1), num_blocks)
+        return torch.minimum(first * size, ends)
+
+    def _mark(self, input_batch: Any, stale: bool | torch.Tensor) -> None:
+        """The blocks of the tokens that the target has just read: stale or not, all of them or by request."""
+        num_tokens, starts = input_batch.num_tokens, input_batch.query_start_loc
+        tables, num_reqs = self._speculator.block_tables, input_batch.num_reqs
+        positions = input_batch.positions[:num_tokens]
+        slots = tables.compute_slot_mappings(input_batch.idx_mapping, starts, positions, num_tokens)[self._group]
+        if not isinstance(stale, bool):
+            where = torch.arange(num_tokens, device=slots.device)
+            owners = torch.bucketize(where, starts[1 : num_reqs + 1].long(), right=True)
+            stale = stale[owners.clamp(max=num_reqs - 1)]
+        self._set(slots, stale)
+
+    def _set(self, slots: torch.Tensor, stale: bool | torch.Tensor) -> None:
+        assert self._stale is not None
+        blocks = (slots // self._block_size).clamp(min=0)  # no slot: vLLM's null block, which is nobody's
+        if isinstance(stale, bool):
+            self._stale.index_fill_(0, blocks, stale)
+        else:
+            self._stale[blocks] = stale
+        self._stale[:1] = False
+
+    @cached_property
+    def _group(self) -> int:
+        """Index of a KV cache group with layers of the draft model; the groups of a request hold the same positions."""
+        layers = self._speculator.draft_attn_layer_names
+        groups = self._speculator.kv_cache_config.kv_cache_groups
+        return next(i for i, group in enumerate(groups) if layers & set(group.layer_names))
+
+    @cached_property
+    def _block_size(self) -> int:
+        return int(self._speculator.block_tables.block_sizes[self._group])
+
+    def _num_blocks(self) -> int:
+        return int(self._speculator.kv_cache_config.num_blocks)

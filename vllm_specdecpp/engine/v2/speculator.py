@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculator for Model Runner V2: vLLM's standalone draft model, our draft loop.
+
+Loading, KV groups, block tables and attention metadata stay vLLM's (``StandaloneARSpeculator``). A further pass is run
+only while some request wants it, requests that have stopped write no KV, and each one's candidates end with -1. The
+eager loop asks the device once a pass whether anybody goes on; captured rounds (``engine.v2.graphs``) do not ask. The
+cost-aware rule, too, decides on the device, by what the host loads once a round (``engine.v2.cost_aware``).
+
+How a length reaches the verification: with synchronous scheduling the Worker hands the scheduler lists of that length
+(:meth:`SpecDecPPSpeculator.ragged`), so fewer rows are verified; with asynchronous scheduling the scheduler has booked
+the upper bound already, and ``engine.v2.sampler`` ends each request's verification where its draft ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.utils import torch_utils
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.rules import make_estimator, make_rule
+from vllm_specdecpp.engine.v2 import timing
+from vllm_specdecpp.engine.v2.capture import CapturedRounds
+from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
+from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
+from vllm_specdecpp.engine.v2.kv import DraftKVGaps
+from vllm_specdecpp.engine.v2.passes import SHORT
+from vllm_specdecpp.engine.v2.requests import BatchRequests
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.provenance import model_label
+
+logger = init_logger("vllm.specdecpp")
+
+
+class SpecDecPPSpeculator(CapturedRounds):
+    """Drafts with a candidate length per request.
+
+    Args:
+        vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
+        device: where the draft model runs.
+        config: our checked options.
+        runner: the ``GPUModelRunner`` that owns this speculator; needed to time the target's passes.
+
+    Attributes:
+        cost_aware: that rule's host side, once it was in force.
+        submitted: [max_num_reqs] int32 by request state, candidates of the last round.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig, runner: Any = None
+    ) -> None:
+        super().__init__(vllm_config, device)
+        self.config = config
+        self.runner = runner
+        self.cost_aware: DeviceCostAware | None = None
+        self._tail: CostAwareTail | None = None
+        self.head: AcceptanceHead | None = None
+        self.requests = BatchRequests()
+        self.log = DeferredRounds(config.trace_rounds)
+        self.gaps = DraftKVGaps(self)
+        self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
+        super().load_model(target_model)
+        if self.config.head is not None:
+            self.head = AcceptanceHead.from_pretrained(
+                self.config.head,
+                revision=self.config.head_revision,
+                expected_hidden_size=self.hidden_size,
+                expected_draft=model_label(self.config.model),
+                device=self.device,
+            )
+        self.set_rule(self.config)
+
+    def set_rule(self, config: SpecDecPPConfig) -> None:
+        """Put the rule of these options in force; the cost-aware one drafts to the limit until its costs are known.
+
+        Raises:
+            ValueError: the rule cannot be made.
+        """
+        if config.resolved_rule != "cost_aware":
+            self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
+            return
+        if self._tail is None:
+            most = timing.most_tokens(self.scheduler_config)
+            self._tail = CostAwareTail(
+                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
+            )
+        self.round.set_rule(self._tail, 1)
+
+    def start_cost_aware(self) -> None:
+        """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
+        if self._tail is not None and self.round.rule is self._tail:
+            if self.cost_aware is None:
+                self.cost_aware = timing.start(self, self._tail, self.config, self.agree)
+            self.cost_aware.adapt(self.config.online_calibration)
+
+    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
+        """Check ``changes`` against the options and put them in force.
+
+        Raises:
+            ValueError: an unknown option, a bad value, or a bound above the start-up value.
+        """
+        config = self.config.with_changes(changes)
+        if config.num_speculative_tokens > self.num_speculative_steps:
+            raise ValueError(
+                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
+                f"{self.num_speculative_steps} given at start-up; restart with a larger one"
+            )
+        before = self.round.rule
+        self.set_rule(config)
+        captured = (self.config.resolved_rule, self.config.min_speculative_tokens)
+        if self.graphs is not None and captured != (config.resolved_rule, config.min_speculative_tokens):
+            logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
+            self.graphs = None
+        self.config = config
+        if self.cost_aware is not None and self.round.rule is not before:
+            self.cost_aware.drop_round()
+        self.start_cost_aware()
+        self.log.drain(wait=True)
+        self.log.log.resize(config.trace_rounds)
+        return config
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,  # [num_reqs]
+        num_rejected: torch.Tensor,  # [num_reqs]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1]
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,  # [max_num_reqs]
+        seeds: torch.Tensor,  # [max_num_reqs]
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft one round (``BaseSpeculator.propose``, same arguments).
+
+        Returns:
+            [num_reqs, num_speculative_steps] int64: each request's candidates, then 0; ``submitted`` has their number.
+        """
+        num_reqs, request_ids = input_batch.num_reqs, input_batch.req_ids
+        if (costs := self._costs_in_force(dummy_run)) is not None:
+            costs.verified(request_ids, input_batch.is_prefilling_np.tolist(), num_sampled, num_rejected)
+        given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        # vLLM's warm-up needs every kernel once, not K_max equal passes.
+        bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
+        limits = self.requests.table(request_ids, bound, self.max_model_len)
+        torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
+        if dummy_run:
+            longest = int(limits[:, 0].max())
+            self.open()
+            self._draft(input_batch, num_rejected, last_sampled, longest, dummy_run, skip_attn_for_dummy_run)
+            return self.draft_tokens[:num_reqs].clamp(min=0)
+        self.gaps.arrive(input_batch, self.requests.take_arrived())
+        num_passes: int | torch.Tensor = 0
+        if self.requests.all_off(request_ids):
+            self.gaps.leave_out(input_batch)
+        else:
+            num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
+        self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
+        self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
+        # -1 is no row of an embedding table: see engine.v2.sampler.
+        return self.draft_tokens[:num_reqs].clamp(min=0)
+
+    def _costs_in_force(self, dummy_run: bool) -> DeviceCostAware | None:
+        """The host side of the rule that this step begins a round of; None while there is no such rule, or no costs."""
+        return None if dummy_run or self.round.rule is not self._tail else self.cost_aware
+
+    def _round(
+        self,
+        costs: DeviceCostAware | None,
+        input_batch: Any,
+        limits: np.ndarray,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+    ) -> int | torch.Tensor:
+        """Draft for the batch, or leave it; returns the draft model's passes."""
+        num_reqs = input_batch.num_reqs
+        plan = self._plan(costs, input_batch, limits)
+        num_passes: int | torch.Tensor = 0
+        is_usual = True
+        if plan.reads or not self.gaps.can_catch_up:
+            num_read = self._catch_up(input_batch, plan.drafts)
+            is_usual = self._can_read_short(input_batch) and not num_read
+            drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
+            num_passes = num_read + (self.round.num_passes if drafted is None else drafted)
+            self.gaps.read(input_batch)
+        else:
+            self.gaps.leave_out(input_batch)
+        if costs is not None:
+            costs.drafted(is_usual, num_reqs, self.round.max_lengths, self.round.lengths)
+        return num_passes
+
+    def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
+        """Who drafts, on every rank: under the cost-aware rule as rank 0 decides, else whoever may."""
+        if costs is None:
+            self.open()
+            may_draft = limits[:, 0] > 0
+            return Plan(int(limits[:, 0].max()), tuple(np.flatnonzero(may_draft).tolist()), reads=True)
+        names = input_batch.req_ids
+        prompts = np.where(input_batch.is_prefilling_np, input_batch.num_scheduled_tokens, 0)
+        # The first token's position, too, while a prompt is read in chunks.
+        next_positions = np.maximum(
+            input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy(), input_batch.prefill_len_np
+        )
+        plan = costs.begin_round(
+            names,
+            self._known_room(input_batch, limits),
+            self.gaps.missing(names),
+            prompts.tolist(),
+            next_positions.tolist(),
+            np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
+        )
+        self.round.admit()
+        return self._tell(plan)
+
+    def open(self) -> None:
+        """Let everybody draft as far as they may: other rules, and the cost-aware one until its costs are known."""
+        if self._tail is not None:
+            self._tail.open()
+        self.round.admit()
+
+    def _tell(self, plan: Plan | None) -> Plan:
+        """Rank 0's plan on every rank, between the hosts: the device is not waited for."""
+        told: Plan | None = plan if self._num_ranks == 1 else get_tp_group().broadcast_object(plan, src=0)
+        assert told is not None
+        return told
+
+    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> int:
+        """Read what these requests' draft KV lacks before the first pass; returns how many passes that took."""
+        if self._can_read_short(input_batch):
+            ends = self.round.next_positions[: input_batch.num_reqs] - 1
+        else:  # vLLM's first pass reads this step's tokens anew
+            ends = input_batch.positions[input_batch.query_start_loc[: input_batch.num_reqs].long()]
+        return self.gaps.catch_up(input_batch, rows, ends)
+
+    def _known_room(self, input_batch: Any, limits: np.ndarray) -> list[int]:
+        """Upper bounds on the candidate lengths: exact ones where the device is the host, else what the host knows.
+
+        For the rule's plan only: what is drafted is bounded on the device.
+        """
+        if self.device.type == "cpu":
+            return self.round.max_lengths[: input_batch.num_reqs].tolist()
+        read = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+        in_prompt = input_batch.is_prefilling_np & (read < input_batch.prefill_len_np)
+        room: list[int] = np.where(in_prompt, 0, limits[:, 0]).tolist()
+        return room
+
+    def _draft(
+        self,
+        input_batch: Any,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        max_length: int,
+        dummy_run: bool = False,
+        skip_attn: bool = False,
+    ) -> int | None:
+        """The draft loop; returns how many passes of the draft model it ran, None if only the device knows.
+
+        The first pass runs even if nothing may be drafted: it keeps the draft model's KV up to date.
+        """
+        self._step = 1
+        if dummy_run or not self._can_read_short(input_batch):
+            self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, skip_attn, None)
+        else:
+            self._stage_short(input_batch, num_rejected, last_sampled)
+            if self.graphs is not None and (size := self.graphs.size_for(input_batch.num_reqs)) is not None:
+                self._refresh_first_pass(size, input_batch.seq_lens_cpu_upper_bound)
+                return self.graphs.replay(size, max_length)
+            self._load_short(input_batch.num_reqs)
+            self._eager_pass(input_batch, SHORT, skip_attn)
+        for step in range(2, max_length + 1):
+            if not self._goes_on():
+                return step - 1
+            self._step = step
+            self._load_candidates(input_batch.num_reqs)
+            self._eager_pass(input_batch, 1, skip_attn)
+        return max(1, max_length)
+
+    def _goes_on(self) -> bool:
+        """Whether some request draws another candidate. Waits for the device."""
+        return bool(self.round.any_running)
+
+    def _note(
+        self,
+        input_batch: Any,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        num_passes: int | torch.Tensor,
+    ) -> None:
+        """Put the step down for the log; the numbers follow when the device has them."""
+        num_reqs = input_batch.num_reqs
+        last = last_sampled.view(-1)[input_batch.idx_mapping]  # [num_reqs]
+        columns = torch.stack((num_sampled[:num_reqs].long(), num_rejected[:num_reqs].long(), last), dim=1)
+        self.log.step(
+            input_batch.req_ids,
+            input_batch.is_prefilling_np.tolist(),
+            self.requests.take_finished(),
+            torch.cat((columns, self.draft_tokens[:num_reqs]), dim=1),  # [num_reqs, 3 + num_speculative_steps]
+            num_passes,
+        )
+
+    def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
+        """What the scheduler is told with synchronous scheduling: each request's own candidates, and no more.
+
+        Waits for the drafting to end, once a round; the host has nothing else to do then.
+        """
+        candidates = self.log.candidates(draft_tokens.req_ids)
+        rows = zip(candidates, draft_tokens.draft_token_ids, strict=True)
+        return DraftTokenIds(draft_tokens.req_ids, [mine[: len(booked)] for mine, booked in rows])

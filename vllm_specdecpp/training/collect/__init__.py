@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collecting labels: which of the draft's tokens the target accepts."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``collect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vllm_specdecpp.training.options import CommandOptions
+
+FEWEST_TOKENS = 3
+"""The first token comes without a draft and the last one is the target's own: below this nothing is drafted."""
+
+
+class CollectOptions(CommandOptions):
+    """Record labels: which of the draft's tokens the target accepts."""
+
+    target: str = Field(min_length=1)
+    """Target model: a folder or a hub id."""
+
+    draft: str = Field(min_length=1)
+    """Draft model: a folder or a hub id."""
+
+    prompts: str = Field(min_length=1)
+    """A .jsonl file ({"id", "set", "prompt"} a line), a .txt file (a prompt a line), or a Hugging Face dataset id."""
+
+    out: Path
+    """Dataset folder to write; the same command goes on there after an interruption."""
+
+    source: Literal["on-policy", "paper"] = "on-policy"
+    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the target's answers."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Of the target's answers; 0 keeps all tokens."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of the target's answers."""
+
+    max_tokens: int = Field(default=128, ge=FEWEST_TOKENS)
+    """Length of an answer, in tokens."""
+
+    candidates: int = Field(default=12, ge=1, le=128)
+    """Candidates drafted in every round (on-policy); `tune` can try no longer ones, fewer give labels faster."""
+
+    batch: int = Field(default=8, ge=1)
+    """Prompts answered at once."""
+
+    unit: int = Field(default=32, ge=1)
+    """Prompts in a shard: what an interruption loses at most."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Take this many prompts, from the start."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+
+    column: str | None = None
+    """Column of a Hugging Face dataset that holds the prompt; by default it is found."""
+
+    seed: int = 0
+    """Of the sampling."""
+
+    max_model_len: int | None = Field(default=None, ge=8)
+    """Longest prompt and answer, in tokens; by default the model's own bound."""
+
+    kv_cache_mib: int | None = Field(default=None, ge=1)
+    """Memory of the KV cache; by default vLLM decides."""
+
+    eager: bool = False
+    """Do not compile the models: a faster start, slower steps."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that the models are spread over."""
+
+    draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
+    """How candidates are drawn when the temperature is above 0; as in the engine that the head is for."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of both models."""
+
+    ray: int | None = Field(default=None, ge=1)
+    """Spread the units over this many workers of a Ray cluster."""
+
+    responses: Path | None = None
+    """Dataset whose answers are labelled instead of generating some (paper)."""
+
+    mixing: float = Field(default=0.15, ge=0, le=1)
+    """Fraction of the target's tokens in what the draft reads (paper)."""
+
+    force: bool = False
+    """Delete a dataset of other settings that is in the folder."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> CollectOptions:
+        if self.responses is not None and self.source != "paper":
+            raise ValueError(
+                f"specdecpp: responses={str(self.responses)!r} goes with source=paper; leave one of the two out"
+            )
+        return self

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a head's score into a probability, and measure how good it is on prompts that it never saw.
+
+Example: vllm-specdecpp calibrate heads/mine --fit data/train --evaluate data/eval
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
+from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.shards import Dataset
+from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training import plots
+from vllm_specdecpp.training.fit.calibration import Calibration, shift_of
+from vllm_specdecpp.training.fit.calibration_report import markdown, pair
+from vllm_specdecpp.training.fit.estimates import (
+    Estimate,
+    Scored,
+    by_set,
+    fit_estimates,
+    judge,
+    reliability_curves,
+    score_rows,
+)
+from vllm_specdecpp.training.fit.held_out import TrainingData, name_digest, refuse_seen, training_data
+from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.statistics import chance_ece
+
+ROWS_FILE, TABLE_FILE, PLOT_FILE = FILES = ("rows.jsonl", "calibrate.md", "reliability.png")
+BEFORE_FILE = CONFIG_FILE + ".before"
+PLOTTED = {
+    "head": "head",
+    "head_uncalibrated": "head before calibration",
+    "confidence": "top-1 probability",
+}
+"""Estimates in the reliability plot and their names there: more lines than these hide each other."""
+
+
+class CalibrateOptions(CommandOptions):
+    """Turn a head's score into a probability, and measure it on held-out prompts.
+
+    Fits a slope and an intercept per position (which also undoes w_rej), writes them into the head's config.json, and
+    compares the head with training-free estimates: AUC, log-loss, Brier score and calibration error of each set.
+    """
+
+    head: Path = Field(json_schema_extra=POSITIONAL)
+    """Folder of a trained head; its config.json as it was stays beside it as config.json.before."""
+
+    fit: list[Path] = Field(min_length=1)
+    """Datasets to fit on. Of the head's own training data only the validation prompts are used."""
+
+    evaluate: list[Path] = []
+    """Datasets to measure on, with prompts that the head was neither trained nor calibrated on; without any, only the
+    calibration is fitted."""
+
+    out: Path | None = None
+    """Folder for rows.jsonl, calibrate.md and reliability.png; by default ``calibration`` in the head's folder."""
+
+    plots: bool = True
+    """Draw the reliability plot."""
+
+    max_rows: int | None = Field(default=None, ge=1)
+    """Use at most so many rows of the fit and of the evaluation each."""
+
+    bootstrap: int = Field(default=300, ge=1)
+    """Resamples of the prompts behind the 95 % intervals."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of the resamples."""
+
+    force: bool = False
+    """Replace an earlier calibration and its results."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.head / "calibration" if self.out is None else self.out
+
+
+def run(options: CalibrateOptions) -> int:
+    """Calibrate and measure as ``options`` say; the head changes last, after everything else went well.
+
+    Raises:
+        ValueError: one line: no head, foreign data, prompts that the head knows, results that are there already.
+    """
+    _check_free(options)
+    fit, evaluate = _open(options.fit, options.evaluate)
+    head = _head(options, fit[0].manifest)
+    shift = shift_of(head.metadata)
+    trained = training_data(options.head)
+    refuse_seen(fit, evaluate, trained)
+    rows = _fit_rows(fit, trained, head.lag, options.max_rows)
+    fitted_on = _described(rows, fit, trained)
+    calibration, estimates = fit_estimates(score_rows(head, rows), shift)
+    if evaluate:
+        scored = score_rows(head, load_rows(options.evaluate, head.lag, max_rows=options.max_rows))
+        _report(options, head, calibration, fitted_on, scored, estimates)
+    _write_calibration(options.head, calibration, fitted_on)
+    print(f"calibrated {options.head}: {calibration.shown()}; fitted on {fitted_on}")
+    if "rule" in head.metadata:
+        print("its stop rule was tuned before this calibration: run vllm-specdecpp tune again", file=sys.stderr)
+    return 0
+
+
+def _check_free(options: CalibrateOptions) -> None:
+    """Refuse before any work what could not be written in the end."""
+    if not options.head.is_dir():
+        raise ValueError(f"specdecpp: head={str(options.head)!r} is no folder; give the folder of a trained head")
+    if not options.evaluate:
+        if options.out is not None:
+            raise ValueError(f"specdecpp: out={str(options.out)!r} stays empty without --evaluate; name datasets there")
+        return
+    if options.folder.exists() and not options.folder.is_dir():
+        raise ValueError(f"specdecpp: out={str(options.folder)!r} is a file; name a folder")
+    if options.plots:
+        plots.check_installed()
+    present = [name for name in FILES if (options.folder / name).exists()]
+    if present and not options.force:
+        raise ValueError(
+            f"specdecpp: {options.folder} holds {', '.join(present)} already; add --force to replace them, "
+            "or name another --out"
+        )
+
+
+def _open(fit: Sequence[Path], evaluate: Sequence[Path]) -> tuple[list[Dataset], list[Dataset]]:
+    """All datasets, checked to be of one pair and each given once."""
+    datasets = open_datasets([*fit, *evaluate])
+    return datasets[: len(fit)], datasets[len(fit) :]
+
+
+def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
+    """The head, checked to be of the data's pair and not calibrated yet."""
+    head = AcceptanceHead.from_pretrained(
+        options.head, expected_hidden_size=manifest.hidden_size, expected_draft=manifest.draft
+    )
+    target = head.metadata.get("target")
+    if isinstance(target, str) and target and not same_model(target, manifest.target):
+        raise ValueError(
+            f"specdecpp: head={str(options.head)!r} was trained for the target {target!r}, but the data is of "
+            f'{manifest.target!r}; use a head of this pair, or correct "target" in its {CONFIG_FILE}'
+        )
+    if head.calibration is not None and not options.force:
+        raise ValueError(
+            f"specdecpp: head={str(options.head)!r} is calibrated already (on {head.calibration.get('fitted_on')}); "
+            "add --force to do it again"
+        )
+    return head
+
+
+def _fit_rows(fit: Sequence[Dataset], trained: TrainingData | None, lag: int, max_rows: int | None) -> LabelRows:
+    """The rows to fit on: of the head's own training data the validation prompts, of the rest all."""
+    own = [dataset.folder for dataset in fit if trained is not None and trained.covers(dataset.manifest)]
+    other = [dataset.folder for dataset in fit if dataset.folder not in own]
+    parts = []
+    if own:
+        assert trained is not None
+        if trained.validation == 0:
+            raise ValueError(
+                f"specdecpp: fit={own[0]}: the head was trained on all of its prompts (validation 0), which would "
+                "make it look too good; fit on another dataset, or train with --validation"
+            )
+        parts.append(load_rows(own, lag, prompts_where=trained.is_validation, max_rows=max_rows))
+    if other:
+        rows = load_rows(other, lag, max_rows=max_rows)
+        # Single prompts of the training data may have gone into another dataset.
+        known = [trained is not None and name_digest(prompt) in trained.fitted for prompt in rows.prompts]
+        parts.append(rows.select(~torch.tensor(known, dtype=torch.bool)[rows.prompt]))
+    rows = LabelRows.concat(parts)
+    if not len(rows):
+        raise ValueError(
+            f"specdecpp: fit={other[0]}: the head was trained on all of its prompts; fit on another dataset"
+        )
+    return rows
+
+
+def _described(rows: LabelRows, fit: Sequence[Dataset], trained: TrainingData | None) -> str:
+    """What the calibration was fitted on, in words."""
+    names = []
+    for dataset in fit:
+        own = trained is not None and trained.covers(dataset.manifest)
+        names.append(dataset.folder.resolve().name + (" (validation prompts)" if own else ""))
+    return f"{len(rows):,} candidates of {len(rows.prompt.unique()):,} prompts of {', '.join(names)}"
+
+
+def _report(
+    options: CalibrateOptions, head: AcceptanceHead, calibration: Calibration, fitted_on: str, scored: Scored,
+    estimates: dict[str, Estimate],
+) -> None:  # fmt: skip
+    """rows.jsonl, calibrate.md and reliability.png; the table also goes to the terminal."""
+    sets = dict(by_set(scored))
+    rows: list[dict[str, Any]] = []
+    evaluated_on = [folder.resolve().name for folder in options.evaluate]
+    same = {"lag": head.lag, "fitted_on": fitted_on, "evaluated_on": evaluated_on}
+    total = len(sets) * len(estimates)
+    with tqdm(total=total, desc="bootstrap", unit="figure", delay=2.0, leave=False, file=sys.stderr) as progress:
+        for name, of_set in sets.items():
+            found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed, tick=progress.update)
+            found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
+            rows += [{**row, **same} for row in found]
+    table = markdown(rows, head, calibration)
+    write_whole(options.folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_whole(options.folder / TABLE_FILE, table.encode())
+    if options.plots:
+        panels = {
+            name: dict(zip(PLOTTED.values(), reliability_curves(of_set, estimates, list(PLOTTED)), strict=True))
+            for name, of_set in sets.items()
+        }
+        title = f"Reliability on held-out prompts: {pair(head)}, n = {len(scored.logit):,}"
+        plots.plot_reliability(panels, options.folder / PLOT_FILE, title)
+    print(table)
+
+
+def _write_calibration(folder: Path, calibration: Calibration, fitted_on: str) -> None:
+    """Into the head's config; what it was before the first calibration is kept."""
+    before = folder / BEFORE_FILE
+    if not before.exists():
+        write_whole(before, (folder / CONFIG_FILE).read_bytes())
+    update_config(folder, calibration=calibration.config(fitted_on))

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting what turns a score into a probability: logistic models with Gaussian priors, by Newton's method.
+
+Pure torch in float64 on the CPU: the same rows give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_specdecpp.training.statistics import row_losses
+
+SLOPE_PRECISION = 1.0
+"""The slope's prior is Normal(1, 1 / precision): it damps the slope where scores separate the labels perfectly."""
+
+COMMON_PRECISION = 0.01
+"""Of the intercept that all positions share: wide, but no labels at all leave the w_rej shift as it is."""
+
+POSITION_PRECISION = 4.0
+"""Of each position's distance from the common intercept: sd 0.5, which some 40 rows with p = 0.9 outweigh."""
+
+STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+"""Factors on all three precisions, among which prompts that were left out choose: rows of one prompt are not
+independent, and a calibration on a dozen prompts does more harm than good unless it is held back."""
+
+FOLDS = 5
+"""Parts of the prompts, each left out once."""
+
+MAX_POSITIONS = 20
+MIN_ROWS = 100
+"""A position with an intercept of its own has this many rows at or beyond it; all beyond share the last one."""
+
+MAX_LOG_ODDS = 12.0
+"""Where the log-odds of a training-free probability saturate, as in ``encode_scalars``."""
+
+_MAX_STEPS = 200
+_BLOCK = 65536  # rows a block of the Hessian's sums: bounds the memory of one Newton step
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(accepted) = sigmoid(slope * logit + intercept of the position)."""
+
+    slope: float
+    intercepts: tuple[float, ...]
+    """Of position 1, 2, ...; the last one is that of all positions beyond."""
+
+    def probability(self, logit: Tensor, position: Tensor) -> Tensor:
+        """Calibrated probability.
+
+        Args:
+            logit: [num_rows] the score on the log-odds scale.
+            position: [num_rows] 1-based index of the candidate in its round.
+
+        Returns:
+            [num_rows] float64.
+        """
+        table = torch.tensor(self.intercepts, dtype=torch.float64)  # [num_positions]
+        index = (position.long().cpu() - 1).clamp(0, len(table) - 1)  # [num_rows]
+        return (self.slope * logit.double().cpu() + table[index]).sigmoid()
+
+    def shown(self) -> str:
+        """Slope and intercepts in words."""
+        texts = [f"{each + 0.0:.3f}".replace("-0.000", "0.000") for each in self.intercepts]
+        if len(set(texts)) == 1:
+            return f"slope {self.slope:.3f}, intercept {texts[0]} at every position"
+        return f"slope {self.slope:.3f}, intercepts by position {', '.join(texts)}"
+
+    def config(self, fitted_on: str) -> dict[str, Any]:
+        """The head config's ``calibration``."""
+        return {"slope": self.slope, "intercepts": list(self.intercepts), "fitted_on": fitted_on}
+
+
+def fit_calibration(
+    logit: Tensor,
+    accepted: Tensor,
+    position: Tensor,
+    *,
+    shift: float = 0.0,
+    weights: Tensor | None = None,
+    position_precision: float = POSITION_PRECISION,
+    strength: float = 1.0,
+) -> Calibration:
+    """Fit one slope and an intercept per position, the latter shrunk to the one they share.
+
+    Args:
+        logit: [num_rows] the score on the log-odds scale.
+        accepted: [num_rows] label in [0, 1]: the outcome, or min(1, p/q) where that is known.
+        position: [num_rows] 1-based index of the candidate in its round.
+        shift: what the common intercept is before any label is seen: ln w_rej of a head trained with it, because the
+            weighted loss has its optimum at p / (p + w_rej (1 - p)), whose log-odds are ln w_rej too low.
+        weights: [num_rows] of the rows, >= 0; all 1 by default.
+        position_precision: of the prior of each position's distance from the common intercept.
+        strength: factor on the precisions of all priors.
+
+    Raises:
+        ValueError: one line: no rows, unequal lengths, a number that is not finite, a position below 1.
+    """
+    logit, accepted, weights = _checked(logit, accepted, weights)
+    position = position.long().cpu()
+    if len(position) != len(logit) or int(position.min()) < 1:
+        raise ValueError("specdecpp: positions must be whole numbers from 1 on, one a row; collect the labels again")
+    num_positions = _num_positions(position)
+    index = (position - 1).clamp(max=num_positions - 1)
+    deviation = torch.nn.functional.one_hot(index, num_positions).double()  # [num_rows, num_positions]
+    inputs = torch.cat([logit[:, None], torch.ones_like(logit)[:, None], deviation], dim=1)
+    prior_mean = torch.tensor([1.0, shift] + [0.0] * num_positions, dtype=torch.float64)
+    precision = torch.tensor([SLOPE_PRECISION, COMMON_PRECISION] + [position_precision] * num_positions).double()
+    precision *= strength
+    slope, common, *deviations = fit_logistic(inputs, accepted, prior_mean, precision, weights).tolist()
+    return Calibration(slope, tuple(common + each for each in deviations))
+
+
+def fit_by_prompts(
+    logit: Tensor, accepted: Tensor, position: Tensor, prompt: Tensor, *, shift: float = 0.0
+) -> Calibration:
+    """:func:`fit_calibration` with priors as strong as serves prompts that it was not fitted on.
+
+    Each part of the prompts is left out once. Of the factors of :data:`STRENGTHS` the strongest is taken whose log-loss
+    on what was left out is within a standard error over prompts of the lowest: a gain that a few prompts may have made
+    by chance moves nothing. With but one prompt the weakest is taken.
+
+    Args:
+        logit: [num_rows] the score on the log-odds scale.
+        accepted: [num_rows] label in [0, 1].
+        position: [num_rows] 1-based index of the candidate in its round.
+        prompt: [num_rows] whole number, the row's prompt.
+        shift: as in :func:`fit_calibration`.
+
+    Raises:
+        ValueError: as :func:`fit_calibration`.
+    """
+
+    def fitted(rows: Tensor, strength: float) -> Calibration:
+        return fit_calibration(logit[rows], accepted[rows], position[rows], shift=shift, strength=strength)
+
+    whole = torch.ones(len(logit), dtype=torch.bool)
+    strength = STRENGTHS[0]
+    prompts, number = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
+    if (num_folds := min(FOLDS, len(prompts))) > 1:
+        _checked(logit, accepted, None)
+        losses = torch.zeros(len(STRENGTHS), len(prompts), dtype=torch.float64)  # summed over each prompt's rows
+        for i, each in enumerate(STRENGTHS):
+            for fold in range(num_folds):
+                out = number % num_folds == fold  # [num_rows]
+                p = fitted(~out, each).probability(logit[out], position[out])
+                losses[i].index_add_(0, number[out], row_losses(p, accepted[out]))
+        over = losses - losses[losses.sum(1).argmin()]  # [num_strengths, num_prompts]
+        error = over.std(dim=1) * math.sqrt(len(prompts))
+        strength = max(each for each, near in zip(STRENGTHS, over.sum(1) <= error, strict=True) if near)
+    return fitted(whole, strength)
+
+
+@dataclass(frozen=True)
+class LogisticRegression:
+    """Log-odds = intercept + inputs @ coefficients."""
+
+    coefficients: Tensor
+    """[num_inputs] float64."""
+
+    intercept: float
+
+    def logit(self, inputs: Tensor) -> Tensor:
+        """[num_rows] float64 log-odds of ``inputs`` [num_rows, num_inputs]."""
+        return inputs.double().cpu() @ self.coefficients + self.intercept
+
+
+def fit_regression(
+    inputs: Tensor, accepted: Tensor, *, weights: Tensor | None = None, precision: float = 1.0
+) -> LogisticRegression:
+    """Ridge logistic regression; the ridge acts on standardised inputs, and not on the intercept.
+
+    Args:
+        inputs: [num_rows, num_inputs].
+        accepted: [num_rows] label in [0, 1].
+        weights: [num_rows]; all 1 by default.
+        precision: of the coefficients' prior.
+
+    Raises:
+        ValueError: one line: no rows, unequal lengths, a number that is not finite.
+    """
+    inputs, accepted, weights = _checked(inputs, accepted, weights)
+    mean, scale = inputs.mean(0), inputs.std(0, correction=0)  # [num_inputs]
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant input gets coefficient 0
+    standard = torch.cat([(inputs - mean) / scale, torch.ones_like(accepted)[:, None]], dim=1)
+    precisions = torch.tensor([precision] * inputs.shape[1] + [COMMON_PRECISION], dtype=torch.float64)
+    found = fit_logistic(standard, accepted, torch.zeros_like(precisions), precisions, weights)
+    coefficients = found[:-1] / scale  # [num_inputs]
+    return LogisticRegression(coefficients, float(found[-1] - mean @ coefficients))
+
+
+def fit_logistic(inputs: Tensor, labels: Tensor, prior_mean: Tensor, precision: Tensor, weights: Tensor) -> Tensor:
+    """Maximum a-posteriori coefficients [num_inputs] of a logistic model: Newton's method with step halving.
+
+    The priors make the objective strictly convex: it has one optimum, whatever the labels.
+
+    Args:
+        inputs: [num_rows, num_inputs] float64.
+        labels: [num_rows] float64 in [0, 1].
+        prior_mean: [num_inputs] float64, also where the search starts.
+        precision: [num_inputs] float64, > 0.
+        weights: [num_rows] float64, >= 0.
+    """
+
+    def objective(at: Tensor) -> Tensor:
+        z = inputs @ at  # [num_rows]
+        return (weights * (torch.nn.functional.softplus(z) - labels * z)).sum() + (
+            precision * (at - prior_mean).square()
+        ).sum() / 2
+
+    at = prior_mean.clone()
+    value = objective(at)
+    for _ in range(_MAX_STEPS):
+        p = (inputs @ at).sigmoid()  # [num_rows]
+        gradient = inputs.T @ (weights * (p - labels)) + precision * (at - prior_mean)
+        curvature = weights * p * (1 - p)  # [num_rows]
+        hessian = torch.diag(precision)  # [num_inputs, num_inputs]
+        for block, each in zip(inputs.split(_BLOCK), curvature.split(_BLOCK), strict=True):
+            hessian = hessian + block.T @ (block * each[:, None])
+        step = torch.linalg.solve(hessian, gradient)
+        decrement = float(gradient @ step)  # twice what a full step promises
+        if decrement < 1e-12 * (1 + abs(float(value))):
+            break
+        size = 1.0
+        while float(changed := objective(at - size * step)) > float(value) - 0.25 * size * decrement and size > 1e-10:
+            size /= 2
+        if changed >= value:  # rounding is all that is left
+            break
+        at, value = at - size * step, changed
+    return at
+
+
+def log_odds(probability: Tensor) -> Tensor:
+    """Log-odds, clipped to +-:data:`MAX_LOG_ODDS`: the score of a training-free estimate before calibration."""
+    return probability.double().cpu().logit().clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+
+
+def shift_of(metadata: Mapping[str, Any]) -> float:
+    """ln w_rej of a head's config, 0 if it says nothing.
+
+    Raises:
+        ValueError: one line: ``w_rej`` is no number above 0.
+    """
+    w_rej = metadata.get("w_rej", 1.0)
+    if not (isinstance(w_rej, (int, float)) and not isinstance(w_rej, bool) and 0 < w_rej < math.inf):
+        raise ValueError(f"specdecpp: w_rej={w_rej!r} in the head's config must be a number above 0; correct it there")
+    return math.log(w_rej)
+
+
+def _num_positions(position: Tensor) -> int:
+    """Positions with an intercept of their own, from 1 on; the last one stands for all beyond."""
+    at_least = torch.bincount(position).flip(0).cumsum(0).flip(0)[1:]  # [max position] rows at or beyond it
+    return min(max(int((at_least >= MIN_ROWS).sum()), 1), MAX_POSITIONS)
+
+
+def _checked(inputs: Tensor, accepted: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All as float64 on the CPU, lengths and values checked."""
+    inputs, accepted = inputs.detach().double().cpu(), accepted.detach().double().cpu()
+    weights = torch.ones_like(accepted) if weights is None else weights.detach().double().cpu()
+    if not len(inputs) == len(accepted) == len(weights):
+        counts = f"{len(inputs)} scores, {len(accepted)} labels, {len(weights)} weights"
+        raise ValueError(f"specdecpp: {counts}; give one of each a row")
+    if not len(inputs):
+        raise ValueError("specdecpp: no rows to fit a calibration on; give a dataset with observed candidates")
+    for name, values in (("scores", inputs), ("labels", accepted), ("weights", weights)):
+        if num_bad := int((~values.isfinite()).sum()):
+            raise ValueError(
+                f"specdecpp: {num_bad} of {values.numel()} {name} are no finite numbers; "
+                "collect the labels or train again"
+            )
+    if not bool(((accepted >= 0) & (accepted <= 1)).all()) or bool((weights < 0).any()):
+        raise ValueError("specdecpp: labels must be in [0, 1] and weights >= 0; collect the labels again")
+    return inputs, accepted, weights

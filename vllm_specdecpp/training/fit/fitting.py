@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop of an acceptance head: rows in, a fitted head and its history out. Knows no files."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+
+from vllm_specdecpp.data.dataset import LabelRows
+from vllm_specdecpp.decision.features import encode_scalars
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training import statistics as metrics
+from vllm_specdecpp.training.fit.calibration import fit_regression
+
+_CONSTANT = 1e-5
+"""A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""
+
+_EVALUATION_ROWS = 4096
+_START_ROWS = 50_000
+"""Rows that the start at the scalars' own regression reads: it has few coefficients."""
+
+
+class Settings(Protocol):
+    """What the loop reads of ``TrainOptions``."""
+
+    w_rej: float
+    soft: bool
+    lr: float
+    weight_decay: float
+    dropout: float
+    epochs: int
+    batch_size: int
+    warmup: float
+    schedule: Literal["cosine", "constant"]
+    patience: int
+    seed: int
+
+
+class Source(Protocol):
+    """Training rows, in memory or not."""
+
+    def __call__(self, epoch: int) -> Iterator[LabelRows]:
+        """The rows of one epoch, shuffled, in batches; the same at every call with the same ``epoch``."""
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """A :class:`Source` over rows that fit in memory."""
+
+    rows: LabelRows
+    batch_size: int
+    seed: int
+
+    def __call__(self, epoch: int) -> Iterator[LabelRows]:
+        generator = torch.Generator().manual_seed((self.seed << 16) + epoch)
+        order = torch.randperm(len(self.rows.hidden), generator=generator)
+        for index in order.split(self.batch_size):
+            yield self.rows.select(index)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the training rows tells."""
+
+    num_rows: int
+    accept_rate: float
+    mean: Tensor  # [hidden_size] float32
+    scale: Tensor  # [hidden_size] float32: 1 / standard deviation; 0 where the dimension is constant
+
+
+def statistics(batches: Iterable[LabelRows]) -> Statistics:
+    """Count the rows and the accepted ones; mean and inverse deviation of every dimension of the hidden state.
+
+    Raises:
+        ValueError: one line: no rows, no accepted one, or no rejected one.
+    """
+    num_rows, num_accepted = 0, 0.0
+    shift: Tensor | None = None  # a first guess of the mean keeps the squares small
+    total = squares = torch.zeros(())
+    for batch in batches:
+        hidden = batch.hidden.double()  # [n, hidden_size]
+        if shift is None:
+            shift = hidden.mean(0)
+        total = total + (hidden - shift).sum(0)
+        squares = squares + (hidden - shift).square().sum(0)
+        num_rows += len(hidden)
+        num_accepted += float(batch.accepted.double().sum())
+    if shift is None or num_rows == 0:
+        raise ValueError("specdecpp: there are no training rows; collect more prompts or lower --validation")
+    for missing, count in (("accepted", num_accepted), ("rejected", num_rows - num_accepted)):
+        if count == 0:
+            raise ValueError(
+                f"specdecpp: the data has no {missing} token in {num_rows} training rows, so there is nothing to tell "
+                "apart; collect more prompts, or check that draft and target belong together"
+            )
+    offset = total / num_rows
+    deviation = (squares / num_rows - offset.square()).clamp_min(0).sqrt()
+    mean = shift + offset
+    constant = deviation <= _CONSTANT * mean.abs().clamp_min(1e-6)
+    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(1e-30))
+    return Statistics(num_rows, num_accepted / num_rows, mean.float(), scale.float())
+
+
+def targets(rows: LabelRows, soft: bool) -> Tensor:
+    """[n] float32: the soft labels where they are known and wanted, else 1 for accepted and 0 for rejected."""
+    accepted = rows.accepted.float()
+    return torch.where(rows.soft.isnan(), accepted, rows.soft.float()) if soft else accepted
+
+
+@torch.no_grad()
+def start_at_scalars(head: AcceptanceHead, batches: Iterable[LabelRows], w_rej: float, soft: bool) -> None:
+    """Let a head that reads scalars begin as their logistic regression, to which training adds the hidden state.
+
+    The blocks start as the identity and the hidden state without a say; otherwise a few hundred steps would leave a
+    head behind what the scalars alone can tell. A head without scalars stays as it is.
+
+    Args:
+        head: freshly made; changed in place.
+        batches: training rows, of which the first ``_START_ROWS`` are read.
+        w_rej: weight of the reject class.
+        soft: as in :func:`targets`.
+    """
+    if not head.features:
+        return
+    inputs, labels, num_rows = [], [], 0
+    for batch in batches:
+        inputs.append(encode_scalars(batch.scalars, head.features))
+        labels.append(targets(batch, soft))
+        num_rows += len(batch)
+        if num_rows >= _START_ROWS:
+            break
+    label = torch.cat(labels).double()  # [num_rows]
+    weight = label + w_rej * (1 - label)
+    found = fit_regression(torch.cat(inputs), label / weight, weights=weight)
+    for block in head.blocks:
+        for parameter in block.parameters():
+            parameter.zero_()
+    half = torch.tensor([[-0.5], [0.5]])  # the two classes' logits differ by the log-odds
+    head.output.weight.zero_()
+    head.output.weight[:, -len(found.coefficients) :] = half * found.coefficients.float()
+    head.output.bias.copy_(half.squeeze(1) * found.intercept)
+
+
+def weighted_loss(logit: Tensor, target: Tensor, w_rej: float) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy with weight ``w_rej`` on the reject class, and the weighted count that normalises it.
+
+    Its optimum is p / (p + w_rej * (1 - p)) for a true acceptance probability p (arXiv:2405.19715, section 3.2).
+
+    Args:
+        logit: [n] float32, accept minus reject.
+        target: [n] float32 in [0, 1].
+        w_rej: weight of the reject class.
+
+    Returns:
+        Sum of the losses, and sum of the weights.
+    """
+    accept = logsigmoid(logit) * target
+    reject = logsigmoid(-logit) * (1 - target) * w_rej
+    return -(accept + reject).sum(), (target + w_rej * (1 - target)).sum()
+
+
+def score(head: AcceptanceHead, rows: LabelRows) -> Tensor:
+    """The head's uncalibrated logits of ``rows``: [n] float32, with gradients if they are on."""
+    scalars = encode_scalars(rows.scalars, head.features) if head.features else None
+    return head.logit(rows.hidden, scalars)
+
+
+@torch.no_grad()
+def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) -> dict[str, float]:
+    """Losses of a head in evaluation mode.
+
+    Returns:
+        ``loss``: the training loss. ``log_loss``: of the probability, with the shift that ``w_rej`` causes undone by
+        adding ln(w_rej) to the accept logit, so that heads of different ``w_rej`` compare. ``auc``: of accepted
+        against rejected; NaN if there is only one of them.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    logits = []
+    for index in torch.arange(len(rows.hidden)).split(_EVALUATION_ROWS):
+        chunk = rows.select(index)
+        logit, target = score(head, chunk), targets(chunk, soft)
+        logits.append(logit)
+        weighted = weighted_loss(logit, target, w_rej)
+        plain = weighted_loss(logit + math.log(w_rej), target, 1.0)
+        sums += torch.stack([*weighted, *plain]).double()
+    ranked = metrics.auc(torch.cat(logits), rows.accepted)
+    return {"loss": float(sums[0] / sums[1]), "log_loss": float(sums[2] / sums[3]), "auc": ranked}
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup: float, schedule: str) -> float:
+    """Share of the learning rate at a 0-based step: a linear warm-up, then half a cosine down to 0, or constant."""
+    warm = math.ceil(warmup * num_steps)
+    if step < warm:
+        return (step + 1) / warm
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, num_steps - warm))))
+
+
+def fit(
+    head: AcceptanceHead,
+    source: Source,
+    num_rows: int,
+    val_rows: LabelRows | None,
+    settings: Settings,
+    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+) -> list[dict[str, Any]]:
+    """Train ``head`` in place, and leave it in evaluation mode with the weights of the best epoch.
+
+    The best epoch is the one with the lowest validation log-loss, 0 standing for the start; without validation rows it
+    is the last. Draws from torch's global generator (dropout), which the caller seeds.
+
+    Args:
+        head: on the CPU, float32.
+        source: training rows.
+        num_rows: that ``source`` yields an epoch.
+        val_rows: for early stopping; None trains all epochs.
+        settings: of the optimiser.
+        on_epoch: called with the history so far after every epoch.
+
+    Returns:
+        One row an epoch, and with validation rows one for the start (epoch 0, no training loss): losses, learning
+        rate, seconds, and whether it is the best so far.
+
+    Raises:
+        ValueError: one line: the loss became infinite or NaN.
+    """
+    decayed = [p for p in head.parameters() if p.dim() > 1]
+    free = [p for p in head.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    num_steps = settings.epochs * math.ceil(num_rows / settings.batch_size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup, settings.schedule)
+    )
+    history: list[dict[str, Any]] = []
+    row: dict[str, Any]
+    best: tuple[float, int, dict[str, Tensor]] | None = None  # log-loss, epoch, weights
+    start = time.perf_counter()
+    if val_rows is not None:
+        found = evaluate(head.eval(), val_rows, settings.w_rej, settings.soft)
+        if not math.isfinite(found["log_loss"]):
+            raise ValueError("specdecpp: the validation rows hold values that are no numbers; collect them again")
+        best = (found["log_loss"], 0, copy.deepcopy(head.state_dict()))
+        row = {"epoch": 0, "lr": 0.0, "rows": 0, "train_loss": math.nan}
+        row |= {f"val_{key}": value for key, value in found.items()} | {"best": 1, "seconds": 0.0}
+        history.append(row)
+    with tqdm(total=num_steps, desc="train", unit="step", dynamic_ncols=True) as progress:
+        for epoch in range(1, settings.epochs + 1):
+            row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
+            row |= _train(head, source(epoch), optimizer, scheduler, settings, progress)
+            judged = row["train_loss"]
+            if math.isfinite(judged) and val_rows is not None:
+                found = evaluate(head, val_rows, settings.w_rej, settings.soft)
+                row |= {f"val_{key}": value for key, value in found.items()}
+                judged = found["log_loss"]
+            if not math.isfinite(judged):
+                raise ValueError(
+                    f"specdecpp: the loss of epoch {epoch} is no finite number; lower lr={settings.lr}, or check the "
+                    "data for values that are none"
+                )
+            if val_rows is None or best is None or judged < best[0]:
+                best = (judged, epoch, copy.deepcopy(head.state_dict()))
+            row |= {"best": int(best[1] == epoch), "seconds": round(time.perf_counter() - start, 2)}
+            history.append(row)
+            progress.set_postfix({key: f"{row[key]:.4f}" for key in ("train_loss", "val_log_loss") if key in row})
+            on_epoch(history)
+            if epoch - best[1] >= settings.patience:
+                break
+    if best is not None:
+        head.load_state_dict(best[2])
+    return history
+
+
+def _train(
+    head: AcceptanceHead,
+    batches: Iterable[LabelRows],
+    optimizer: Any,
+    scheduler: Any,
+    settings: Settings,
+    progress: Any,
+) -> dict[str, Any]:
+    """One epoch; leaves the head in evaluation mode. Returns its number of rows and mean loss."""
+    sums, num_rows = torch.zeros(2, dtype=torch.float64), 0
+    head.train()
+    head.dropout = settings.dropout
+    for batch in batches:
+        loss, weight = weighted_loss(score(head, batch), targets(batch, settings.soft), settings.w_rej)
+        optimizer.zero_grad(set_to_none=True)
+        (loss / weight).backward()
+        optimizer.step()
+        scheduler.step()
+        sums += torch.stack([loss.detach(), weight]).double()
+        num_rows += len(batch.hidden)
+        progress.update()
+    head.eval()
+    head.dropout = 0.0
+    return {"rows": num_rows, "train_loss": float(sums[0] / sums[1])}

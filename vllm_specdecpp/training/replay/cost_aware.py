@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replays recorded rounds under the engine's default rule, ``cost_aware``: its own code, round after round.
+
+The rule learns while it serves, so its rounds have an order: prompt after prompt, as one request at a time would be
+served. It starts as an engine does that has measured its costs and seen no traffic, and the costs stay as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
+
+
+def cost_aware_lengths(chains: Chains, costs: Costs, head: AcceptanceHead | None, max_length: int) -> Lengths:
+    """What the rule drafts at the starts that its own rounds reach; nothing at the others.
+
+    Args:
+        chains: loaded with ``head``, if there is one.
+        costs: of one request.
+        head: whose scores the rule reads; None: the draft's top-1 probability.
+        max_length: the most candidates of a round.
+    """
+    source = step_source("confidence" if head is None else "threshold", chains, head)
+    lag = source.estimator.lag
+    rule = CostAwareRule(cost_model(costs, max_length), max_length, lag=lag)
+    scores = _scores(chains, source, lag, max_length)  # [num_starts, max_length + 1]
+    bound = chains.available.clamp(max=max_length).tolist()
+    run, ends = chains.run.tolist(), chains.prompt_starts.tolist()
+    candidates, passes = (torch.zeros(chains.num_starts, dtype=torch.int64) for _ in range(2))
+    for prompt, (here, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        while here < end:
+            round_ = rule.begin([str(prompt)], [bound[here]])
+            while round_.running[0]:
+                num_drawn = len(round_.widths)
+                round_.step(None if num_drawn < lag else scores[here, num_drawn : num_drawn + 1])
+            length, num_passes = int(round_.lengths[0]), len(round_.widths)
+            accepted = min(length, run[here])
+            candidates[here], passes[here] = length, num_passes
+            rule.finish(round_, [length], [accepted], costs.draft(num_passes), costs.verify(length + 1))
+            here += accepted + 1
+    # A round that would have ended just there counts too: the rule does not say which.
+    cut = (candidates == chains.available) & (candidates < max_length) & ~chains.limited
+    return Lengths(candidates, cut, passes)
+
+
+def cost_model(costs: Costs, max_length: int) -> CostModel:
+    """The costs in the rule's own terms: a first draft pass, a further one, and the verification by tokens."""
+    longest = max(costs.max_length, 2)
+    step = (costs.draft(longest) - costs.draft(1)) / (longest - 1)
+    verify = {n: costs.verify(n) for n in range(1, max_length + 2)}
+    return CostModel({1: costs.draft(1)}, {1: max(step, 1e-6)}, verify, max_reqs=1, max_tokens=max_length + 1)
+
+
+def _scores(chains: Chains, source: StepSource, lag: int, max_length: int) -> NDArray[np.float64]:
+    """Score that the pass after k candidates gives: [num_starts, max_length + 1], NaN beyond the record."""
+    found = torch.full((chains.num_starts, max_length + 1), torch.nan)
+    for k in range(lag, max_length):
+        rows: Tensor = (chains.available > k).nonzero().squeeze(1)  # [num_rows]
+        if len(rows):
+            found[rows, k] = source.estimator(source.features(chains, chains.first_step[rows] + k), k + 1 - lag).float()
+    return found.double().numpy()

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replays recorded rounds under any stop rule: what it would have drafted, and how long that would have taken.
+
+The rule's own code (:class:`RoundState`) runs once over every start of the chains as one batch; walking the chains with
+the lengths that come out is arithmetic. A rule meets the recorded features of a start's steps in order, as in the
+engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
+
+Every policy emits the same tokens, so tokens per second differ by the seconds alone. Prefill is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_specdecpp.decision import (
+    ConfidenceEstimator,
+    EntropyEstimator,
+    Estimator,
+    RoundState,
+    StepFeatures,
+    StopRule,
+    ThresholdRule,
+)
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.costs import Costs
+
+CUT_RATE_WARNING = 0.02
+"""Above this share of rounds that outrun the record, the rounds should be recorded with more candidates."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What a policy drafts at every start."""
+
+    candidates: Tensor
+    """[num_starts] int64 candidate length L."""
+
+    cut: Tensor
+    """[num_starts] bool: the record ended first, so L is a lower bound."""
+
+    passes: Tensor | None = None
+    """[num_starts] int64 draft passes, where they may be more than L: a pass whose candidate is not submitted."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Totals of the rounds that a policy runs through, by prompt: [num_prompts] float64 each."""
+
+    tokens: Tensor
+    rounds: Tensor
+    candidates: Tensor
+    accepted: Tensor
+    seconds: Tensor
+    cut: Tensor
+    """Rounds whose length the record cut."""
+    seams: Tensor
+    """Rounds that draft across a left-out bonus token."""
+
+    def tokens_per_second(self, chosen: Tensor | None = None) -> float:
+        """Of the chosen prompts ([num_prompts] bool), or of all."""
+        index = slice(None) if chosen is None else chosen
+        return float(self.tokens[index].sum() / self.seconds[index].sum())
+
+    def rates(self, chosen: Tensor | None = None) -> dict[str, float]:
+        """The paper's verification rate N_target/N and discard rate N_discarded/N (arXiv:2405.19715, section 3),
+        and the mean candidate length, the acceptance, and the shares of cut rounds and of those across a seam."""
+        index = slice(None) if chosen is None else chosen
+        tokens, rounds, candidates, accepted, cut, seams = (
+            float(x[index].sum())
+            for x in (self.tokens, self.rounds, self.candidates, self.accepted, self.cut, self.seams)
+        )
+        return {
+            "verification_rate": rounds / tokens,
+            "discard_rate": (candidates - accepted) / tokens,
+            "mean_candidate_length": candidates / rounds,
+            "acceptance": accepted / candidates if candidates else 0.0,
+            "cut_rate": cut / rounds,
+            "seam_rate": seams / rounds,
+        }
+
+
+class StepSource(Protocol):
+    """An estimator, and how the recorded steps are put to it."""
+
+    estimator: Estimator
+
+    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
+        """What the estimator reads of the steps [num_rows]."""
+
+
+class ScalarSource:
+    """A training-free estimator, on the recorded scalars."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator = estimator
+
+    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
+        return StepFeatures(
+            top1_prob=chains.scalars["top1_prob"][steps],
+            entropy=chains.scalars["entropy"][steps],
+            margin=chains.scalars["margin"][steps],
+        )
+
+
+class RecordedHead:
+    """The head on logits that were computed once a step: its calibration, which depends on the position in the
+    policy's own round, is applied here. Stands in for :class:`HeadEstimator`; the tests compare the two.
+    """
+
+    name = "head"
+    needs = frozenset({"hidden_states"})
+
+    def __init__(self, head: AcceptanceHead, logits: Tensor) -> None:
+        self.head = head
+        self.lag = head.lag
+        self.logits = logits  # [num_steps]
+        self.estimator: Estimator = self
+
+    def __call__(self, features: StepFeatures, position: int) -> Tensor:
+        steps = features.hidden_states
+        if steps is None:
+            raise ValueError("specdecpp: a recorded head reads features.hidden_states as step indices")
+        logit = self.logits[steps[:, 0]]  # [num_reqs]
+        if self.head.calibration is not None:
+            intercepts = self.head.calibration["intercepts"]
+            logit = self.head.calibration["slope"] * logit + intercepts[min(position, len(intercepts)) - 1]
+        return logit.sigmoid()
+
+    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
+        return StepFeatures(hidden_states=steps[:, None])  # [num_rows, 1] the step's index stands for its state
+
+
+def step_source(rule: str, chains: Chains, head: AcceptanceHead | None) -> StepSource:
+    """The source of a rule's estimates.
+
+    Args:
+        rule: "threshold", "confidence" or "entropy".
+        chains: loaded with ``head`` for "threshold".
+
+    Raises:
+        ValueError: the rule needs a head.
+    """
+    if rule != "threshold":
+        return ScalarSource(ConfidenceEstimator() if rule == "confidence" else EntropyEstimator())
+    if head is None or chains.head_logits is None:
+        raise ValueError("specdecpp: rule='threshold' needs a head; name its folder, or leave the rule out")
+    return RecordedHead(head, chains.head_logits)
+
+
+def run_rule(chains: Chains, rule: StopRule, source: StepSource, max_length: int) -> tuple[Lengths, Tensor]:
+    """The rule's own loop over all starts at once.
+
+    Returns:
+        Lengths, and the survival before each candidate, [num_starts, max_length] float32 (as long as a start runs).
+    """
+    state = RoundState(rule, chains.available.clamp(max=max_length))
+    survival = torch.ones(chains.num_starts, max_length)
+    stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
+    drawn_logprob = chains.scalars["drawn_logprob"]
+    for k in range(max_length):
+        if not state.any_running():
+            break
+        rows = state.running.nonzero().squeeze(1)  # [num_rows]
+        steps = chains.first_step[rows] + k
+        state.observe(source.features(chains, steps), rows)
+        survival[:, k] = state.survival
+        stopped |= state.running & rule.should_stop(state.survival, k)
+        state.append(chains.token_ids[steps], rows, drawn_logprob[steps])
+    return _with_cut(chains, state.lengths, stopped, max_length), survival
+
+
+def survivals(chains: Chains, source: StepSource, max_length: int) -> Tensor:
+    """Survival before each candidate if drafting never stopped: [num_starts, max_length] float32."""
+    return run_rule(chains, _NeverStop(source.estimator), source, max_length)[1]
+
+
+def threshold_lengths(chains: Chains, survival: Tensor, threshold: float, max_length: int) -> Lengths:
+    """The paper's rule at one threshold, from survivals computed once; equals :func:`run_rule`.
+
+    Args:
+        survival: [num_starts, n] with n >= max_length, from :func:`survivals`.
+    """
+    rule = ThresholdRule(ConfidenceEstimator(), threshold)  # its estimator has done its work already
+    bound = chains.available.clamp(max=max_length)
+    lengths = bound.clone()  # [num_starts]
+    stopped = torch.zeros_like(chains.limited)
+    for k in reversed(range(max_length)):
+        stop = rule.should_stop(survival[:, k], k) & (k < bound)
+        lengths = torch.where(stop, k + 1, lengths)
+        stopped |= stop
+    return _with_cut(chains, lengths, stopped, max_length)
+
+
+def fixed_lengths(chains: Chains, num_candidates: int) -> Lengths:
+    """Plain speculative decoding. Reads no features, so it goes past the record once the outcome is known."""
+    known = ~chains.limited & ~chains.ends_unknown
+    bound = torch.where(known, num_candidates, chains.available)
+    lengths = bound.clamp(max=num_candidates)
+    return _with_cut(chains, lengths, torch.zeros_like(known), num_candidates)
+
+
+def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
+    """The best that any policy with 0 to ``max_length`` candidates can do, knowing every outcome.
+
+    All policies emit the same tokens, so the highest long-run rate is the least time: a shortest path through each
+    prompt's starts, found from its end. No policy's walk is faster.
+    """
+    choices = torch.arange(max_length + 1)  # [num_choices]
+    bound = fixed_lengths(chains, max_length).candidates  # [num_starts]
+    seconds = _round_seconds(costs, max_length)  # [max_length + 1]
+    ends, sizes = chains.prompt_starts[1:], chains.prompt_starts.diff()
+    to_go = torch.zeros(chains.num_starts + 1, dtype=torch.float64)  # seconds from a start to its prompt's end
+    best = torch.zeros(chains.num_starts, dtype=torch.int64)
+    for back in range(1, int(sizes.max()) + 1):
+        prompt = (sizes >= back).nonzero().squeeze(1)
+        here = ends[prompt] - back  # [num_rows]
+        length = torch.minimum(choices, bound[here, None])  # [num_rows, num_choices]
+        after = here[:, None] + torch.minimum(length, chains.run[here, None]) + 1
+        rest = torch.where(after < ends[prompt, None], to_go[after], 0.0)
+        to_go[here], choice = (seconds[length] + rest).min(dim=1)
+        best[here] = length.gather(1, choice[:, None]).squeeze(1)
+    return Lengths(best, torch.zeros_like(chains.limited))
+
+
+def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
+    """Run every prompt from its first start to its end with the policy's lengths."""
+    accepted = torch.minimum(lengths.candidates, chains.run)  # [num_starts]
+    prompt = chains.prompt_of_start
+    ends = chains.prompt_starts[1:][prompt]  # [num_starts]
+    after = torch.arange(chains.num_starts) + accepted + 1
+    visited = torch.zeros(chains.num_starts, dtype=torch.bool)
+    here = chains.prompt_starts[:-1]
+    while len(here):
+        visited[here] = True
+        here = after[here][after[here] < ends[here]]
+    rounds = visited.nonzero().squeeze(1)
+    candidates = lengths.candidates[rounds]
+    passes = candidates if lengths.passes is None else lengths.passes[rounds]
+    longest = max(int(lengths.candidates.max()), int(passes.max()))
+    draft, verify = (
+        torch.tensor([f(k) for k in range(longest + 2)], dtype=torch.float64) for f in (costs.draft, costs.verify)
+    )
+
+    def total(values: Tensor) -> Tensor:
+        sums = torch.zeros(len(chains.prompts), dtype=torch.float64)
+        return sums.index_add_(0, prompt[rounds], values.double())
+
+    return Walk(
+        tokens=total(accepted[rounds] + 1),
+        rounds=total(torch.ones_like(rounds)),
+        candidates=total(candidates),
+        accepted=total(accepted[rounds]),
+        seconds=total(draft[passes] + verify[candidates + 1]),
+        cut=total(lengths.cut[rounds]),
+        seams=total(candidates > chains.to_seam[rounds]),
+    )
+
+
+def best_fixed(chains: Chains, costs: Costs, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
+    """The fixed candidate length with the most tokens per second on the chosen prompts ([num_prompts] bool)."""
+    walks = {k: walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
+    best = max(walks, key=lambda k: walks[k].tokens_per_second(chosen))
+    return best, walks[best]
+
+
+class _NeverStop:
+    """Asks its estimator and goes on."""
+
+    name = "never"
+    depends_on = "nothing"
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator: Estimator | None = estimator
+        self.needs = estimator.needs
+
+    def should_stop(self, survival: Tensor, num_drawn: int) -> Tensor:
+        return torch.zeros_like(survival, dtype=torch.bool)  # [num_reqs]
+
+
+def _with_cut(chains: Chains, lengths: Tensor, stopped: Tensor, max_length: int) -> Lengths:
+    cut = ~stopped & (lengths == chains.available) & (lengths < max_length) & ~chains.limited
+    return Lengths(lengths, cut)
+
+
+def _round_seconds(costs: Costs, max_length: int) -> Tensor:
+    """[max_length + 1] float64, by candidate length."""
+    return torch.tensor([costs.round(k) for k in range(max_length + 1)], dtype=torch.float64)

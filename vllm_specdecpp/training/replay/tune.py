@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose the stop rule for a machine: replay recorded rounds with its measured step costs.
+
+Example: vllm-specdecpp tune HEAD --data DATASET --evaluate OTHER_DATASET --costs costs.json --out FOLDER
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
+from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
+from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
+from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.overlap import refuse_overlap
+from vllm_specdecpp.training.replay.replay import (
+    fixed_lengths,
+    oracle_lengths,
+    step_source,
+    survivals,
+    threshold_lengths,
+    walk,
+)
+from vllm_specdecpp.training.replay.tune_report import (
+    ALL,
+    COST_AWARE,
+    COST_AWARE_HEAD,
+    Choice,
+    Walks,
+    markdown,
+    pareto_points,
+    table_rows,
+)
+
+if TYPE_CHECKING:
+    from vllm_specdecpp.data.shards import Dataset
+    from vllm_specdecpp.head.model import AcceptanceHead
+
+RULES = ("threshold", "confidence", "entropy")
+FILES = ("rows.jsonl", "tune.md", "pareto.png")
+_BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+
+
+class TuneOptions(CommandOptions):
+    """Replay recorded rounds under every stop rule with this machine's step costs, and keep the fastest.
+
+    Predicts tokens per second of each fixed candidate length, of each rule over its threshold, of the engine's default
+    rule with the head and without, and of an oracle that knows the outcomes; writes a table, the paper's Pareto plot,
+    and the chosen rule into the head's config.json.
+    """
+
+    head: Path | None = Field(default=None, json_schema_extra=POSITIONAL)
+    """Folder of the acceptance head; without one only the training-free rules are tuned."""
+
+    data: list[Path] = Field(min_length=1)
+    """Datasets of recorded rounds to choose on."""
+
+    evaluate: list[Path] = []
+    """Datasets to report on, with other prompts than the data; by default the data, which favours the rules."""
+
+    costs: Path
+    """Step costs of this machine: of vllm-specdecpp measure, or the engine's own file in VLLM_CACHE_ROOT/specdecpp."""
+
+    out: Path
+    """Folder for rows.jsonl, tune.md and pareto.png."""
+
+    rules: list[Literal["threshold", "confidence", "entropy"]] = []
+    """Rules to tune; by default all that can run."""
+
+    thresholds: list[float] = [round(0.05 * i, 2) for i in range(1, 20)]
+    """Thresholds h to try, each strictly between 0 and 1."""
+
+    lengths: list[int] = []
+    """Upper bounds on the candidate length to try; by default several, up to what was recorded."""
+
+    sets: list[str] = []
+    """Sets to report on, by name; by default all. Without evaluate also those to choose on."""
+
+    bootstrap: int = Field(default=1000, ge=1)
+    """Resamples of the prompts behind the 95 % intervals."""
+
+    seed: int = 0
+    """Of the resamples."""
+
+    write: bool = True
+    """Write the chosen rule into the head's config.json."""
+
+    force: bool = False
+    """Replace an earlier result in the folder, and an earlier rule in the head's config.json."""
+
+
+def run(options: TuneOptions) -> int:
+    """Carry out the command.
+
+    Raises:
+        ValueError: one line: a bad option, unreadable or unfit data, prompts in both data and evaluation.
+    """
+    _check(options)
+    costs = Costs.load(options.costs)
+    datasets = open_rounds([*options.data, *options.evaluate])
+    head, rules = _head_and_rules(options, datasets[0].manifest)
+    sets = options.sets or None
+    keep = not_trained_on(options)
+    with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
+        judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
+        data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
+        # Rules that read no head have no training data to keep out of.
+        data_of = dict.fromkeys(rules, data)
+        if judged is not None and keep is not None:
+            whole = load_chains(options.data)
+            data_of |= {rule: whole for rule in rules if rule != "threshold"}
+    if judged is None:
+        judged = data
+    else:
+        num = len(options.data)
+        refuse_overlap(datasets[:num], datasets[num:], judged)
+    recorded_length = min(data.recorded_length, judged.recorded_length)
+    bounds = _bounds(options, recorded_length)
+    choices: dict[str, Choice] = {}
+    rows: list[dict[str, Any]] = []
+    with _progress("rules tried", len(rules) * len(bounds) * len(options.thresholds)) as tick:
+        for rule in rules:
+            choices[rule] = choose(data_of[rule], costs, rule, head, options.thresholds, bounds, tick)
+    walks = _walks(judged, costs, head, choices, options.thresholds, recorded_length)
+    for name in [*judged.sets, ALL]:
+        chosen = judged.in_sets(None if name == ALL else [name])
+        rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
+    manifest = datasets[0].manifest
+    _write_results(options, rows, markdown(rows, choices, costs, data_of, judged), pair_of(manifest))
+    if head is not None and options.write and "threshold" in choices:
+        _write_rule(options, choices["threshold"], costs, data, datasets[: len(options.data)])
+    return 0
+
+
+def choose(
+    chains: Chains,
+    costs: Costs,
+    rule: str,
+    head: AcceptanceHead | None,
+    thresholds: Sequence[float],
+    bounds: Sequence[int],
+    tick: Callable[[], object] = lambda: None,
+) -> Choice:
+    """The threshold and the upper bound with the most tokens per second."""
+    survival = survivals(chains, step_source(rule, chains, head), max(bounds))
+    rates: dict[Choice, float] = {}
+    for bound in bounds:
+        for threshold in thresholds:
+            lengths = threshold_lengths(chains, survival, threshold, bound)
+            rates[Choice(rule, threshold, bound)] = walk(chains, lengths, costs).tokens_per_second()
+            tick()
+    return max(rates, key=lambda choice: rates[choice])
+
+
+def _walks(
+    chains: Chains,
+    costs: Costs,
+    head: AcceptanceHead | None,
+    choices: dict[str, Choice],
+    thresholds: Sequence[float],
+    max_length: int,
+) -> Walks:
+    """Every policy that is reported, on the chains that it is judged by."""
+    walks: Walks = {("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
+    for rule, choice in choices.items():
+        survival = survivals(chains, step_source(rule, chains, head), choice.num_speculative_tokens)
+        for threshold in sorted({*thresholds, choice.threshold}):
+            lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
+            walks[rule, threshold, choice.num_speculative_tokens] = walk(chains, lengths, costs)
+    walks[COST_AWARE, 0.0, max_length] = walk(chains, cost_aware_lengths(chains, costs, None, max_length), costs)
+    if head is not None:
+        walks[COST_AWARE_HEAD, 0.0, max_length] = walk(
+            chains, cost_aware_lengths(chains, costs, head, max_length), costs
+        )
+    walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
+    return walks
+
+
+def not_trained_on(options: TuneOptions) -> Callable[[Manifest, PromptName], bool] | None:
+    """Leaves of the head's own training data the validation prompts only: it scores what it was fitted to too well.
+
+    Returns:
+        Which prompts to keep, for :func:`load_chains`; None keeps all.
+
+    Raises:
+        ValueError: the evaluation is the training data.
+    """
+    trained = None if options.head is None else training_data(options.head)
+    if trained is None:
+        return None
+    refuse_trained_on(open_rounds(options.evaluate) if options.evaluate else [], trained)
+
+    def keep(manifest: Manifest, prompt: PromptName) -> bool:
+        return not trained.was_fitted_to(manifest, prompt)
+
+    return keep
+
+
+def _check(options: TuneOptions) -> None:
+    for threshold in options.thresholds:
+        if not 0 < threshold < 1:
+            raise ValueError(f"specdecpp: thresholds={threshold} must lie strictly between 0 and 1 (e.g. 0.7)")
+    if not options.thresholds:
+        raise ValueError("specdecpp: thresholds= is empty; name at least one, e.g. 0.5 0.7")
+    for length in options.lengths:
+        if length < 1:
+            raise ValueError(f"specdecpp: lengths={length} must be a whole number, 1 or more")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("specdecpp: pareto.png needs matplotlib; pip install 'vllm-specdecpp[train]'")
+    present = [name for name in FILES if (options.out / name).exists()]
+    if present and not options.force:
+        raise ValueError(
+            f"specdecpp: out={options.out} holds {', '.join(present)}; add --force, or name another folder"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"specdecpp: out={options.out} is a file; name a folder")
+
+
+def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[AcceptanceHead | None, list[str]]:
+    """The head, checked against the data's draft model, and the rules to tune."""
+    if options.head is None:
+        if "threshold" in options.rules:
+            raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
+        return None, list(dict.fromkeys(options.rules)) or [rule for rule in RULES if rule != "threshold"]
+    from vllm_specdecpp.head.model import AcceptanceHead
+
+    if not options.head.is_dir():
+        raise ValueError(f"specdecpp: head={options.head} is no folder; give the folder of a trained head")
+    head = AcceptanceHead.from_pretrained(
+        options.head, expected_hidden_size=manifest.hidden_size, expected_draft=manifest.draft
+    )
+    if options.write and "rule" in head.metadata and not options.force:
+        raise ValueError(
+            f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
+            "add --force to replace it, or --no-write to leave it"
+        )
+    return head, list(dict.fromkeys(options.rules)) or list(RULES)
+
+
+def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
+    """Upper bounds on the candidate length to try: none beyond what was recorded can be replayed."""
+    for length in options.lengths:
+        if length > recorded_length:
+            raise ValueError(
+                f"specdecpp: lengths={length} exceeds the {recorded_length} candidates that the rounds were recorded "
+                f"with; give at most {recorded_length}, or collect with --candidates {length}"
+            )
+    return sorted(set(options.lengths)) or [k for k in _BOUNDS if k < recorded_length] + [recorded_length]
+
+
+def _write_rule(options: TuneOptions, choice: Choice, costs: Costs, data: Chains, datasets: Sequence[Dataset]) -> None:
+    from vllm_specdecpp.head.model import update_config
+
+    names = ", ".join(dataset.folder.name for dataset in datasets)
+    temperatures = sorted({str(dataset.manifest.sampling.get("temperature", "unknown")) for dataset in datasets})
+    where = f" on {costs.machine}" if costs.machine else ""
+    rule = {
+        "rule": choice.rule,
+        "threshold": choice.threshold,
+        "num_speculative_tokens": choice.num_speculative_tokens,
+        "tuned_on": f"{len(data.prompts)} prompts of {names}, temperature {', '.join(temperatures)}{where}, "
+        f"batch {costs.batch}",
+    }
+    update_config(str(options.head), rule=rule)
+    print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)
+
+
+def pair_of(manifest: Manifest) -> str:
+    """Draft and target by their last names."""
+    return " → ".join(str(name).rpartition("/")[2] for name in (manifest.draft, manifest.target))
+
+
+def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: str, pair: str) -> None:
+    """rows.jsonl, tune.md and pareto.png; the table also goes to the terminal."""
+    from vllm_specdecpp.training.plots import plot_pareto
+
+    write_whole(options.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_whole(options.out / "tune.md", table.encode())
+    together = [row for row in rows if row["set"] == ALL]
+    plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
+    print(table)
+
+
+@contextmanager
+def _progress(unit: str, total: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr; gives the function that moves it on by one."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=unit, file=sys.stderr, leave=False) as bar:
+        yield bar.update
