@@ -38,7 +38,7 @@ def regret(run: Run, best: Run, batch: int) -> Regret:
     starts = np.arange(0, size - window + 1, max(window // 10, 1)).astype(np.float64)
     lost = _loss(_span(run, starts, window), _span(best, starts, window))
     rate = (size - first) / max(theirs[1] - theirs[0], 1e-9)
-    late = [(seconds, tokens) for before, seconds, tokens in run.probes if before >= first]
+    late = [(seconds, tokens) for before, seconds, tokens in run.trials if before >= first]
     spent = sum(seconds - tokens / rate for seconds, tokens in late) / max(mine[1] - mine[0], 1e-9)
     after = float(_loss(mine[1] - mine[0], theirs[1] - theirs[0])) if size > first else 0.0
     return Regret(float(_loss(mine[0], theirs[0])), float(lost.max()), after, float(spent))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that the simulator plays: cost_aware as the engine plays it, and one that knows the costs."""
+"""Rules that the simulator plays: cost_aware, and one that knows the costs."""
 
 from __future__ import annotations
 
@@ -7,65 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.simulate_server import Run, Server, Standing
+from benchmarks.simulate_server import Run, Server
 from benchmarks.simulate_settings import true_costs
 from benchmarks.simulated_streams import DEPTH, Stream
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.v1.inputs import RowState
 
 INFORMED_TRIES = 2
 """Runs of the informed rule, each with the rate of the one before as its rho; they hardly move after the first."""
 
 
-class Engine:
-    """The default rule with what the engine adds to it: reading is paid for first, by ``CostAwareDrafting``."""
-
-    def __init__(self, costs: CostModel, rule: CostAwareRule | None = None) -> None:
-        self.rule = rule or CostAwareRule(costs, DEPTH)
-        self.lag = self.rule.lag
-        nothing: Any = None  # estimator, cache, agree: not used by what is called here
-        self._engine = CostAwareDrafting(self.rule, nothing, None, nothing, torch.device("cpu"))
-        self._reads = False
-
-    def begin(self, standings: Sequence[Standing]) -> CostAwareRound:
-        limits = [s.limit for s in standings]
-        round_ = self.rule.begin([s.request_id for s in standings], limits)
-        rows = [RowState(s.request_id, 0, s.emitted) for s in standings]
-        self._engine._output_lengths.update({s.request_id: s.emitted for s in standings})
-        behind = [s.behind for s in standings]
-        self._engine._leave_out(round_, rows, behind, [s.room for s in standings])
-        if any(limits):
-            self._engine.drafting = bool(round_.running.any())
-        self._reads = any(np.array(behind)[round_.drafts] > 0)
-        return round_
-
-    def finish(
-        self, round_: CostAwareRound, verified: Sequence[int | None], accepted: Sequence[int],
-        draft_seconds: float | None, verify_seconds: float | None,
-    ) -> None:  # fmt: skip
-        whole = verify_seconds is not None and None not in verified
-        drafted = draft_seconds if whole and not self._reads else None
-        self.rule.finish(round_, verified, accepted, drafted, verify_seconds if whole else None)
-
-    def state(self) -> dict[str, Any]:
-        """What the engine keeps for the next start: the costs."""
-        points = self.rule.costs.points()
-        return {name: {str(width): s for width, s in curve.items()} for name, curve in points.items()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state`."""
-        curves = [{int(width): s for width, s in state[name].items()} for name in ("first", "step", "verify")]
-        old = self.rule.costs
-        self.rule.costs = CostModel(*curves, max_reqs=old.first.max_width, max_tokens=old.verify.max_width)
-
-
-RULES: dict[str, Callable[[CostModel], Any]] = {"cost_aware": Engine}
+RULES: dict[str, Callable[[CostModel], Any]] = {"cost_aware": lambda costs: CostAwareRule(costs, DEPTH)}
 """Name -> a rule for an engine that starts with these measured costs."""
 
 
@@ -73,7 +29,7 @@ class Informed:
     """Knows costs, calibration and rho, and learns nothing; drafts for every request in every round."""
 
     def __init__(self, costs: CostModel, acceptance: AcceptanceModel, rho: float, lag: int = 0) -> None:
-        self.rule = CostAwareRule(costs, DEPTH, lag=lag, acceptance=acceptance, guarded=False)
+        self.rule = CostAwareRule(costs, DEPTH, lag=lag, acceptance=acceptance)
         self.lag, self.rho = lag, rho
 
     def begin(self, standings: Sequence[Standing]) -> CostAwareRound:
@@ -101,6 +57,7 @@ class Off:
 class _Nothing:
     def __init__(self, running: Any, lengths: Any, drafts: Any, widths: list[int]) -> None:
         self.running, self.lengths, self.drafts, self.widths = running, lengths, drafts, widths
+        self.trial = False
 
 
 def informed_run(server: Server, acceptance: AcceptanceModel, start: float, lag: int = 0) -> Run:

@@ -17,21 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.simulate_settings import Setting
 from benchmarks.simulated_streams import DEPTH, Array, Counts, Stream
-
-
-@dataclass(slots=True)
-class Standing:
-    """A request at the start of a round."""
-
-    request_id: str
-    limit: int
-    """Candidates at most in this round."""
-    room: int
-    """Tokens that it may still emit after its next token."""
-    behind: int
-    """Tokens that its draft KV lacks beyond what a usual first pass reads."""
-    emitted: int
-    """Tokens so far."""
+from vllm_specdecpp.decision.cost_aware.admission import Standing
 
 
 class Round(Protocol):
@@ -41,7 +27,7 @@ class Round(Protocol):
     lengths: Counts  # [num_reqs] candidates submitted
     drafts: NDArray[np.bool_]  # [num_reqs] chosen to draft
     widths: list[int]  # requests in each pass so far
-    probe: bool  # whether it is tried without being expected to pay
+    trial: bool  # whether somebody drafts that is not expected to gain by it
 
     def step(self, scores: Array | None) -> Any:
         """A draft pass has shown these [num_reqs] scores."""
@@ -57,7 +43,7 @@ class Rule(Protocol):
 
     def finish(
         self, round_: Any, verified: Sequence[int | None], accepted: Sequence[int], draft_seconds: float | None,
-        verify_seconds: float | None,
+        verify_seconds: float | None, read: Sequence[int],
     ) -> None:  # fmt: skip
         """Learn from a verified round; None is what could not be observed."""
 
@@ -68,7 +54,7 @@ class Run:
 
     tokens: list[int] = field(default_factory=lambda: [0])  # [num_rounds + 1] emitted so far
     seconds: list[float] = field(default_factory=lambda: [0.0])  # [num_rounds + 1]
-    probes: list[tuple[int, float, int]] = field(default_factory=list)  # tokens before, seconds, tokens of such a round
+    trials: list[tuple[int, float, int]] = field(default_factory=list)  # tokens before, seconds, tokens of such a round
     first_draft: int | None = None  # round
     drafted: int = 0  # candidates
     rule_seconds: float = 0.0  # the rule's own processor time
@@ -195,14 +181,15 @@ class Server:
                 place.since, place.before = now, tokens
             active = stay + new
             if round_ is not None:
+                passes = [widths[0] + read] if read else []
                 noise = np.exp(rng.normal(0, 0.05, 2)) * np.where(rng.random(2) < 0.01, 8, 1)
                 clean = None if joined or new else verify_seconds * float(noise[1])
                 clock = time.thread_time()
-                rule.finish(round_, verified, accepted, draft_seconds * float(noise[0]), clean)
+                rule.finish(round_, verified, accepted, draft_seconds * float(noise[0]), clean, passes)
                 run.rule_seconds += time.thread_time() - clock
                 num_rounds += 1
-                if widths and getattr(round_, "probe", False):
-                    run.probes.append((before, draft_seconds + verify_seconds, tokens - before))
+                if widths and round_.trial:
+                    run.trials.append((before, draft_seconds + verify_seconds, tokens - before))
             run.tokens.append(tokens)
             run.seconds.append(now)
         return run

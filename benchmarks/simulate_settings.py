@@ -11,6 +11,8 @@ import numpy as np
 from benchmarks.simulated_streams import DEPTH
 from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
+READ_WIDTHS = (1, 16, 64, 256)
+"""Tokens of the draft passes that are timed at start-up for what reading takes."""
 READING = 0.0385
 """A token that a draft pass reads beyond its usual ones, as a share of a pass over one request, on the CPUs: one over
 144 tokens takes 6.5 times as long as one over a single token."""
@@ -95,7 +97,8 @@ def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:
 
     most = setting.batch * (DEPTH + 1)
     tables = measure(setting.first, setting.batch), measure(setting.step, setting.batch), measure(setting.verify, most)
-    return CostModel(*tables, max_reqs=setting.batch, max_tokens=most)
+    read = {w: scale * setting.read(w) * float(np.exp(rng.normal(0, 0.03))) for w in READ_WIDTHS}
+    return CostModel(*tables, read, max_reqs=setting.batch, max_tokens=most)
 
 
 def true_costs(setting: Setting) -> CostModel:
@@ -103,4 +106,5 @@ def true_costs(setting: Setting) -> CostModel:
     most = setting.batch * (DEPTH + 1)
     first, step = ({w: f(w) for w in range(1, setting.batch + 1)} for f in (setting.first, setting.step))
     verify = {w: setting.verify(w) for w in range(1, most + 1)}
-    return CostModel(first, step, verify, max_reqs=setting.batch, max_tokens=most)
+    read = {w: setting.read(w) for w in READ_WIDTHS}
+    return CostModel(first, step, verify, read, max_reqs=setting.batch, max_tokens=most)

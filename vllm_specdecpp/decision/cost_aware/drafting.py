@@ -48,6 +48,8 @@ class CostAwareRound:
         self.rule, self.request_ids, self.limits = rule, request_ids, limits
         self.caps = limits
         self.drafts, self.rate, self.held, self.probe = drafts, rate, held, probe
+        self.admitted: Any = None
+        self.trial = False
         self.running = drafts.copy()
         self.lengths = np.zeros(len(request_ids), dtype=np.int64)
         self.survival = np.ones(len(request_ids))

@@ -91,7 +91,7 @@ class CostAwareRule:
         admitted = self.admission.plan(batch, self.costs, self.purse)
         names = [s.request_id for s in batch]
         round_ = CostAwareRound(self, names, limits, admitted.drafts, admitted.price, False, False)
-        round_.admitted = admitted
+        round_.admitted, round_.trial = admitted, admitted.trial
         return round_
 
     def finish(
@@ -101,6 +101,7 @@ class CostAwareRule:
         accepted: Sequence[int],
         draft_seconds: float | None = None,
         verify_seconds: float | None = None,
+        read: Sequence[int] = (),
     ) -> None:
         """A round has been verified: learn from it.
 
@@ -109,8 +110,9 @@ class CostAwareRule:
             verified: candidates that were verified, at most those submitted; None where the outcome is not known (the
                 request ended or was preempted).
             accepted: candidates accepted; anything where ``verified`` is None.
-            draft_seconds: real time of the draft phase; None if it was no clean measurement, or something was read.
+            draft_seconds: real time of the draft phase; None if it was no clean measurement.
             verify_seconds: real time from there to the next draft phase; None, too, if a prefill was in the step.
+            read: tokens of each draft pass that read more than the usual two of a request; they are part of that phase.
         """
         num_reqs = len(round_.request_ids)
         if not num_reqs:
@@ -137,8 +139,10 @@ class CostAwareRule:
                 self._learn(round_, known, lengths, wins)
         else:
             self.admission.records.fade()
+        if read and draft_seconds is not None:
+            costs.observe_reading_round(round_.widths, draft_seconds, read)
         if verify_seconds is not None:
-            if draft_seconds is None:
+            if read or draft_seconds is None:
                 costs.verify.observe(num_tokens, verify_seconds)
             else:
                 costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)

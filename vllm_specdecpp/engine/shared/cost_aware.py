@@ -116,14 +116,12 @@ class CostAwareDrafting:
             for outcome, length in zip(known, round_.lengths.tolist(), strict=True)
         )
         read = step.get("read", ())
-        if read:
-            self.rule.costs.observe_reading_round(round_.widths, step["draft_seconds"], read)
-        drafted = step["draft_seconds"] if whole and not read else None
+        drafted = step["draft_seconds"] if whole or read else None
         verified = [None if outcome is None else outcome[0] for outcome in known]
         accepted = [0 if outcome is None else outcome[1] for outcome in known]
         self.reliability.verified(round_, verified, accepted)
         timed = self._without_overhead(since_last_seconds, round_) if whole and since_last_seconds is not None else None
-        self.rule.finish(round_, verified, accepted, drafted, timed)
+        self.rule.finish(round_, verified, accepted, drafted, timed, read)
         self._num_rounds += 1
         if self._num_rounds % SAVE_EVERY == 0:
             self.save()
