@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.standings import standings
 from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
@@ -46,9 +47,9 @@ def test_the_masks_are_those_of_the_rule(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(8, 5, generator=generator).sqrt()
     ids, limits = list("abcde"), [8, 3, 0, 8, 5]
-    state = CostAwareState(_rule().begin(ids, limits), ConfidenceEstimator(), frozenset({"top1_prob"}), 5)
+    state = CostAwareState(_rule().begin(standings(ids, limits)), ConfidenceEstimator(), frozenset({"top1_prob"}), 5)
     lengths = _play(state, scores)
-    round_ = _rule().begin(ids, limits)
+    round_ = _rule().begin(standings(ids, limits))
     step = 0
     while round_.running.any():
         round_.step(scores[step].double().numpy())
@@ -60,7 +61,7 @@ def test_the_masks_are_those_of_the_rule(seed: int) -> None:
 def test_a_stop_token_ends_a_request_after_it_was_submitted() -> None:
     scores = torch.full((8, 2), 0.99)
     state = CostAwareState(
-        _rule().begin(["a", "b"], [8, 8]), ConfidenceEstimator(), frozenset({"top1_prob"}), 2,
+        _rule().begin(standings(["a", "b"], [8, 8])), ConfidenceEstimator(), frozenset({"top1_prob"}), 2,
         stop_token_ids=torch.tensor([[7], [-1]]),
     )  # fmt: skip
     assert _play(state, scores, stop_at={0: 2, 1: 3}) == [3, 8]
@@ -68,7 +69,7 @@ def test_a_stop_token_ends_a_request_after_it_was_submitted() -> None:
 
 
 def test_no_draw_without_a_decision() -> None:
-    state = CostAwareState(_rule().begin(["a"], [8]), ConfidenceEstimator(), frozenset(), 1)
+    state = CostAwareState(_rule().begin(standings(["a"], [8])), ConfidenceEstimator(), frozenset(), 1)
     with pytest.raises(RuntimeError, match="observe"):
         state.append(torch.tensor([1]))
 
@@ -84,7 +85,7 @@ def test_followers_do_as_rank_0_says() -> None:
     scores = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)).sqrt()
     options: dict[str, Any] = {"stop_token_ids": torch.tensor([[7]] * 4)}
     leader = CostAwareState(
-        _rule().begin(list("abcd"), [8] * 4), ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lead, **options
+        _rule().begin(standings(list("abcd"), [8] * 4)), ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lead, **options
     )  # fmt: skip
     lengths = _play(leader, scores, stop_at={1: 1})
     answers = iter(told)
@@ -105,7 +106,7 @@ def test_a_lagged_head_scores_the_candidate_before() -> None:
         torch.nn.init.normal_(parameter, std=0.7, generator=generator)
     estimator = HeadEstimator(head.eval())
     rule = _rule(lag=1)
-    state = CostAwareState(rule.begin(["a"], [8]), estimator, estimator.needs, 1)
+    state = CostAwareState(rule.begin(standings(["a"], [8])), estimator, estimator.needs, 1)
     hidden = torch.randn(9, 1, 3, generator=generator)
     top1 = torch.rand(9, 1, generator=generator)
     logprobs = -torch.rand(9, 1, generator=generator)

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
 from vllm_specdecpp.decision.cost_aware.plan import best_extension, best_submission
@@ -72,7 +73,7 @@ def test_stops_early_on_low_scores_and_late_on_high_ones():
     rule = paper_rule(guarded=False)
     lengths = []
     for score in (0.3, 0.8, 0.99):
-        round_ = rule.begin(["a"], [8])
+        round_ = rule.begin(standings(["a"], [8]))
         while round_.running.any():
             round_.step(np.array([score]))
         lengths.append(int(round_.lengths[0]))
@@ -84,7 +85,7 @@ def test_stops_early_on_low_scores_and_late_on_high_ones():
 def test_bounds_hold_for_odd_batches(lag, max_lengths):
     rule = paper_rule(lag=lag)
     for _ in range(5):
-        round_ = rule.begin([str(i) for i in range(len(max_lengths))], max_lengths)
+        round_ = rule.begin(standings([str(i) for i in range(len(max_lengths))], max_lengths))
         while round_.running.any():
             round_.step(np.full(len(max_lengths), np.nan))
         assert (round_.lengths <= np.array(max_lengths)).all()
@@ -96,7 +97,7 @@ def test_nan_scores_fall_back_on_the_mean_acceptance():
     rule, rng = paper_rule(), np.random.default_rng(0)
     lengths = []
     for _ in range(300):
-        round_ = rule.begin(["a"], [8])
+        round_ = rule.begin(standings(["a"], [8]))
         while round_.running.any():
             round_.step(np.array([np.nan]))
         length = int(round_.lengths[0])
@@ -116,7 +117,7 @@ def test_the_future_changes_no_decision():
         # Candidate k + 1 is decided at step k: with the scores up to k alike, all decisions so far are alike.
         for k in range(1, 4):
             one, two = rule_pair(rule)
-            rounds = [r.begin(["a", "b", "c"], [8, 8, 8]) for r in (one, two)]
+            rounds = [r.begin(standings(["a", "b", "c"], [8, 8, 8])) for r in (one, two)]
             for step in range(8):
                 if not all(r.running.any() for r in rounds):
                     break
@@ -134,7 +135,7 @@ def rule_pair(rule):
 
 
 def serve(rule, scores, rng):
-    round_ = rule.begin(["a", "b", "c"], [8, 8, 8])
+    round_ = rule.begin(standings(["a", "b", "c"], [8, 8, 8]))
     while round_.running.any():
         round_.step(scores[len(round_.widths)])
     accepted = rng.random(scores.shape) < scores
@@ -148,7 +149,7 @@ def test_draft_that_is_never_accepted_is_switched_off_and_found_again():
     def rounds(num, accept):
         drafted, spent, emitted = 0, 0.0, 0
         for _ in range(num):
-            round_ = rule.begin(["a"], [8])
+            round_ = rule.begin(standings(["a"], [8]))
             while round_.running.any():
                 round_.step(np.array([0.9]))
             length = int(round_.lengths[0])
@@ -171,7 +172,7 @@ def test_one_bad_request_in_a_batch_rides_without_drafting():
     rule = CostAwareRule(CostModel({1: 0.003}, {1: 0.003}, verify, max_reqs=8), 4, drop_last=False)
     rng, drafted = np.random.default_rng(6), np.zeros(4)
     for turn in range(400):
-        round_ = rule.begin(list("abcd"), [4] * 4)
+        round_ = rule.begin(standings(list("abcd"), [4] * 4))
         while round_.running.any():
             round_.step(np.full(4, np.nan))
         accept = np.array([0.95, 0.95, 0.95, 0.02])
@@ -268,7 +269,7 @@ def test_requests_are_forgotten_and_unknown_outcomes_taken():
     rule = paper_rule()
     rule.start.max_requests = 10
     for i in range(50):
-        round_ = rule.begin([f"r{i}", f"s{i}"], [8, 8])
+        round_ = rule.begin(standings([f"r{i}", f"s{i}"], [8, 8]))
         while round_.running.any():
             round_.step(np.array([0.9, 0.9]))
         rule.finish(round_, [None, int(round_.lengths[1])], [0, int(round_.lengths[1])])
@@ -343,7 +344,7 @@ def test_one_request_is_decided_as_in_a_batch(seed):
         rule.explore_seconds = float(rng.choice([0.0, 0.0, 1.0]))
         rounds = []
         for r in rule_pair(rule):
-            round_ = r.begin([str(i) for i in range(n)], [6] * n)
+            round_ = r.begin(standings([str(i) for i in range(n)], [6] * n))
             round_.rate, round_.held = 20.0, seed == 3
             round_.running = np.arange(n) == n - 1
             round_.survival[n - 1] = 0.7
