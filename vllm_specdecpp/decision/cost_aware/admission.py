@@ -13,17 +13,13 @@ from numpy.typing import NDArray
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
-from vllm_specdecpp.decision.cost_aware.records import Array, Records
+from vllm_specdecpp.decision.cost_aware.records import EASY, Array, Records
 
 Mask = NDArray[np.bool_]
 
 _LENGTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 20, 28])
 """Candidate lengths that are compared."""
-_ERRORS = 1.3
-"""Standard errors by which a trial may hope for more than is expected."""
-_SURE = 0.98
-"""Acceptance that nothing is taken to exceed."""
-_ENOUGH = 24.0
+_ENOUGH = 12.0
 """Looks before which nothing is expected, only hoped."""
 _BATCH_MEMORY = 128.0
 """Rounds that the usual batch size remembers."""
@@ -116,12 +112,10 @@ class Admission:
         if not len(index):
             return out
         mine = [batch[i] for i in index.tolist()]
-        mean, error = self.records.of([s.request_id for s in mine])
-        mean = np.minimum(mean, _SURE)
+        mean, hoped = self.records.of([s.request_id for s in mine])
         limits = np.array([s.limit for s in mine])
         debts = np.array([costs.extra_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
         charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
-        hoped = np.minimum(mean + _ERRORS * error, _SURE)
 
         def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
@@ -138,7 +132,11 @@ class Admission:
             speed, chosen, length = _best(costs, num_reqs, accept[among], limits[among], charges[among])
             return self.correction * speed, among[chosen], length
 
-        rate, chosen, _ = best(mean) if self.records.known >= _ENOUGH else (0.0, index[:0], 0)
+        rate, chosen = 0.0, index[:0]
+        if self.records.known >= _ENOUGH:
+            rate, chosen, _ = best(mean)
+        else:  # nothing says that any of them is not easy
+            hoped = np.maximum(hoped, EASY)
         self.speedup = max(rate / off_rate, 1.0)
         if rate > off_rate:
             out.drafts[index[chosen]] = True
@@ -146,17 +144,20 @@ class Admission:
         rate_hoped, hopeful, length = best(hoped)
         new = np.setdiff1d(hopeful, chosen) if out.expected else hopeful
         if len(new) and rate_hoped > out.price:
-            known = self.records.known >= _ENOUGH
             new = new[np.argsort(debts[new], kind="stable")]
             while len(new) and not out.trial:
                 everyone = np.concatenate([chosen, new]) if out.expected else new
-                longest = np.minimum(limits[everyone], length)
-                accepted = float(_geometric(mean[everyone], longest).sum()) if known else 0.0
-                seconds = costs.round_seconds([len(everyone)] * length, num_reqs + int(longest.sum()))
-                lost = seconds + float(debts[new].sum()) - (num_reqs + accepted) / out.price
+                # As expected, not as hoped, the stop rule ends a draft about where its first rejection is.
+                accepted = _geometric(mean[everyone], np.minimum(limits[everyone], length))
+                passes, rows = 1 + float(accepted.max()), len(everyone) + float(accepted.sum())
+                seconds = costs.first.at(len(everyone)) + (passes - 1) * costs.step.at(len(everyone))
+                seconds += costs.verify.at(num_reqs + round(rows)) + float(debts[new].sum())
+                lost = seconds - (num_reqs + float(accepted.sum())) / out.price
                 out.trial = purse.affords(lost)
                 if out.trial:
                     out.drafts[index[everyone]] = True
+                    if not out.expected:  # the stop rule hopes as well
+                        out.price *= float((mean[new] / hoped[new]).mean())
                 new = new[: len(new) // 2]  # half of them cost less
         self.price = out.price
         drafts = out.drafts[index]  # [num that may]

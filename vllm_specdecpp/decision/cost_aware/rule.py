@@ -137,10 +137,9 @@ class CostAwareRule:
             self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, known, lengths, wins)
-        else:
-            self.admission.records.fade()
         if read and draft_seconds is not None:
             costs.observe_reading_round(round_.widths, draft_seconds, read)
+        self.admission.records.served()
         if verify_seconds is not None:
             if read or draft_seconds is None:
                 costs.verify.observe(num_tokens, verify_seconds)
