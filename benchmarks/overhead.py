@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import provenance
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 
 PARTS = ("begin", "step", "finish")
 MAX_LENGTH = 16
@@ -45,7 +45,7 @@ def measure(
     rng = np.random.default_rng(seed)
     costs = CostModel({1: FIRST}, {1: STEP}, VERIFY, max_reqs=max(batch, 1), max_tokens=batch * (MAX_LENGTH + 1))
     rule = CostAwareRule(costs, MAX_LENGTH)
-    ids, limits = [f"request-{i}" for i in range(batch)], [passes] * batch
+    requests = [Standing(f"request-{i}", passes, room=10_000, behind=0, emitted=1) for i in range(batch)]
     ballast = np.ones(1 << 20 if cold else 1)  # 8 MiB
     spent = {part: np.zeros(rounds) for part in PARTS}
     num_passes = np.zeros(rounds, dtype=np.int64)
@@ -54,7 +54,7 @@ def measure(
         clock = dict.fromkeys(PARTS, 0.0)
         ballast.sum()
         start = time.perf_counter()
-        round_ = rule.begin(ids, limits)
+        round_ = rule.begin(requests)
         clock["begin"] = time.perf_counter() - start
         while round_.running.any():
             ballast.sum()

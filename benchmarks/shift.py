@@ -114,7 +114,7 @@ def serve(
                     "seconds": round(result.seconds, 4),
                     "tokens": result.num_tokens,
                     **{key: stats[key] for key in ("rounds", "candidates", "accepted")},
-                    "rho": stats.get("cost_aware", {}).get("rho", {}).get(str(args.batch)),
+                    "rho": stats.get("cost_aware", {}).get("admission", {}).get("rho"),
                     "reliability": {
                         key: [a - b for a, b in zip(now[key], before[name][key], strict=True)] for key in now
                     },

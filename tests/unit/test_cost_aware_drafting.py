@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.standings import standings
 from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound, Estimator, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.head.model import AcceptanceHead
 
 CURVES = {"first": {1: 1.0, 8: 1.2}, "step": {1: 1.0, 8: 1.2}, "verify": {1: 10.0, 64: 12.0}}
@@ -35,7 +35,7 @@ def _tail(estimator: Estimator | None = None) -> CostAwareTail:
 def _begin(rule: CostAwareRule, limits: list[int], estimator: Estimator | None = None, **options: Any) -> DraftRound:
     """A round as an engine begins it."""
     tail = _tail(estimator)
-    rule.begin([f"request {i}" for i in range(len(limits))], limits).load(tail.params)
+    rule.begin(standings([f"request {i}" for i in range(len(limits))], limits)).load(tail.params)
     return DraftRound(tail, torch.tensor(limits), **options)
 
 
@@ -59,7 +59,7 @@ def test_an_engines_round_is_the_rules(seed: int) -> None:
     limits = [8, 3, 0, 8, 5]
     state = _begin(_rule(), limits)
     lengths = _play(state, scores)
-    round_, filled = (_rule().begin(list("abcde"), limits) for _ in range(2))
+    round_, filled = (_rule().begin(standings("abcde", limits)) for _ in range(2))
     step = 0
     while round_.running.any():
         round_.step(scores[step].double().numpy())
@@ -67,7 +67,7 @@ def test_an_engines_round_is_the_rules(seed: int) -> None:
     assert lengths == round_.lengths.tolist()
     assert lengths[2] == 0 and all(n <= limit for n, limit in zip(lengths, limits, strict=True))
     tail: Any = state.rule
-    filled.fill(Report.of(tail.report(5, state.max_lengths, state.lengths), 5, 8))
+    filled.fill(Report.of(tail.report(5, state.lengths), 5, 8))
     for name in ("lengths", "widths", "drafts", "running"):
         assert np.array_equal(getattr(filled, name), getattr(round_, name)), name
     np.testing.assert_allclose(filled.expected, round_.expected)
@@ -97,7 +97,7 @@ def test_followers_do_as_rank_0_says() -> None:
     def begin(rule: CostAwareRule | None, agree: Any) -> DraftRound:
         drafting = CostAwareDrafting(rule, _tail(), None, agree, torch.device("cpu"))
         stop_token_ids = torch.tensor([[7]] * 4)
-        return drafting.begin(_rows(*"abcd"), {}, [8] * 4, stop_token_ids, 3.0, [5] * 4, [9] * 4)
+        return drafting.begin(standings("abcd", [8] * 4), {}, stop_token_ids, 3.0)
 
     scores = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)).sqrt()
     lengths = _play(begin(_rule(), lead), scores, stop_at={1: 1})
@@ -126,7 +126,7 @@ def test_a_lagged_head_scores_the_candidate_before() -> None:
         step += 1
     assert step >= 3
     tail: Any = state.rule
-    seen = Report.of(tail.report(1, state.max_lengths, state.lengths), 1, 8).scores
+    seen = Report.of(tail.report(1, state.lengths), 1, 8).scores
     assert seen[0].isnan().all()
     for k in range(1, step):
         previous = StepFeatures(top1_prob=top1[k - 1], drawn_logprob=logprobs[k - 1])
@@ -137,9 +137,9 @@ def test_a_lagged_head_scores_the_candidate_before() -> None:
 class _Spy(CostAwareRule):
     """Remembers what it was told."""
 
-    def finish(self, round_: Any, verified: Any, accepted: Any, draft_seconds: Any = None, verify_seconds: Any = None):
-        self.told = (round_.request_ids, list(verified), list(accepted), draft_seconds, verify_seconds)
-        super().finish(round_, verified, accepted, draft_seconds, verify_seconds)
+    def finish(self, round_: Any, verified: Any, accepted: Any, *times: Any) -> None:
+        self.told = (round_.request_ids, list(verified), list(accepted), *times)
+        super().finish(round_, verified, accepted, *times)
 
 
 def _drafting() -> tuple[CostAwareDrafting, _Spy]:
@@ -147,12 +147,9 @@ def _drafting() -> tuple[CostAwareDrafting, _Spy]:
     return CostAwareDrafting(spy, _tail(), None, _same, torch.device("cpu")), spy
 
 
-def _rows(*ids: str) -> list[RowState]:
-    return [RowState(request_id, 5, 6) for request_id in ids]
-
-
 def _round(drafting: CostAwareDrafting, ids: str, outcomes: dict[int, tuple[int, int]], **step: Any) -> list[int]:
-    state = drafting.begin(_rows(*ids), outcomes, [8] * len(ids), None, 3.0, [5] * len(ids), [9] * len(ids))
+    by_request = {ids[row]: outcome for row, outcome in outcomes.items()}
+    state = drafting.begin(standings(ids, [8] * len(ids)), by_request, None, 3.0)
     lengths = _play(state, torch.full((8, len(ids)), 0.9))
     drafting.timed({"draft_seconds": 2.0, "read": [], **step})
     return lengths
@@ -163,89 +160,27 @@ def test_outcomes_and_times_reach_their_round() -> None:
     a, b = _round(drafting, "ab", {})
     assert a and b
     _round(drafting, "ba", {0: (b, 1), 1: (a, 0)})  # rows may move
-    assert spy.told == (["a", "b"], [a, b], [0, 1], 2.0, 3.0)
+    assert spy.told == (["a", "b"], [a, b], [0, 1], 2.0, 3.0, [])
 
 
 @pytest.mark.parametrize(
-    ("ids", "outcomes", "step", "draft", "verify"),
+    ("ids", "outcomes"),
     [
-        ("abc", {0: (None, 1), 1: (None, 1)}, {}, None, None),  # a prompt was in the step
-        ("a", {0: (None, 1)}, {}, None, None),  # one was aborted, perhaps before it was verified
-        ("ab", {0: (1, 1), 1: (None, 1)}, {}, None, None),  # the scheduler cut the first one's candidates
-        ("ab", {0: (None, 1), 1: (None, 1)}, {"read": [9]}, None, 3.0),  # the first pass was no usual one
+        ("abc", {0: (None, 1), 1: (None, 1)}),  # a prompt was in the step
+        ("a", {0: (None, 1)}),  # one was aborted, perhaps before it was verified
+        ("ab", {0: (1, 1), 1: (None, 1)}),  # the scheduler cut the first one's candidates
     ],
 )
 def test_times_that_are_not_the_rounds_own_are_left_out(
-    ids: str, outcomes: dict[int, tuple[int | None, int]], step: dict[str, int], draft: Any, verify: Any
+    ids: str, outcomes: dict[int, tuple[int | None, int]]
 ) -> None:
     drafting, spy = _drafting()
-    lengths = _round(drafting, "ab", {}, **step)
+    lengths = _round(drafting, "ab", {})
     assert min(lengths) > 1
     known = {row: (lengths[row] if n is None else n, accepted) for row, (n, accepted) in outcomes.items()}
     _round(drafting, ids, known)
-    assert spy.told[3:] == (draft, verify)
+    assert spy.told[3:] == (None, None, [])
     assert spy.told[1] == [known[0][0], known[1][0] if 1 in known else None]
-
-
-@pytest.mark.parametrize(
-    ("room", "usual", "late"), [(1000, 1000, range(1)), (1000, 2, range(2, 31)), (2, 2, range(40, 41))]
-)
-def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: int, late: range) -> None:
-    drafting, _ = _drafting()
-    for tokens in range(usual):
-        drafting._output_lengths.update({"before": 5 + tokens})
-    rows, drafted = [RowState("far", 8000, 8001), RowState("near", 8000, 8001)], [0, 0]
-    outcomes: dict[int, tuple[int, int]] = {}
-    for _ in range(40):
-        first_missing = [0 if not drafted[0] else 8000, 8000]
-        state = drafting.begin(rows, outcomes, [8, 8], None, 3.0, first_missing, [room, room])
-        assert drafting._round is not None and drafting._round.drafts.tolist() == state.running.tolist()
-        lengths = _play(state, torch.full((8, 2), 0.95))
-        drafting.timed({"draft_seconds": 2.0})
-        outcomes = {row: (length, length) for row, length in enumerate(lengths)}
-        drafted = [n + (length > 0) for n, length in zip(drafted, lengths, strict=True)]
-    # 8000 tokens take 8000 * (12 - 10) / 63 * 1 / 10 = 25 s; drafting gains a few seconds a round and request.
-    # A thousand tokens more would save hundreds of seconds: then it is read at once; two are not worth it ever.
-    assert drafted[1] - drafted[0] in late
-
-
-@pytest.mark.parametrize(("usual", "reads"), [(1, True), (4, False)])
-def test_a_request_that_is_alone_for_a_moment_is_judged_by_the_usual_batch(usual: int, reads: bool) -> None:
-    """Alone it would pay to read its prompt; among four, as soon as the others have come, it would not."""
-    steep = {"first": {1: 1.0, 4: 4.0}, "step": {1: 1.0, 4: 4.0}, "verify": {1: 10.0, 4: 10.0, 5: 20.0, 20: 60.0}}
-    rule = CostAwareRule(CostModel(**steep, max_reqs=8, max_tokens=64), 8)
-    rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
-    drafting = CostAwareDrafting(rule, _tail(), None, _same, torch.device("cpu"))
-    lengths = [0] * usual
-    for at in range(150):
-        rows = [RowState(f"old {i}", at, at + 1) for i in range(usual)]
-        told = {i: (length, length) for i, length in enumerate(lengths)}
-        state = drafting.begin(rows, told, [8] * usual, None, None, [at] * usual, [99] * usual)
-        lengths = _play(state, torch.full((8, usual), 0.9))
-        drafting.timed({"draft_seconds": 1.0})
-    state = drafting.begin([RowState("new", 999, 1000)], {}, [8], None, None, [699], [99])
-    assert rule.start.speedup > 1.1
-    assert state.goes_on() is reads
-
-
-@pytest.mark.parametrize(("others_missing", "drafts"), [(0, True), (9000, False)])
-def test_one_does_not_draft_alone_where_only_all_together_pay_for_the_pass(others_missing: int, drafts: bool) -> None:
-    """The others' prompts would be too much to read for what they emit yet; the first has been read."""
-    flat = {"first": {1: 3.0, 8: 3.0}, "step": {1: 3.0, 8: 3.0}, "verify": {1: 10.0, 64: 12.0}}
-    rule = CostAwareRule(CostModel(**flat, max_reqs=8, max_tokens=64), 8)
-    rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
-    drafting = CostAwareDrafting(rule, _tail(), None, _same, torch.device("cpu"))
-    ids = [f"request {i}" for i in range(4)]
-    for _ in range(3000):
-        rule.start.update(ids, [1] * 4, [1] * 4, 0.5, 1, False)
-    rows = [RowState(request_id, 9999, 10_000) for request_id in ids]
-    late = 0
-    for _ in range(20):
-        state = drafting.begin(rows, {}, [8] * 4, None, None, [9998] + [9998 - others_missing] * 3, [5] * 4)
-        assert rule.start.drafting and rule.start.speedup > 1.2
-        late += state.goes_on()
-        drafting.drop_round()
-    assert late == (20 if drafts else 0)
 
 
 def test_a_round_of_another_rule_teaches_nothing() -> None:
@@ -275,17 +210,17 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
     """Steps take 4 s more than the passes: what a wider verification adds stays what it was."""
     rule = _rule()
     saved: list[Any] = []
-    file: Any = SimpleNamespace(save=saved.append)
+    file: Any = SimpleNamespace(save=lambda *kept: saved.append(kept))
     drafting = CostAwareDrafting(rule, _tail(), file, _same, torch.device("cpu"), measured)
     added = rule.costs.verify.at(40) - rule.costs.verify.at(5)
-    outcomes: dict[int, tuple[int, int]] = {}
+    outcomes: dict[str, tuple[int, int]] = {}
     num_tokens = 0
     for _ in range(30):
         slow = 4.0 + 10.0 + (num_tokens - 1) * 2.0 / 63
-        state = drafting.begin(_rows("a"), outcomes, [8], None, slow, [5], [9])
+        state = drafting.begin(standings("a", [8]), outcomes, None, slow)
         (length,) = _play(state, torch.full((8, 1), 0.9))
         drafting.timed({"draft_seconds": float(length)})
-        outcomes, num_tokens = {0: (length, length)}, 1 + length
+        outcomes, num_tokens = {"a": (length, length)}, 1 + length
     verify = rule.costs.verify
     assert verify.at(num_tokens) == pytest.approx(slow, rel=0.02)
     assert (verify.at(40) - verify.at(5) == pytest.approx(added, rel=0.03)) is measured
@@ -299,16 +234,16 @@ def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
     saved: list[Any] = []
 
     class File:
-        save = staticmethod(saved.append)
+        save = staticmethod(lambda *kept: saved.append(kept))
 
     drafting, spy = _drafting()
     drafting.file = File()  # type: ignore[assignment]
     (length,) = _round(drafting, "a", {})
     for _ in range(7):
         (length,) = _round(drafting, "a", {0: (length, 1)})
-    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify", "read"}
+    assert len(saved) == 2 and saved[0][0].keys() == {"first", "step", "verify", "read"}
     drafting.save()
-    assert saved[-1] == spy.costs.points()
+    assert saved[-1] == (spy.costs.points(), spy.state())
 
 
 def test_stats_are_plain_values() -> None:
@@ -318,6 +253,6 @@ def test_stats_are_plain_values() -> None:
     (length,) = _round(drafting, "a", {})
     _round(drafting, "a", {0: (length, length)})
     stats = json.loads(json.dumps(drafting.stats()))
-    assert stats["rho"]["1"] > 0 and stats["costs"]["first"]["1"] > 0
+    assert stats["admission"]["rho"] > 0 and stats["costs"]["first"]["1"] > 0
     follower = CostAwareDrafting(None, _tail(), None, _same, torch.device("cpu"))
     assert follower.stats() == {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
@@ -37,7 +38,7 @@ def serve(num_batches: int, peek: bool, lag: int, seed: int) -> tuple[np.ndarray
         while min(map(len, texts)) <= LENGTH:
             ids = [f"{batch}-{i}" for i in range(BATCH)]
             # As a server would: no candidate beyond what the request may still emit.
-            round_ = rule.begin(ids, [max(0, LENGTH - len(t)) for t in texts])
+            round_ = rule.begin(standings(ids, [max(0, LENGTH - len(t)) for t in texts]))
             drafts: list[list[int]] = [[] for _ in texts]
             scored = np.array([t[-1] for t in texts])  # the token that the score depends on
             before = scored.copy()

@@ -11,7 +11,7 @@ import torch
 
 from tests.recorded_process import HIDDEN, Process, chains_of, record
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import Lengths, fixed_lengths, oracle_lengths, walk
@@ -41,7 +41,8 @@ def served(processes: list[Process], costs: CostModel, head: AcceptanceHead | No
         rounds: list[tuple[int, int]] = []
         place = 0
         while place < process.num_tokens:
-            round_ = rule.begin([str(number)], [min(BOUND, process.num_tokens - place - 1)])
+            left = process.num_tokens - place
+            round_ = rule.begin([Standing(str(number), min(BOUND, left - 1), left, behind=0, emitted=place + 1)])
             while round_.running[0]:
                 drawn = len(round_.widths)
                 step = process.step(place, drawn)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
@@ -45,7 +46,7 @@ def garbage(rule: CostAwareRule, rng: np.random.Generator, serial: int) -> None:
     num_reqs = int(rng.choice([0, 1, 1, 2, 5, 17, 64, 90]))  # 90: more than the costs were measured for
     ids = [f"r{serial + i if rng.random() < 0.5 else rng.integers(0, 99)}-{i}" for i in range(num_reqs)]
     most = rng.choice([0, 1, 2, K, 50], num_reqs)
-    round_ = rule.begin(ids, most.tolist())
+    round_ = rule.begin(standings(ids, most.tolist()))
     limits = np.minimum(most, K)
     for _ in range(K + 2):
         if not round_.running.any() or rng.random() < 0.02:  # the server drops the round half way
@@ -91,7 +92,7 @@ def honest(rule: CostAwareRule, rng: np.random.Generator, rounds: int, num_reqs:
     tokens, seconds = 0, 0.0
     for _ in range(rounds):
         accept = rng.beta(3, 0.6, (K, num_reqs))
-        round_ = rule.begin([f"h{i}" for i in range(num_reqs)], [K] * num_reqs)
+        round_ = rule.begin(standings([f"h{i}" for i in range(num_reqs)], [K] * num_reqs))
         while round_.running.any():
             round_.step(accept[len(round_.widths)])
         drawn = rng.random(accept.shape) < accept
@@ -127,7 +128,7 @@ def everything(rule: CostAwareRule, rng: np.random.Generator) -> None:
 
 
 def serve(rule: CostAwareRule, rng: np.random.Generator, accept: float, scores: np.ndarray, clock: float) -> None:
-    round_ = rule.begin(["h0", "h1"], [K, K])
+    round_ = rule.begin(standings(["h0", "h1"], [K, K]))
     while round_.running.any():
         round_.step(scores[len(round_.widths)])
     wins = [int(np.argmin(np.append(rng.random(n) < accept, False))) for n in round_.lengths]
@@ -161,7 +162,7 @@ def test_requests_of_one_round_each_are_drafted_for():
         num_reqs = int(rng.integers(1, 9))
         accept = rng.beta(6, 0.5, (K, num_reqs))
         most = rng.choice([0, 1, 3, K], num_reqs, p=[0.1, 0.1, 0.2, 0.6])
-        round_ = rule.begin([f"{turn}-{i}" for i in range(num_reqs)], most.tolist())
+        round_ = rule.begin(standings([f"{turn}-{i}" for i in range(num_reqs)], most.tolist()))
         while round_.running.any():
             round_.step(accept[len(round_.widths)])
         drawn = rng.random(accept.shape) < accept
@@ -181,7 +182,7 @@ def test_rounds_may_be_finished_late_and_out_of_order():
     rule, rng = make_rule(), np.random.default_rng(4)
     waiting = []
     for _ in range(300):
-        round_ = rule.begin(["a", "b"], [K, K])
+        round_ = rule.begin(standings(["a", "b"], [K, K]))
         while round_.running.any():
             round_.step(rng.random(2))
         waiting.append(round_)
@@ -197,7 +198,7 @@ def test_probes_without_an_outcome_do_not_follow_each_other():
     nothing_accepted(rule, rng)
     drafted = 0
     for _ in range(300):
-        round_ = rule.begin(["h0", "h1"], [K, K])
+        round_ = rule.begin(standings(["h0", "h1"], [K, K]))
         while round_.running.any():
             round_.step(np.full(2, 0.9))
         rule.finish(round_, [None, None], [0, 0])

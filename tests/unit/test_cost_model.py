@@ -126,11 +126,10 @@ def test_no_time_is_too_strange():
     assert curve.at(5) == pytest.approx(0.12, rel=0.05)
 
 
-def test_rounds_of_each_length_for_requests_with_different_room():
+def test_rounds_of_each_length():
     costs = CostModel({1: 0.04, 2: 0.06}, {1: 0.02, 2: 0.03}, {1: 0.1, 10: 0.19}, max_reqs=2, max_tokens=10)
-    expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 1], 5)]
-    assert costs.capped_seconds(2, np.array([2, 1, 0])) == pytest.approx([*expected, expected[-1]])
-    assert costs.capped_seconds(2, np.array([2, 2])) == pytest.approx(costs.fixed_seconds(2, 2))
+    expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 2], 6)]
+    assert costs.fixed_seconds(2, 2) == pytest.approx(expected)
 
 
 def test_draft_phase_time_goes_to_the_passes_by_share():

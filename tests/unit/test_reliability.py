@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.standings import standings
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.reliability import NUM_BINS, ReliabilityLog
@@ -17,7 +18,7 @@ CHEAP = ({1: 1e-6, 4: 1e-6}, {1: 1e-6, 4: 1e-6}, {1: 0.1, 64: 0.1})
 def drafted(lag: int, scores: list[list[float]]) -> CostAwareRound:
     """A round whose steps saw ``scores`` [num_steps][num_reqs]; its log-odds are put there as the rule keeps them."""
     rule = CostAwareRule(CostModel(*CHEAP), 8, lag=lag, guarded=False)
-    round_ = rule.begin([f"r{i}" for i in range(len(scores[0]))], [8] * len(scores[0]))
+    round_ = rule.begin(standings([f"r{i}" for i in range(len(scores[0]))], [8] * len(scores[0])))
     for column in scores:
         p = np.array(column)
         round_.scores.append(np.log(p / (1 - p)))

@@ -107,7 +107,7 @@ class FakePair(Engines):
         assert (method, kwargs) == ("specdecpp_stats", {"reset": True})
         num = self._observed[name]
         sums = {"num": [num], "probability": [0.75 * num], "accepted": [num]}
-        rule = {"rho": {"1": 7.0, "2": 9.0}, "calibration": {"slope": 1.0, "reliability": sums}}
+        rule = {"admission": {"rho": 9.0}, "calibration": {"slope": 1.0, "reliability": sums}}
         return {"rounds": 1, "candidates": 2, "accepted": 1, "cost_aware": rule}
 
 
@@ -142,7 +142,7 @@ class TestCommand:
         shift.main(command)
         rows = RawFile(tmp_path / "x.jsonl").rows
         assert all(r["reliability"] == {"num": [1.0], "probability": [0.75], "accepted": [1.0]} for r in rows)
-        assert {r["rho"] for r in rows} == {9.0}  # of the batch that is served
+        assert {r["rho"] for r in rows} == {9.0}
         assert {r["rounds"] for r in rows} == {1}
 
     def test_an_earlier_run_is_kept(

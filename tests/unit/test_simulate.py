@@ -10,22 +10,74 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import simulate
-from benchmarks.simulate import DEPTH, SETTINGS, Bench, cost_model, informed_rate, make
-from benchmarks.simulated_streams import PROMPT_TOKENS, windows
+from benchmarks import simulate, simulate_ablation
+from benchmarks.simulate_regret import curve, regret
+from benchmarks.simulate_rules import Engine, Informed, Off, calibrated, informed_run
+from benchmarks.simulate_server import Run, Server
+from benchmarks.simulate_settings import SETTINGS, Setting, cost_model, true_costs
+from benchmarks.simulated_streams import DEPTH, make, recorded, requests
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.training.collect.units import write_responses
+
+FLAT = Setting(lambda b: 0.1, lambda b: 0.1, lambda n: 1.0, 1, per_read=0.01)
+"""A draft pass takes 0.1 s and 0.01 s for each token beyond the usual ones, the target's 1 s."""
+
+
+class Planned:
+    """Drafts so many candidates in the rounds that it is told to; keeps what it was shown."""
+
+    lag = 0
+
+    def __init__(self, length=3, when=lambda number: True):
+        self.length, self.when, self.seen, self.finished = length, when, [], []
+
+    def begin(self, standings):
+        self.seen.append(standings)
+        most = self.length if self.when(len(self.seen) - 1) else 0
+        return Drafts(np.array([min(s.limit, most) for s in standings]))
+
+    def finish(self, round_, *outcome):
+        self.finished.append(outcome)
+
+
+class Drafts:
+    def __init__(self, planned):
+        self.planned, self.lengths = planned, np.zeros(len(planned), dtype=np.int64)
+        self.running = self.drafts = planned > 0
+        self.widths = []
+
+    def step(self, scores):
+        self.widths.append(int(self.running.sum()))
+        self.lengths = self.lengths + self.running
+        self.running = self.lengths < self.planned
+
+
+def text(accept, prompts=(1,), outputs=None, max_tokens=10**6):
+    """One stream whose requests have these prompt and output lengths."""
+    outputs = outputs or [len(accept)]
+    starts = np.concatenate([[0], np.cumsum(outputs)])
+    scores = np.full(len(accept), 0.5)
+    return requests(np.array(accept, dtype=float), scores, starts, np.array(prompts), max_tokens)
+
+
+def server_of(costs, stream, tokens, seed=0):
+    setting = SETTINGS[costs]
+    streams = [make(stream, tokens // setting.batch + 400, 1000 * seed + i) for i in range(setting.batch)]
+    return Server(setting, streams, tokens)
+
+
+def engine_of(setting, seed=0, scale=1.0, **kwargs):
+    costs = cost_model(setting, seed, scale)
+    return Engine(costs, CostAwareRule(costs, DEPTH, **kwargs))
 
 
 def rates(costs, stream, tokens=3000, **kwargs):
-    setting = SETTINGS[costs]
-    tokens *= 1 if setting.batch == 1 else 4  # the same number of rounds to learn in, or near it
-    streams = [make(stream, tokens // setting.batch + 400, i) for i in range(setting.batch)]
-    bench = Bench(setting, streams, tokens)
-    rule = CostAwareRule(cost_model(setting, 0, kwargs.pop("scale", 1.0)), DEPTH, **kwargs)
-    fixed = [bench.fixed(k) for k in (0, 1, 2, 3, 5, 8)]
-    return bench.cost_aware(rule, 0)[0], fixed, bench
+    server = server_of(costs, stream, tokens * (1 if SETTINGS[costs].batch == 1 else 4))
+    rule = engine_of(server.setting, **kwargs)
+    fixed = [server.planned(np.full(len(server.run), k)) for k in (0, 1, 2, 3, 5, 8)]
+    return server.play(rule, 0).rate, fixed, server
 
 
 @pytest.mark.parametrize(
@@ -39,13 +91,8 @@ def test_close_to_the_best_fixed_length_or_better(costs, stream):
 
 def test_the_oracle_drafts_what_will_be_accepted():
     """Three accepted, one not, over and over: four tokens for three draft passes and one verification."""
-    setting = SETTINGS["paper"]
-    accept = np.tile([1.0, 1.0, 1.0, 0.0], 100)
-    bench = Bench(setting, [windows(accept, np.full(400, 0.5))], 380)
-    assert bench.oracle() == pytest.approx(4 / (3 * 0.023 + 0.109))
-    _, fixed, bench = rates("paper", "markov")
-    best = max(*fixed, *(bench.threshold(h, True) for h in simulate.THRESHOLDS))
-    assert bench.oracle() > 1.05 * best
+    server = Server(SETTINGS["paper"], [text([1.0, 1.0, 1.0, 0.0] * 100)], 380)
+    assert server.planned(np.array(server.run)) == pytest.approx(4 / (3 * 0.023 + 0.109))
 
 
 def test_finds_its_way_back_after_a_workload_that_was_not_worth_drafting():
@@ -56,43 +103,90 @@ def test_finds_its_way_back_after_a_workload_that_was_not_worth_drafting():
 def test_drafting_that_never_pays_costs_next_to_nothing():
     for costs in ("paper", "cpu_b4"):
         rate, fixed, _ = rates(costs, "poor", tokens=4000)
-        assert rate > 0.99 * fixed[0] == 0.99 * max(fixed)
+        assert rate > 0.98 * fixed[0] == 0.98 * max(fixed)
 
 
 def test_a_lagged_score_does_what_it_can():
-    setting, tokens = SETTINGS["paper"], 5000
-    bench = Bench(setting, [make("markov", tokens, 0)], tokens)
-    rule = CostAwareRule(cost_model(setting, 0), DEPTH, lag=1)
-    rate, _, _ = bench.cost_aware(rule, 0)
-    lagged = max(bench.threshold(h, cumulative, lag=1) for h in simulate.THRESHOLDS for cumulative in (True, False))
-    fixed = max(bench.fixed(k) for k in (0, 1, 2, 3, 5, 8))
-    model = simulate.calibrated([make("markov", tokens, 99)])
-    informed = informed_rate(bench, simulate.true_costs(setting), model, fixed, lag=1)
-    assert informed > 1.02 * fixed  # a lagged score is worth something
-    assert rate > 0.97 * max(informed, lagged) and rate > 1.02 * fixed
-    prompt, _, _ = bench.cost_aware(CostAwareRule(cost_model(setting, 0), DEPTH), 0)
-    assert prompt > 1.01 * rate  # and one in time worth more
+    server = server_of("paper", "markov", 5000)
+    late = server.play(engine_of(server.setting, lag=1), 0).rate
+    fixed = max(server.planned(np.full(len(server.run), k)) for k in (0, 1, 2, 3, 5, 8))
+    assert late > 1.02 * fixed  # a lagged score is worth something
+    assert server.play(engine_of(server.setting), 0).rate > 1.01 * late  # and one in time worth more
 
 
 def test_the_informed_rule_is_the_better_for_what_it_knows():
-    setting, tokens = SETTINGS["paper"], 4000
-    bench = Bench(setting, [make("overconfident", tokens, 0)], tokens)
-    costs = simulate.true_costs(setting)
-    assert costs.round_seconds([1, 1], 3) == pytest.approx(setting.round([1, 1], 3))
-    model = simulate.calibrated([make("overconfident", tokens, 99)])
-    rate = informed_rate(bench, costs, model, bench.fixed(2))
-    assert rate > 1.02 * informed_rate(bench, costs, AcceptanceModel(), bench.fixed(2))
-    assert rate > bench.fixed(2)
+    server = server_of("paper", "overconfident", 4000)
+    costs = true_costs(server.setting)
+    assert costs.round_seconds([1, 1], 3) == pytest.approx(server.setting.round([1, 1], 3))
+    fixed = server.planned(np.full(len(server.run), 2))
+    rate = informed_run(server, calibrated([make("overconfident", 4000, 99)]), fixed).rate
+    assert rate > 1.02 * informed_run(server, AcceptanceModel(), fixed).rate
+    assert rate > fixed
 
 
-def test_planned_rounds_cost_what_served_ones_do():
-    setting = SETTINGS["cpu_b4"]
-    bench = Bench(setting, [make("markov", 500, i) for i in range(4)], 1500)
+@pytest.mark.parametrize("costs", ["cpu_int8", "cpu_b4"])
+def test_planned_rounds_cost_what_served_ones_do(costs):
+    server = server_of(costs, "markov", 1500)
+    assert server.planned(np.full(len(server.run), 3)) == pytest.approx(server.play(Planned(3), 0).rate)
 
-    def draft(ids, scores, limit):
-        return np.minimum(limit, 3), [4, 4, 4]
 
-    assert bench.fixed(3) == pytest.approx(bench.serve(draft)[0])
+def test_reading_is_paid_for_when_a_request_is_drafted_for():
+    """Nothing is accepted. Two rounds without drafting, then two with: the third reads the prompt and two tokens."""
+    rule = Planned(1, when=lambda number: number >= 2)
+    run = Server(FLAT, [text([0.0] * 50, prompts=[21])], 4).play(rule, 0)
+    assert [(s.behind, s.emitted) for (s,) in rule.seen] == [(20, 1), (21, 2), (22, 3), (0, 4)]
+    assert run.seconds == pytest.approx([0, 1, 2, 3.1 + 0.22, 4.2 + 0.22])
+    assert run.first_draft == 2 and run.drafted == 2
+
+
+def test_what_was_accepted_while_drafting_need_not_be_read():
+    rule = Planned(3, when=lambda number: number != 1)
+    Server(FLAT, [text([1.0] * 50, prompts=[11])], 9).play(rule, 0)
+    assert [(s.behind, s.emitted) for (s,) in rule.seen] == [(10, 1), (0, 5), (1, 6)]
+
+
+def test_without_reading_nothing_is_ever_behind():
+    rule = Planned(1, when=lambda number: number >= 2)
+    server = Server(FLAT, [text([0.0] * 50, prompts=[21])], 4, reads=False)
+    assert server.play(rule, 0).seconds[-1] == pytest.approx(4.2) and not any(s.behind for (s,) in rule.seen)
+    assert server.planned(np.full(50, 1)) == pytest.approx(1 / 1.1)
+
+
+def test_requests_end_where_their_text_does_and_the_rule_sees_only_a_bound():
+    """Outputs of 4 and 6 tokens in turn, all accepted; at most 8 tokens each, the prefill's first one among them."""
+    rule = Planned(3)
+    server = Server(FLAT, [text([1.0] * 10, prompts=[5, 7], outputs=[4, 6], max_tokens=8)], 20)
+    server.play(rule, 0)
+    seen = [(s.request_id, s.room, s.limit, s.behind) for (s,) in rule.seen]
+    assert seen[:3] == [("0-0-0", 6, 6, 4), ("0-0-1", 6, 6, 6), ("0-0-1", 2, 2, 0)]
+    assert seen[3][0] == "0-1-0"  # the stream began anew
+    outcomes = [(verified, accepted) for verified, accepted, _, _ in rule.finished]
+    assert outcomes[:3] == [([None], [3]), ([3], [3]), ([None], [1])]  # of one that ended nothing is known
+    assert [timed is None for *_, timed in rule.finished[:3]] == [True, False, True]  # a prompt was in that step
+
+
+def test_a_round_ends_with_its_request():
+    server = Server(FLAT, [text([1.0] * 10, outputs=[4, 6], prompts=[1, 1])], 10)
+    assert server.run == [3, 2, 1, 0, 5, 4, 3, 2, 1, 0]
+    assert server.play(Planned(16), 0).tokens == [0, 4, 10]
+
+
+def test_a_served_mix_waits_for_a_free_place():
+    """Two places, three requests of two tokens at once; no drafting. The target's prefill takes what it is set to."""
+    setting = Setting(lambda b: 0.1, lambda b: 0.1, lambda n: 1.0, 2, per_read=0.01)
+    stream = text([0.0] * 6, prompts=[10, 20, 30], outputs=[2, 2, 2])
+    run = Server(setting, [stream], 6).play(Off(), 0, [0.0, 0.0, 0.0])
+    prefill = [setting.prefill(tokens) for tokens in (30, 30)]
+    assert prefill[0] == pytest.approx(0.01 * 30 / 0.1)
+    first = 1 + prefill[0]
+    assert run.to_first == pytest.approx([first, first, first + 2 + 1 + prefill[1]])
+    assert [(seconds, tokens) for _, seconds, tokens in run.per_token] == [(pytest.approx(2.0), 2)] * 3
+
+
+def test_requests_that_arrive_late_are_waited_for():
+    run = Server(FLAT, [text([0.0] * 4, prompts=[1, 1], outputs=[2, 2])], 4).play(Off(), 0, [5.0, 50.0])
+    assert run.seconds[-1] == pytest.approx(50 + 1 + FLAT.prefill(1) + 2)
+    assert run.to_first == pytest.approx([1 + FLAT.prefill(1)] * 2)
 
 
 def in_turn(served):
@@ -102,42 +196,33 @@ def in_turn(served):
     return turns
 
 
-def test_the_rule_meets_a_new_request_for_each_prompt_and_each_place_in_the_batch():
+def test_every_prompt_of_each_place_in_the_batch_is_a_new_request():
     """Nothing is accepted: a token a round. Text that begins again is new requests, too."""
-    served = []
-
-    class Spy(CostAwareRule):
-        def begin(self, request_ids, max_lengths):
-            served.append(list(request_ids))
-            return super().begin(request_ids, max_lengths)
-
-    setting = SETTINGS["cpu_b4"]
-    stream = windows(np.zeros(300), np.full(300, 0.5))
-    Bench(setting, [stream] * 4, 4 * 700).cost_aware(Spy(cost_model(setting, 0), DEPTH), 0)
-    places = list(zip(*(ids for ids in served if ids), strict=True))
+    rule = Planned(0)
+    stream = text(np.zeros(300), prompts=[9, 9, 9], outputs=[128, 128, 44])
+    Server(SETTINGS["cpu_b4"], [stream] * 4, 4 * 700).play(rule, 0)
+    places = list(zip(*([s.request_id for s in standings] for standings in rule.seen), strict=True))
     assert len(places) == 4 and not any(set(a) & set(b) for a in places for b in places if a is not b)
-    rest = 300 - 2 * PROMPT_TOKENS
-    lap = [PROMPT_TOKENS, PROMPT_TOKENS, rest]
-    assert all([num for _, num in in_turn(place)] == [*lap, *lap, 100] for place in places)
+    assert all([num for _, num in in_turn(place)] == [128, 128, 44, 128, 128, 44, 100] for place in places)
 
 
 def rich_and_poor(num, seed):
-    """Prompts by turns: 19 of 20 candidates accepted, or 2 of 5; the scores are right but for some noise."""
+    """Requests by turns: 19 of 20 candidates accepted, or 2 of 5; the scores are right but for some noise."""
     rng = np.random.default_rng(seed)
-    mean = np.where(np.arange(num) // PROMPT_TOKENS % 2 == 0, 0.95, 0.4)
+    mean = np.where(np.arange(num) // 128 % 2 == 0, 0.95, 0.4)
     p = 1 / (1 + np.exp(-(np.log(mean / (1 - mean)) + rng.normal(0, 0.5, num))))
-    return windows((rng.random(num) < p).astype(float), p)
+    starts = np.append(np.arange(0, num, 128), num)
+    return requests((rng.random(num) < p).astype(float), p, starts, np.full(len(starts) - 1, 16), 256)
 
 
 def test_poor_prompts_between_rich_ones_are_drafted_where_that_beats_no_drafting():
     """A candidate of a poor prompt brings less than rho, but 8 % more than K = 0."""
-    setting, tokens = SETTINGS["one_core"], 4000
-    gains = []
+    setting, gains = SETTINGS["one_core"], []
     for seed in range(2):
-        bench = Bench(setting, [rich_and_poor(tokens, seed)], tokens)
-        rate, _, _ = bench.cost_aware(CostAwareRule(cost_model(setting, seed), DEPTH), seed)
-        gains.append(rate / max(bench.fixed(k) for k in range(5)))
-    assert np.mean(gains) > 1.06
+        server = Server(setting, [rich_and_poor(4000, seed)], 4000)
+        rate = server.play(engine_of(setting, seed), seed).rate
+        gains.append(rate / max(server.planned(np.full(len(server.run), k)) for k in range(5)))
+    assert np.mean(gains) > 1.05
 
 
 def test_costs_measured_wrong_by_half_are_put_right():
@@ -149,6 +234,99 @@ def test_without_calibration_overconfident_scores_cost():
     live, _, _ = rates("paper", "overconfident", guarded=False)
     frozen, _, _ = rates("paper", "overconfident", guarded=False, adapt=False)
     assert live > 1.02 * frozen
+
+
+def test_the_engine_reads_no_prompt_for_an_output_that_cannot_win_it_back():
+    """A prompt of 2,000 tokens takes 3 s to read, the outputs are short."""
+    setting = SETTINGS["cpu"]
+    stream = text([1.0] * 400, prompts=[2000] * 40, outputs=[10] * 40, max_tokens=12)
+    assert Server(setting, [stream], 400).play(engine_of(setting), 0).drafted == 0
+    cheap = text([1.0] * 400, prompts=[2] * 40, outputs=[10] * 40, max_tokens=12)
+    assert Server(setting, [cheap], 400).play(engine_of(setting), 0).drafted > 200
+
+
+def test_a_warm_rule_meets_new_requests(monkeypatch):
+    """It has served other text, and no request of it comes back."""
+    rules = []
+    monkeypatch.setitem(simulate.RULES, "planned", lambda costs: rules.append(Planned()) or rules[-1])
+    options = simulate.make_parser().parse_args(["--rule", "planned", "--tokens", "600", "--warm-tokens", "500"])
+    options.starts = ["warm"]
+    simulate.measure("paper", "poor", options)
+    (rule,) = rules
+    ids = [s.request_id for standings in rule.seen for s in standings]
+    assert ids[0].startswith("earlier-") and not ids[-1].startswith("earlier-")
+    in_turn(ids)
+
+
+def test_a_restored_engine_knows_the_costs_that_the_other_learnt():
+    server = server_of("paper", "markov", 1500)
+    rule = engine_of(server.setting, scale=2.0)
+    server.play(rule, 0)
+    other = engine_of(server.setting, scale=2.0)
+    other.restore(json.loads(json.dumps(rule.state())))
+    assert other.rule.costs.verify.at(1) == pytest.approx(rule.rule.costs.verify.at(1))
+    assert other.rule.costs.verify.at(1) == pytest.approx(0.109, rel=0.1)
+    server.play(other, 0)
+
+
+def test_regret_is_what_the_best_in_hindsight_would_have_saved():
+    """As fast from token 2,000 on, a tenth slower before; one window of 500 tokens in which nothing came for 50 s."""
+    best = Run([0, 6000], [0.0, 600.0])
+    slow = Run([0, 2000, 6000], [0.0, 220.0, 620.0])
+    lost = regret(slow, best, 1)
+    assert (lost.first, lost.after, lost.tried) == pytest.approx((1 - 200 / 220, 0.0, 0.0))
+    assert lost.worst == pytest.approx(1 - 50 / 55)
+    assert regret(best, best, 1).worst == 0
+    hole = Run([0, 3000, 3001, 6000], [0.0, 300.0, 350.1, 650.0], probes=[(3000, 50.1, 1)])
+    lost = regret(hole, best, 1)
+    assert lost.worst == pytest.approx(0.5) and lost.first == 0
+    assert lost.tried == pytest.approx(50 / 450) == pytest.approx(lost.after)
+    assert curve(slow, best)[1][-1] == pytest.approx(1 - 600 / 620)
+    assert regret(slow, best, 64).first == pytest.approx(1 - 600 / 620)  # of a batch of 64 by 6,000 tokens
+
+
+def test_in_hindsight_only_the_requests_that_gain_are_drafted_for():
+    setting = SETTINGS["dear"]
+    server = Server(setting, [rich_and_poor(4000, 0)], 3900)
+    informed = server.play(Informed(true_costs(setting), calibrated([rich_and_poor(4000, 1)]), 12.0), 0)
+    assert simulate.chosen(server, informed) > 1.02 * max(informed.rate, 1 / 0.109)
+
+
+@pytest.mark.parametrize("name", simulate_ablation.ABLATIONS)
+def test_a_mechanism_that_did_not_act_is_not_missed(name):
+    """The shortcut of the ablation: without it the run is served again, and comes out the same."""
+    server = server_of("cpu", "shift", 800)
+    whole = engine_of(server.setting)
+    acted = simulate_ablation.has_acted(whole.rule)
+    rate = server.play(whole, 0).rate
+    less = engine_of(server.setting)
+    simulate_ablation.without(less.rule, [name])
+    assert (server.play(less, 0).rate == rate) or name in acted
+
+
+def test_an_ablated_rule_never_does_what_was_taken_out():
+    server = server_of("cpu", "inverted", 2500)
+    acted = {}
+    for names in ([], list(simulate_ablation.ABLATIONS)):
+        rule = engine_of(server.setting)
+        simulate_ablation.without(rule.rule, names)
+        acted[len(names)] = simulate_ablation.has_acted(rule.rule)
+        server.play(rule, 0)
+    assert acted[0] >= {"explore", "time_off", "drop_last", "calibration"}
+    assert acted[7] == {"drop_last", "calibration"}  # these two are always taken to have acted
+
+
+def test_the_ablation_writes_a_table(tmp_path, capsys):
+    out = tmp_path / "x.jsonl"
+    command = ["--costs", "paper", "--streams", "markov", "poor", "--tokens", "600", "--seeds", "2", "--out", str(out)]
+    assert simulate_ablation.main([*command, "--without", "calibration", "guard+trials"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["stream"] for row in rows] == ["markov", "poor"]
+    assert rows[0]["without"]["calibration"] != rows[0]["rates"] and len(rows[0]["rates"]) == 2
+    assert "−guard+trials" in out.with_suffix(".md").read_text()
+    assert simulate_ablation.main(command) == 2 and "--force" in capsys.readouterr().err
+    assert simulate_ablation.main([*command, "--force", "--without", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
 
 
 def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float) -> list[RoundRecord]:
@@ -174,28 +352,43 @@ def record(tmp_path):
     rounds = rounds_of(0, [2, 5], 5, 0.25) + rounds_of(1, [0], 5, 0.75)
     prompts = {"0": {"id": "a", "set": "code"}, "1": {"id": "b", "set": "chat"}}
     write_shard(dataset.shard_path(0), shard_from_rounds(rounds, prompts), manifest)
+    answers = [("a", "code", 7, 10), ("b", "chat", 30, 3)]
+    rows = [
+        {"id": name, "set": kind, "prompt_token_ids": [1] * prompt, "token_ids": [1] * output}
+        for name, kind, prompt, output in answers
+    ]
+    write_responses(tmp_path / "data", 0, rows)
     return tmp_path / "data"
 
 
 def test_a_record_starts_at_every_offset_of_an_accepted_run(record):
-    code = simulate.recorded(record, 8, 0, "code")
-    assert code.run.tolist() == [2, 1, 0, 5, 4, 3, 2, 1]
-    assert code.limit.tolist() == [5, 4, 3, 5, 4, 3, 2, 1]
-    assert code.scores[1].tolist() == [0.25] * 4 + [0.5] * (DEPTH - 4)
-    assert set(simulate.recorded(record, 20, 0).scores[:, 0].tolist()) == {0.25, 0.75}
+    """2 of 5 accepted, then 5 of 5: what would have come after those is put in."""
+    code = recorded(record, 8, 0, "code")
+    end = code.run[8]
+    assert end in (0, 1)  # the candidate that nobody saw; then the text ends
+    assert code.run[:3].tolist() == [2, 1, 0]
+    assert code.run[3:8].tolist() == [min(k, 5) if end == 0 else k for k in (5, 4, 3, 2, 1)]
+    assert code.scores[:3, 0].tolist() == [0.25] * 3
+    assert len(code) == 9 and code.starts.tolist() == [0, 9] and code.prompt_tokens.tolist() == [7]
+    assert code.max_tokens == 10  # the first token is not of a round
 
 
 def test_recorded_prompts_are_requests_of_their_own(record):
-    stream = simulate.recorded(record, 20, 0)  # 8 positions of one prompt and 1 of the other, three times
-    bench, served = Bench(SETTINGS["cpu"], [stream], 54), []
+    stream = recorded(record, 25, 0)  # 9 positions of one prompt and 1 of the other, three times
+    assert sorted(np.diff(stream.starts).tolist()) == [1] * 3 + [9] * 3
+    of = dict(zip(np.diff(stream.starts).tolist(), stream.prompt_tokens.tolist(), strict=True))
+    assert of == {9: 7, 1: 30}
+    assert set(stream.scores[:, 0].tolist()) == {0.25, 0.75}
+    assert len({tuple(np.diff(recorded(record, 25, seed).starts)) for seed in range(9)}) > 1  # in random order
 
-    def draft(ids, scores, limit):
-        served.append((ids[0], scores[0, 0]))
-        return np.zeros(1, dtype=np.int64), []
 
-    bench.serve(draft)
-    assert len(in_turn(served)) == len(in_turn([name for name, _ in served])) == 12
-    assert sorted(num for _, num in in_turn(served)) == [1] * 6 + [8] * 6
+def test_made_up_requests_differ_in_length_and_kind():
+    stream = make("mixed", 6000, 0)
+    sizes = np.diff(stream.starts)
+    assert sizes.sum() == len(stream) == 6000 and 80 < np.median(sizes) < 200 and sizes.std() > 30
+    assert 100 < np.median(stream.prompt_tokens) < 220
+    shares = [stream.run[start:end].mean() for start, end in zip(stream.starts, stream.starts[1:], strict=False)]
+    assert min(shares) < 0.5 and max(shares) > 8  # poor ones and rich ones
 
 
 @pytest.mark.parametrize(
@@ -221,18 +414,30 @@ def test_writes_rows_a_page_and_a_plot(record, tmp_path, capsys):
     out = tmp_path / "results" / "x.jsonl"
     command = ["--costs", "paper", "b64", "--streams", "recorded:code", "flat", "--tokens", "300"]
     command += ["--record", str(record), "--train", str(record), "--out", str(out)]
+    command += ["--starts", "cold", "restored", "--warm-tokens", "200"]
     assert simulate.main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["costs"], row["stream"]) for row in rows] == [
-        ("paper", "recorded:code"), ("paper", "flat"), ("b64", "recorded:code"), ("b64", "flat"),
+    assert [(row["costs"], row["stream"], row["start"]) for row in rows] == [
+        (costs, stream, start) for costs in ("paper", "b64") for stream in ("recorded:code", "flat")
+        for start in ("cold", "restored")
     ]  # fmt: skip
     assert all(row["cost_aware"] > 0 and row["informed"] > 0 and row["git"] for row in rows)
     assert all(row["oracle"] >= row["fixed"] for row in rows)
     page = out.with_suffix(".md").read_text()
-    assert page.count("\n| ") == 5 and "Each prompt is a new request" in page
+    assert page.count("\n| ") == 9 and "in the **worst** 500" in page
     assert "geometric mean" in page and "python -m benchmarks.simulate" in page
     assert out.with_suffix(".png").stat().st_size > 5000
     capsys.readouterr()
     assert simulate.main(command) == 2  # nothing is overwritten
     assert "--force" in capsys.readouterr().err
     assert simulate.main([*command, "--force"]) == 0
+
+
+def test_a_served_mix_is_compared_with_off(record, tmp_path):
+    out = tmp_path / "x.jsonl"
+    command = ["--costs", "cpu_b4", "--streams", "rich", "--load", "0.2", "0.8", "--tokens", "1500", "--out", str(out)]
+    assert simulate.main(command) == 0
+    low, high = (json.loads(line) for line in out.read_text().splitlines())
+    assert low["off_ttft"] < high["off_ttft"]  # they wait for each other
+    assert low["tpot"] < low["off_tpot"] and low["candidates_per_token"] > 0
+    assert out.with_suffix(".md").read_text().count("\n| ") == 3

@@ -120,7 +120,7 @@ class _Twins:
             finish(*args)
 
         self.costs.rule.finish = spy
-        self.costs.drafted([], self.n, self.device.max_lengths, self.device.lengths)
+        self.costs.drafted([], self.n, self.device.lengths)
         submitted = self.host.lengths
         accepted = self.rng.integers(0, submitted + 1)
         sampled = torch.tensor([*accepted + 1, *[0] * PADDING])

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.curves import Array, Curve
 
@@ -77,20 +76,6 @@ class CostModel:
         seconds[1:] += drafts
         return seconds
 
-    def capped_seconds(self, num_reqs: int, widths: NDArray[np.int64]) -> Array:
-        """[num_passes + 1] seconds of a round after 0, 1, ... draft passes.
-
-        Args:
-            num_reqs: in the batch.
-            widths: [num_passes] requests in each pass; 0 once nobody may draft on.
-        """
-        seconds = self.verify.many(num_reqs + np.concatenate([[0], np.add.accumulate(widths)]))
-        if len(widths):
-            drafts = self.step.many(widths)
-            drafts[0] = self.first.at(int(widths[0]))
-            seconds[1:] += np.add.accumulate(drafts)
-        return seconds
-
     def observe(self, widths: Sequence[int], draft_seconds: float, num_tokens: int, verify_seconds: float) -> None:
         """Take in a real round. Leave out rounds with a prefill in them; bursts and compilation are seen as outliers.
 
@@ -120,6 +105,10 @@ class CostModel:
     def read_seconds(self, tokens: int) -> float:
         """Seconds of a draft pass that reads ``tokens``; 0 for none."""
         return self.read.at(tokens) if tokens > 0 else 0.0
+
+    def extra_seconds(self, tokens: int) -> float:
+        """Seconds that a first pass takes longer for reading ``tokens`` more of a request than the usual two."""
+        return max(self.read.at(_USUAL + tokens) - self.read.at(_USUAL), 0.0)
 
     def observe_reading(self, tokens: int, seconds: float) -> None:
         """Take in a real draft pass that read ``tokens``."""

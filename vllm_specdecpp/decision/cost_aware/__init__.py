@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop by measured cost: the rule, its cost model, its calibration and its guard. Plain arrays, no vLLM.
+"""Stop by measured cost: who drafts, how far, and what is learnt from it. Plain arrays, no vLLM.
 
 ``rule.CostAwareRule`` is what an engine holds: ``begin`` a round, one ``step`` a draft pass (``drafting``, ``plan``),
 ``finish`` it. ``costs`` and ``curves`` say what a round takes, ``online`` and ``logistic`` what is accepted, ``rate``

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.decision.tail_params import CostAwareParams
@@ -41,6 +42,7 @@ class CostAwareRound:
         limits: [num_reqs] the most candidates.
         drafts: [num_reqs] the requests that draft.
         price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
+        admitted: why it was begun so.
 
     Attributes:
         running: [num_reqs] requests that draw another candidate.
@@ -49,16 +51,14 @@ class CostAwareRound:
         expected: [num_reqs] estimated number of accepted candidates.
         widths: requests in each draft pass so far.
         scores: of each pass, [num_reqs] log-odds as given, NaN: none.
-        caps: [num_reqs] the most candidates, whatever the round was begun for.
-        rate, held, probe: what the rule keeps in mind of why it began the round so.
     """
 
     def __init__(
-        self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float
-    ) -> None:
+        self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float,
+        admitted: Admitted | None = None,
+    ) -> None:  # fmt: skip
         self.rule, self.request_ids, self.limits, self.price = rule, request_ids, limits, price
-        self.caps, self.drafts, self.running = limits, drafts, drafts.copy()
-        self.rate, self.held, self.probe = price, False, False
+        self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
         num_reqs = len(request_ids)
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
@@ -66,10 +66,10 @@ class CostAwareRound:
         self.scores: list[NDArray[np.float32]] = []
         self._state: dict[str, Any] = {}  # of the tail, once there was a step
 
-    def leave_out(self, requests: Mask) -> None:
-        """Draft nothing for these [num_reqs] after all; only before the first :meth:`step`."""
-        self.running &= ~requests
-        self.drafts = self.drafts & ~requests
+    @property
+    def trial(self) -> bool:
+        """Whether somebody drafts that is not expected to gain by it."""
+        return self.admitted is not None and self.admitted.trial
 
     def load(self, params: CostAwareParams) -> None:
         """Give the tail what it decides by in this round."""
@@ -83,13 +83,12 @@ class CostAwareRound:
 
     def fill(self, report: Report) -> None:
         """Take in what the tail has left, instead of steps."""
-        room = report.max_lengths.numpy()
-        self.caps, self.limits = np.minimum(self.caps, room), report.limits.numpy()
+        self.limits = report.limits.numpy()
         self.drafts = report.drafts.numpy() > 0
         self.widths = [width for width in report.widths.tolist() if width]  # nobody looks again once nobody has
         self.scores = list(report.scores[: len(self.widths)].numpy())
         self.lengths, self.expected = report.lengths.numpy(), report.expected.numpy()
-        self.running = np.zeros(len(room), dtype=np.bool_)
+        self.running = np.zeros(len(self.limits), dtype=np.bool_)
 
     def step(self, scores: Array | None) -> Decision:
         """Decide about candidate k and k + 1 of every running request, before candidate k is drawn.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,3 +182,13 @@ class OnlineLogistic:
         now = [old + min(max(move, -_MAX_STEP), _MAX_STEP) for old, move in zip(theta, step, strict=True)]
         now[0] = min(max(now[0], _MIN_SLOPE), _MAX_SLOPE)
         self.theta = np.array(now)
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as JSON."""
+        return {"theta": self.theta.tolist(), "w": self._w, "wx": self._wx, "wxx": self._wxx, "prior": self._prior}
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much its observations still count."""
+        self.theta, self._prior = np.array(state["theta"], dtype=np.float64), [float(x) for x in state["prior"]]
+        self._w, self._wx = [weight * x for x in state["w"]], [weight * x for x in state["wx"]]
+        self._wxx = weight * float(state["wxx"])

@@ -9,6 +9,7 @@ before it, whose scores and outcomes came first.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from vllm_specdecpp.decision.cost_aware.logistic import (
     BUCKET_OF,
     BUCKETS,
     LAST,
-    MAX_LOGIT,
     NUM_BUCKETS,
     Array,
     OnlineLogistic,
@@ -78,22 +78,6 @@ class AcceptanceModel:
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
         return np.where(np.isnan(p), self._mean[b], p)
 
-    def walk_many(self, x: Array, positions: NDArray[np.int64], num: int) -> Array:
-        """``tails.following`` for requests at different ``positions`` [num_reqs]: [num_reqs, num]; for the guard."""
-        this, after = self.this.theta, self.next.theta
-        buckets = BUCKET_OF[np.minimum(positions[:, None] + np.arange(num + 1), LAST)]  # [num_reqs, num + 1]
-        known = ~np.isnan(x)
-        expected, fade = np.where(known, x, 0.0), max(float(this[0]), 0.1)
-        gain, bias = after[1] + after[2:][buckets[:, :-1]], this[1] + this[2:][buckets[:, 1:]]  # [num_reqs, num]
-        out = np.empty((len(x), num))
-        for j in range(num):
-            out[:, j] = y = after[0] * expected + gain[:, j]
-            expected = np.minimum(np.maximum((y - bias[:, j]) / fade, -MAX_LOGIT), MAX_LOGIT)
-        out = sigmoid(out)
-        if not known.all():
-            out[~known] = self.mean(buckets[~known, 1:])
-        return out
-
     def update(self, x: Array, labels: Array) -> None:
         """Learn from one verified batch.
 
@@ -152,4 +136,23 @@ class AcceptanceModel:
         self.this.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k] for k in known])
         known = [k for k in known if k + 1 < num]
         self.next.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k + 1] for k in known])
+        self._recentre()
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as JSON."""
+        return {
+            "this": self.this.state(),
+            "next": self.next.state(),
+            "centre": self._centre,
+            "observed": self._observed.tolist(),
+            "accepted": self._accepted.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
+        self.this.restore(state["this"], weight)
+        self.next.restore(state["next"], weight)
+        self._centre = float(state["centre"])
+        self._observed = weight * np.array(state["observed"], dtype=np.float64)
+        self._accepted = weight * np.array(state["accepted"], dtype=np.float64)
         self._recentre()

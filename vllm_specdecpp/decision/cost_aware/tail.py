@@ -83,16 +83,15 @@ class CostAwareTail:
             scores_log=self._scores[:, rows], widths=self.widths, lag=self.estimator.lag, **state,
         )  # fmt: skip
 
-    def report(self, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def report(self, num_reqs: int, lengths: torch.Tensor) -> torch.Tensor:
         """What the host's round is filled with (:meth:`Report.of`): [size] float32, one tensor to copy.
 
         Args:
             num_reqs: in the batch.
-            max_lengths: [>= num_reqs] int32, as in :meth:`start`.
             lengths: [>= num_reqs] int32, candidates submitted.
         """
         rows = slice(num_reqs)
-        whole = (self.widths, self.params.limits[rows], max_lengths[rows], self.drafts[rows], lengths[rows])
+        whole = (self.widths, self.params.limits[rows], self.drafts[rows], lengths[rows])
         return torch.cat([*(part.float() for part in whole), self._expected[rows], self._scores[:, rows].flatten()])
 
 
@@ -102,7 +101,6 @@ class Report:
 
     widths: torch.Tensor
     limits: torch.Tensor
-    max_lengths: torch.Tensor
     drafts: torch.Tensor
     lengths: torch.Tensor
     expected: torch.Tensor
@@ -112,6 +110,6 @@ class Report:
     @classmethod
     def of(cls, packed: torch.Tensor, num_reqs: int, max_length: int) -> Report:
         """Take :meth:`CostAwareTail.report` apart."""
-        *whole, expected, scores = packed.split([max_length, *[num_reqs] * 5, max_length * num_reqs])
-        widths, limits, room, drafts, lengths = (part.long() for part in whole)
-        return cls(widths, limits, room, drafts, lengths, expected, scores.view(max_length, num_reqs))
+        *whole, expected, scores = packed.split([max_length, *[num_reqs] * 4, max_length * num_reqs])
+        widths, limits, drafts, lengths = (part.long() for part in whole)
+        return cls(widths, limits, drafts, lengths, expected, scores.view(max_length, num_reqs))

@@ -61,6 +61,7 @@ def start_rule(
     *,
     lag: int,
     adapt: bool,
+    scores: str,
 ) -> tuple[CostAwareRule | None, bool]:
     """The cost-aware rule with what the last run left in ``file``, else with costs measured now; on every rank.
 
@@ -70,7 +71,7 @@ def start_rule(
         agree: rank 0's tensor on every rank.
         scheduler_config: vLLM's, for the widest batch.
         max_length: upper bound on the candidate length.
-        lag, adapt: as in :class:`CostAwareRule`.
+        lag, adapt, scores: as in :class:`CostAwareRule`.
 
     Returns:
         The rule, None on ranks that follow rank 0; and whether its costs were measured now.
@@ -87,7 +88,10 @@ def start_rule(
     curves = points if kept is None else kept.curves
     assert curves is not None
     model = CostModel(**curves, max_reqs=scheduler_config.max_num_seqs, max_tokens=most_tokens(scheduler_config))
-    return CostAwareRule(model, max_length, lag=lag, adapt=adapt), measured
+    rule = CostAwareRule(model, max_length, lag=lag, adapt=adapt, scores=scores)
+    if kept is not None and rule.restore(kept.learnt, kept.age_seconds):
+        logger.info("specdecpp: going on with what was learnt %.1f hours ago", kept.age_seconds / 3600)
+    return rule, measured
 
 
 def _cpu_name() -> str:

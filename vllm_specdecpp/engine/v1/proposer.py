@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.from_options import make_rule
@@ -112,7 +113,7 @@ class SpecDecPPProposer(DraftModelProposer):
         estimator, file = make_estimator(self.head), cost_file.cost_file(self.vllm_config, self.device)
         rule, measured = cost_file.start_rule(
             file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
-            bound, lag=estimator.lag, adapt=self.config.online_calibration,
+            bound, lag=estimator.lag, adapt=self.config.online_calibration, scores=self.config.head or estimator.name,
         )  # fmt: skip
         tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
         self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
@@ -231,15 +232,23 @@ class SpecDecPPProposer(DraftModelProposer):
                 agree=self.agree,
             )
             drafts = [length > 0 for length in max_lengths]
-            keep_up = True
+            keep_up = any(drafts) or not any(max_lengths)
         else:
             assert self.cost_aware is not None
-            room = [self.requests.remaining(row) for row in rows]
-            state = self.cost_aware.begin(rows, outcomes, max_lengths, stop_token_ids, since_last, first_missing, room)
+            batch = [
+                Standing(
+                    row.request_id,
+                    limit,
+                    room=self.requests.remaining(row),
+                    behind=max(row.next_position - 1 - missing, 0),
+                    emitted=self.requests.emitted(row),
+                )
+                for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
+            ]
+            by_request = {rows[index].request_id: outcome for index, outcome in outcomes.items()}
+            state = self.cost_aware.begin(batch, by_request, stop_token_ids, since_last)
             drafts = state.running.tolist()
-            keep_up = self.cost_aware.drafting
-        # Where drafting does not pay, prompts are not read either; the first round that drafts catches up.
-        keep_up = keep_up and (any(drafts) or not any(max_lengths))
+            keep_up = False  # a prompt is read when its request is first drafted for
         return state, [
             index
             for index, row in enumerate(rows)

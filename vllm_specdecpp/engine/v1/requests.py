@@ -58,6 +58,10 @@ class RunnerRequests:
             remaining = min(remaining, request.sampling_params.max_tokens - num_emitted)
         return max(int(remaining), 0)
 
+    def emitted(self, row: RowState) -> int:
+        """How many tokens the request has emitted, its next token among them; 0 while its prompt is read."""
+        return max(row.next_position + 1 - self._runner.requests[row.request_id].num_prompt_tokens, 0)
+
     def max_length(self, row: RowState, index: int, bound: int) -> int:
         """The request's own upper bound on its candidate length: one token of every round is the target's."""
         if self.is_prefilling(index):

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 
@@ -88,6 +88,7 @@ class DeviceCostAware(CostAwareDrafting):
         self._clock = StreamClock(self._device)
         self._begun: deque[_Begun] = deque()
         self._start: Any = None
+        self._drafting = True  # whether somebody drafted in the last round
 
     def verified(
         self,
@@ -125,8 +126,8 @@ class DeviceCostAware(CostAwareDrafting):
         max_lengths: Sequence[int],
         behind: Sequence[int],
         prompts: Sequence[int],
-        next_positions: Sequence[int],
         room: Sequence[int],
+        emitted: Sequence[int],
     ) -> Plan | None:
         """Choose who drafts, and load what the device decides by; on every rank.
 
@@ -135,55 +136,45 @@ class DeviceCostAware(CostAwareDrafting):
             max_lengths: [num_reqs] upper bounds on the candidate lengths, as far as the host knows.
             behind: [num_reqs] tokens of earlier steps that the draft model would have to read before it drafts.
             prompts: [num_reqs] tokens of prompts in this step, which it reads if anybody drafts.
-            next_positions: [num_reqs] of the token that the target emitted last, as far as the host knows.
-            room: [num_reqs] tokens that each request may emit after it.
+            room: [num_reqs] tokens that each request may emit after its next token, as far as the host knows.
+            emitted: [num_reqs] tokens that it has emitted, likewise.
 
         Returns:
             None on ranks that follow rank 0.
         """
         plan = None
         if self.rule is not None:
-            round_ = self.rule.begin(request_ids, max_lengths)
-            wanted = round_.running.copy()
-            rows = [RowState(name, at, at) for name, at in zip(request_ids, next_positions, strict=True)]
-            self._output_lengths.update(dict(zip(request_ids, next_positions, strict=True)))
-            late, new = np.array(behind, dtype=np.int64), np.array(prompts, dtype=np.int64)
-            if (wanted & (late + new == 0)).any():
-                new[:] = 0  # this step's prompts are read in any case
-            # A pass of its own reads what was left out earlier; those that want it share its price.
-            extra = np.where(late > 0, self.rule.costs.first.at(len(rows)) / max((wanted & (late > 0)).sum(), 1), 0.0)
-            self._leave_out(round_, rows, (late + new).tolist(), room, extra.tolist())
-            plan = self._plan(round_, bool(wanted.any()))
-            if any(max_lengths):
-                self.drafting = bool(plan.drafts)
+            unread = np.array(behind) + np.array(prompts)
+            if self._drafting and any(limit and not count for limit, count in zip(max_lengths, unread, strict=True)):
+                unread = np.array(behind)  # somebody drafts: this step's prompts are read in any case
+            # A pass of its own reads what was left out earlier; the requests that it is for share its price.
+            num_late = sum(count > 0 for count in behind)
+            share = self.rule.costs.first.at(len(request_ids)) / max(num_late, 1)
+            apart = [share if count else 0.0 for count in behind]
+            rows = zip(request_ids, max_lengths, room, unread.tolist(), emitted, apart, strict=True)
+            round_ = self.rule.begin([Standing(*row) for row in rows])
+            drafts = np.flatnonzero(round_.drafts)
+            longest = int(round_.limits[drafts].max(initial=0))
+            self._drafting = bool(longest)
+            plan = Plan(longest, tuple(drafts.tolist()), reads=self._drafting)
             round_.load(self.tail.params)
             self._begun.append(_Begun(round_, self._start))
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
         return plan
 
-    def _plan(self, round_: CostAwareRound, was_wanted: bool) -> Plan:
-        assert self.rule is not None
-        limits = np.where(round_.drafts, round_.limits, 0)
-        drafts = tuple(np.flatnonzero(limits).tolist())
-        # While drafting pays, a round that has nobody to draft for yet reads prompts, and one that is left out to see
-        # what a round takes without keeps the draft model's KV up to date.
-        reads = bool(drafts) or (self.rule.start.drafting and not was_wanted and not round_.held)
-        return Plan(int(limits.max(initial=0)), drafts, reads)
-
-    def drafted(self, read: Sequence[int], num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
+    def drafted(self, read: Sequence[int], num_reqs: int, lengths: torch.Tensor) -> None:
         """The round that was begun last has been drafted, or what drafts it is queued.
 
         Args:
             read: tokens of each pass that read, if that was more than the usual two a request, else empty.
             num_reqs: in the batch.
-            max_lengths: [>= num_reqs] int32, what each request had room for.
             lengths: [>= num_reqs] int32, candidates submitted.
         """
         if self.rule is None:
             return
         last = self._begun[-1]
         last.read, last.end = read, self._clock.mark()
-        last.report = HostCopy(self.tail.report(num_reqs, max_lengths, lengths))
+        last.report = HostCopy(self.tail.report(num_reqs, lengths))
 
     def drop_round(self) -> None:
         """Another rule drafts from now on: what comes back is of no round that was begun here."""

@@ -232,7 +232,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         else:
             self.gaps.leave_out(input_batch)
         if costs is not None:
-            costs.drafted(read, num_reqs, self.round.max_lengths, self.round.lengths)
+            costs.drafted(read, num_reqs, self.round.lengths)
         return num_passes
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
@@ -244,16 +244,15 @@ class SpecDecPPSpeculator(CapturedRounds):
         names = input_batch.req_ids
         prompts = np.where(input_batch.is_prefilling_np, input_batch.num_scheduled_tokens, 0)
         # The first token's position, too, while a prompt is read in chunks.
-        next_positions = np.maximum(
-            input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy(), input_batch.prefill_len_np
-        )
+        prompt_lens = input_batch.prefill_len_np
+        next_positions = np.maximum(input_batch.seq_lens_cpu_upper_bound[: len(names)].numpy(), prompt_lens)
         plan = costs.begin_round(
             names,
             self._known_room(input_batch, limits),
             self.gaps.missing(names),
             prompts.tolist(),
-            next_positions.tolist(),
             np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
+            (next_positions + 1 - prompt_lens).tolist(),
         )
         self.round.admit()
         return self._tell(plan)

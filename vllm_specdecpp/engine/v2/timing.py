@@ -44,7 +44,7 @@ def start(
     file = _file(speculator)
     rule, measured = cost_file.start_rule(
         file, lambda: measure(speculator, told), told, speculator.scheduler_config, speculator.num_speculative_steps,
-        lag=tail.estimator.lag, adapt=config.online_calibration,
+        lag=tail.estimator.lag, adapt=config.online_calibration, scores=config.head or tail.estimator.name,
     )  # fmt: skip
     return DeviceCostAware(rule, tail, file, agree, speculator.device, measured)
 

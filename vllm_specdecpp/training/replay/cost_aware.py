@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains
 from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
@@ -37,8 +37,11 @@ def cost_aware_lengths(chains: Chains, costs: CostModel, head: AcceptanceHead | 
     run, ends = chains.run.tolist(), chains.prompt_starts.tolist()
     candidates, passes = (torch.zeros(chains.num_starts, dtype=torch.int64) for _ in range(2))
     for prompt, (here, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        start = here
         while here < end:
-            round_ = rule.begin([str(prompt)], [bound[here]])
+            # The record does not say how long the prompt was: it counts as read.
+            standing = Standing(str(prompt), bound[here], room=end - here, behind=0, emitted=here - start + 1)
+            round_ = rule.begin([standing])
             while round_.running[0]:
                 num_drawn = len(round_.widths)
                 round_.step(None if num_drawn < lag else scores[here, num_drawn : num_drawn + 1])

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who drafts at all: one formula for a set of requests, decided before the first draft pass of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
+from vllm_specdecpp.decision.cost_aware.purse import Purse
+from vllm_specdecpp.decision.cost_aware.records import EASY, Array, Records
+
+Mask = NDArray[np.bool_]
+
+_LENGTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 20, 28])
+"""Candidate lengths that are compared."""
+_ENOUGH = 12.0
+"""Looks before which nothing is expected, only hoped."""
+_BATCH_MEMORY = 128.0
+"""Rounds that the usual batch size remembers."""
+_FIT_MEMORY = 64.0
+"""Rounds that the correction remembers."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a request of the batch stands, before a round."""
+
+    request_id: str
+    limit: int
+    """Candidates that it may draft at most in this round; 0: none."""
+    room: int
+    """Tokens that it may emit at most after its next token."""
+    behind: int
+    """Tokens that the draft model would have to read beyond the two of a usual first pass."""
+    emitted: int
+    """Tokens that it has emitted."""
+    apart: float = 0.0
+    """Seconds that reading costs beside what a longer first pass does: its share of a pass of its own (V2)."""
+
+
+@dataclass
+class Admitted:
+    """Who drafts in a round, and what a second of it must bring."""
+
+    drafts: Mask
+    """[num_reqs]"""
+    price: float
+    """Tokens per second."""
+    off_rate: float
+    """Tokens per second if nobody drafted."""
+    baseline: float
+    """Tokens per second without the trial, if the round is one; else as expected."""
+    expected: float = 0.0
+    """Tokens per second that the formula says of a round that is no trial, before it is corrected; 0: not known."""
+    trial: bool = False
+    """Whether some request drafts that is not expected to gain by it."""
+    reading: float = 0.0
+    """Seconds that the draft model spends on reading what it is behind."""
+
+
+class Admission:
+    """Chooses the requests that draft.
+
+    For the n requests whose drafts bring most, and K candidates each, a round emits
+
+        tokens(n, K) = num_reqs + sum of a + a^2 + ... + a^K        a: the request's acceptance (Records)
+        seconds(n, K) = first(n) + (K - 1) step(n) + verify(num_reqs + n K) + reading
+
+    where reading is what the draft model has yet to read of the n requests, spread over the tokens that they are
+    expected to emit: at least as many as they have emitted, so a request that goes on is read in time (ski rental). The
+    best n and K are compared with a round without drafting. The stop rule does better than the best K, or the text is
+    not that even: how much faster drafted rounds were than this says is expected of the next ones.
+
+    What is not expected to pay is tried where it would pay if the acceptance were higher by a few standard errors, while
+    the purse pays for what the trial will lose. Before anything is known, everything is a trial.
+
+    A request that has to be read is judged in the batch that is usual, if that is larger: others are about to join.
+
+    Attributes:
+        price: rho, tokens that a second of drafting had to bring in the last round that was planned.
+        speedup: tokens per second as expected of that round, over those of drafting for none.
+    """
+
+    def __init__(self) -> None:
+        self.records = Records()
+        self.lengths = OutputLengths()
+        self.price, self.speedup = 0.0, 1.0
+        self._mean_reqs, self._weight = 0.0, 0.0
+        # Faded sums over drafted rounds, in rounds without drafting; as much at the start as all the memory holds.
+        self._fit_seconds = self._fit_expected = _FIT_MEMORY
+
+    @property
+    def correction(self) -> float:
+        """Tokens per second of drafted rounds over those that the formula said."""
+        return self._fit_expected / self._fit_seconds
+
+    def plan(self, batch: Sequence[Standing], costs: CostModel, purse: Purse) -> Admitted:
+        """Decide for a round."""
+        num_reqs = len(batch)
+        self._weight = min(self._weight + 1, _BATCH_MEMORY)
+        self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
+        self.lengths.update({s.request_id: s.emitted for s in batch})
+        off_rate = num_reqs / costs.verify.at(num_reqs)
+        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate)
+        index = np.flatnonzero([s.limit > 0 for s in batch])
+        if not len(index):
+            return out
+        mine = [batch[i] for i in index.tolist()]
+        mean, hoped = self.records.of([s.request_id for s in mine])
+        limits = np.array([s.limit for s in mine])
+        debts = np.array([costs.extra_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
+        charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
+
+        def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
+            usual = round(self._mean_reqs)
+            among = np.arange(len(mine))
+            if usual > num_reqs and debts.any():
+                fill = usual - num_reqs
+                padded = np.concatenate([accept, np.full(fill, accept.mean())])
+                far = np.concatenate([limits, np.full(fill, int(limits.max()))])
+                speed, chosen, _ = _best(costs, usual, padded, far, np.concatenate([charges, np.zeros(fill)]))
+                pays = self.correction * speed * costs.verify.at(usual) > usual
+                among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
+            if not len(among):
+                return 0.0, among, 0
+            speed, chosen, length = _best(costs, num_reqs, accept[among], limits[among], charges[among])
+            return self.correction * speed, among[chosen], length
+
+        rate, chosen = 0.0, index[:0]
+        if self.records.known >= _ENOUGH:
+            rate, chosen, _ = best(mean)
+        else:  # nothing says that any of them is not easy
+            hoped = np.maximum(hoped, EASY)
+        self.speedup = max(rate / off_rate, 1.0)
+        if rate > off_rate:
+            out.drafts[index[chosen]] = True
+            out.expected, out.price, out.baseline = rate / self.correction, rate, rate
+        rate_hoped, hopeful, length = best(hoped)
+        new = np.setdiff1d(hopeful, chosen) if out.expected else hopeful
+        if len(new) and rate_hoped > out.price:
+            new = new[np.argsort(debts[new], kind="stable")]
+            while len(new) and not out.trial:
+                everyone = np.concatenate([chosen, new]) if out.expected else new
+                # As expected, not as hoped, the stop rule ends a draft about where its first rejection is.
+                accepted = _geometric(mean[everyone], np.minimum(limits[everyone], length))
+                passes, rows = 1 + float(accepted.max()), len(everyone) + float(accepted.sum())
+                seconds = costs.first.at(len(everyone)) + (passes - 1) * costs.step.at(len(everyone))
+                seconds += costs.verify.at(num_reqs + round(rows)) + float(debts[new].sum())
+                lost = seconds - (num_reqs + float(accepted.sum())) / out.price
+                out.trial = purse.affords(lost)
+                if out.trial:
+                    out.drafts[index[everyone]] = True
+                    if not out.expected:  # the stop rule hopes as well
+                        out.price *= float((mean[new] / hoped[new]).mean())
+                new = new[: len(new) // 2]  # half of them cost less
+        self.price = out.price
+        drafts = out.drafts[index]  # [num that may]
+        out.reading = float(debts[drafts].sum())
+        return out
+
+    def learn(self, admitted: Admitted, tokens: float, seconds: float, off_seconds: float) -> None:
+        """Take in a drafted round: ``tokens`` emitted in ``seconds``, reading left out."""
+        if admitted.expected and not admitted.trial:
+            keep = 1 - 1 / _FIT_MEMORY
+            self._fit_seconds = keep * self._fit_seconds + seconds / off_seconds
+            self._fit_expected = keep * self._fit_expected + tokens / admitted.expected / off_seconds
+
+    def state(self) -> dict[str, Any]:
+        """What the next start of the same pair may take up."""
+        return {
+            "records": self.records.state(),
+            "lengths": self.lengths.state(),
+            "fit": [self._fit_seconds, self._fit_expected],
+        }
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
+        self.records.restore(state["records"], weight)
+        self.lengths.restore(state["lengths"])
+        self._fit_seconds, self._fit_expected = (float(x) for x in state["fit"])
+
+
+def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:
+    """Expected accepted candidates: a + a^2 + ... + a^length."""
+    accepted: Array = accept * (1 - np.power(accept, length)) / (1 - accept)
+    return accepted
+
+
+def _best(
+    costs: CostModel, num_reqs: int, accept: Array, limits: NDArray[np.int64], charges: Array
+) -> tuple[float, NDArray[np.int64], int]:
+    """The most tokens per second of drafting for some of n requests, which, and their candidate length.
+
+    Args:
+        costs: the cost model.
+        num_reqs: in the batch, drafting or not.
+        accept: [n] acceptance.
+        limits: [n] candidates at most.
+        charges: [n] seconds of reading for each token that the request emits.
+    """
+    lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
+    longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
+    gains = _geometric(accept[:, None], longest)  # [n, num_lengths]
+    reading = charges[:, None] * (1 + gains)
+    order = np.argsort(-(gains[:, -1] - reading[:, -1] * num_reqs / costs.verify.at(num_reqs)), kind="stable")
+    counts = np.arange(1, len(accept) + 1)
+    tokens = num_reqs + np.add.accumulate(gains[order])
+    seconds = np.add.accumulate(reading[order])
+    seconds += costs.verify.many(num_reqs + np.add.accumulate(longest[order]))
+    seconds += costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1)
+    speeds = tokens / seconds
+    count, column = divmod(int(speeds.argmax()), len(lengths))
+    return float(speeds[count, column]), order[: count + 1], int(lengths[column])
