@@ -109,15 +109,15 @@ def cost_aware_tail(
         lag: which candidate a score is of.
     """
     num_reqs, position, ran = len(scores), step - lag, running.bool()
-    num_running = ran.sum()
+    rests, num_running = ~ran, ran.sum()
     widths[step - 1] = num_running
+    log_odds = scores_log[step - 1]
     if position > 0:
-        log_odds = scores.logit(_LEAST).masked_fill_(~ran, torch.nan)
+        torch.logit(scores, _LEAST, out=log_odds).masked_fill_(rests, torch.nan)
         own = torch.addcmul(params.this[position], params.slopes[0], log_odds).sigmoid_()
-        survival.copy_(torch.where(ran, survival * _known(own, params.means[position]), survival))
+        survival *= _known(own, params.means[position]).masked_fill_(rests, 1.0)
     else:
-        log_odds = torch.full_like(scores, torch.nan)
-    scores_log[step - 1] = log_odds
+        log_odds.fill_(torch.nan)
     reach, ahead = survival, following(log_odds, position, HORIZON + lag, params)
     if lag:
         reach, ahead = reach * ahead[:, 0], ahead[:, 1:]
@@ -127,17 +127,17 @@ def cost_aware_tail(
     verify = _seconds(params.verify_seconds, tokens + (params.num_reqs + lengths.sum()))
     more, counts = tokens[1 : HORIZON + 1], tokens[1 : num_reqs + 1, None]  # [HORIZON], [num_reqs, 1]
 
-    room = params.limits[:num_reqs] - lengths - 1
-    steps = (reach[:, None] * ahead.cumprod(dim=1)).masked_fill_(more > room[:, None], 0.0)
-    value = steps.cumsum(dim=1).masked_fill_(~ran[:, None], -1.0)  # [num_reqs, HORIZON]
+    room = params.limits[:num_reqs] - lengths  # candidate k included
+    steps = (reach[:, None] * ahead.cumprod(dim=1)).masked_fill_(more >= room[:, None], 0.0)
+    value = steps.cumsum(dim=1).masked_fill_(rests[:, None], -1.0)  # [num_reqs, HORIZON]
     ordered, order = _ranked(value)
     seconds = more * params.step_seconds[1 : num_reqs + 1, None] + verify.take(num_running + counts * more)
     gain = ordered.cumsum(dim=0) - params.price * (seconds - verify.take(num_running))
-    impossible = (counts > num_running) | (more > room.masked_fill(~ran, 0).amax())
+    impossible = (counts > num_running) | (more >= room.masked_fill(rests, 0).amax())
     gain = gain.masked_fill_(impossible, -torch.inf).flip(0).flatten()
     best = gain.argmax()  # of equals the most requests, then the fewest candidates
     chosen = _first(order[:, best % HORIZON], num_reqs - best // HORIZON)
-    chosen &= ran & (room > 0) & (gain.take(best) >= 0)
+    chosen &= ran & (room > 1) & (gain.take(best) >= 0)
 
     stops, submits = ran & ~chosen, ran
     if stops.is_cuda or stops.any():
@@ -198,6 +198,8 @@ def _ranked(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first(order: Tensor, num: Tensor) -> Tensor:
     """[num_reqs] bool, the first ``num`` of ``order`` [num_reqs]."""
+    if len(order) == 1:
+        return num.view(1) > 0
     places = torch.arange(len(order), device=order.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, places < num)
 

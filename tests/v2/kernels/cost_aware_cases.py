@@ -17,8 +17,6 @@ from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 
 VOCAB = 12  # small: stop tokens are drawn
-PADDING = 3
-"""Rows of a captured batch behind its requests."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Case:
     nan: float = 0.1
     alike: bool = False
     """All scores are the same."""
+    padding: int = 3
+    """Rows of a captured batch behind its requests."""
 
     def __str__(self) -> str:
         odd = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -45,6 +45,8 @@ CASES = [
     Case(1, max_length=1),
     Case(1, num_stop=0, nan=0.0),
     Case(1, hasty=3.0),
+    Case(1, hasty=1.5, padding=0),
+    Case(1, hasty=3.0, padding=0, lag=1),
     Case(2, hasty=1.5),
     Case(2, lag=1, max_length=10, hasty=0.7, nan=0.6),
     Case(6, alike=True, hasty=1.5),
@@ -70,7 +72,7 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     verify = {w: float((0.05 + 0.0008 * w) * bumps[w]) for w in range(1, 2 * n + 6)}  # ends early: extrapolated
     step = {w: float((0.006 + 0.0002 * w) * bumps[-w]) for w in range(1, n + 1)}
     rule = CostAwareRule(
-        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag
+        CostModel(step, step, verify, max_reqs=n + case.padding, max_tokens=len(verify)), case.max_length, lag=case.lag
     )  # fmt: skip
     for model in (rule.acceptance.this, rule.acceptance.next):
         model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
@@ -84,25 +86,25 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price)
 
 
-def load_params(round_: CostAwareRound) -> CostAwareParams:
+def load_params(round_: CostAwareRound, padding: int = 3) -> CostAwareParams:
     """The device's parameters of this round."""
     rule = round_.rule
     max_tokens = len(rule.costs.verify.table()) - 1
-    params = CostAwareParams.allocate(len(round_.limits) + PADDING, rule.max_length, max_tokens, BUCKETS, "cpu")
+    params = CostAwareParams.allocate(len(round_.limits) + padding, rule.max_length, max_tokens, BUCKETS, "cpu")
     round_.load(params)
     return params
 
 
 def arguments(round_: CostAwareRound, case: Case, rng: np.random.Generator) -> dict[str, Any]:
     """Fresh tensors of a round, in the launcher's names, with rows of padding behind the requests."""
-    n, k = case.num_reqs + PADDING, case.max_length
+    n, k = case.num_reqs + case.padding, case.max_length
     stops = torch.from_numpy(rng.integers(0, VOCAB, (n, case.num_stop)))
     stops[torch.from_numpy(rng.random((n, case.num_stop)) < 0.4)] = -1
     running = torch.zeros(n, dtype=torch.int32)
     running[: case.num_reqs] = torch.from_numpy(round_.drafts).int()
     return {
         "survival": torch.ones(n), "expected": torch.zeros(n), "lengths": torch.zeros(n, dtype=torch.int32),
-        "running": running, "params": load_params(round_), "stop_token_ids": stops,
+        "running": running, "params": load_params(round_, case.padding), "stop_token_ids": stops,
         "draft_tokens": torch.full((n, k + 3), 99)[:, :k], "any_running": torch.full((1,), 7, dtype=torch.int32),
         "scores_log": torch.zeros(k, n + 2)[:, :n], "widths": torch.full((k,), -1, dtype=torch.int32),
         "lag": case.lag,
@@ -132,7 +134,7 @@ def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
         oracle = oracle_of(round_)
         a = arguments(round_, case, rng)
         for step in range(1, case.max_length + 1):
-            scores, token_ids = _scores(case, rng), rng.integers(0, VOCAB, case.num_reqs + PADDING)
+            scores, token_ids = _scores(case, rng), rng.integers(0, VOCAB, case.num_reqs + case.padding)
             running = list(oracle.running)
             made = oracle.step(scores[: case.num_reqs].tolist())
             stops = a["stop_token_ids"].numpy()[: case.num_reqs]
@@ -149,15 +151,15 @@ def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
 
 def check_free(launch: Any) -> None:
     """At price 0 all draft to their limits and submit everything, though nothing can be accepted."""
-    for case in (Case(1, num_stop=0), Case(5, num_stop=0)):
+    for case in (Case(1, num_stop=0), Case(1, num_stop=0, padding=0), Case(5, num_stop=0)):
         round_ = make_round(case, np.random.default_rng(0))
         round_.price, round_.limits[:], round_.drafts[:] = 0.0, [6, 2, 5, 1, 4][: case.num_reqs], True
         a = arguments(round_, case, np.random.default_rng(0))
         for intercepts in (a["params"].this, a["params"].next):
             intercepts.fill_(-500.0)
         for step in range(1, 7):
-            launch(torch.zeros(case.num_reqs + PADDING), torch.arange(case.num_reqs + PADDING), step, **a)
-        assert a["lengths"].tolist() == [*round_.limits, *[0] * PADDING]
+            launch(torch.zeros(case.num_reqs + case.padding), torch.arange(case.num_reqs + case.padding), step, **a)
+        assert a["lengths"].tolist() == [*round_.limits, *[0] * case.padding]
         assert (a["draft_tokens"] >= 0).sum(dim=1).tolist() == a["lengths"].tolist()
         assert not a["survival"][: case.num_reqs].any() and not a["running"].any()
 
@@ -169,15 +171,16 @@ def _follow(a: dict[str, Any], oracle: Oracle) -> None:
 
 def _compare(a: dict[str, Any], oracle: Oracle, made: Step, token_ids: Any, step: int, where: str) -> None:
     n = len(oracle.limits)
+    padding = len(a["lengths"]) - n
     assert a["widths"][step - 1] == oracle.widths[-1], where
     np.testing.assert_allclose(a["scores_log"][step - 1, :n], oracle.log[-1], rtol=1e-4, atol=1e-5, err_msg=where)
     assert bool(a["scores_log"][step - 1, n:].isnan().all()), where
     np.testing.assert_allclose(a["survival"][:n], oracle.survival, rtol=1e-4, err_msg=where)
-    assert a["lengths"].tolist() == [*oracle.lengths, *[0] * PADDING], where
+    assert a["lengths"].tolist() == [*oracle.lengths, *[0] * padding], where
     np.testing.assert_allclose(a["expected"][:n], oracle.expected, rtol=1e-4, atol=1e-6, err_msg=where)
     drafts = np.where(made.submit, token_ids[:n], -1)
-    assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * PADDING], where
-    assert a["running"].tolist() == [*oracle.running, *[0] * PADDING], where
+    assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * padding], where
+    assert a["running"].tolist() == [*oracle.running, *[0] * padding], where
     assert a["any_running"].tolist() == [any(oracle.running)], where
 
 
@@ -193,7 +196,7 @@ def _events(running: list[bool], made: Step) -> Counter[str]:
 
 
 def _scores(case: Case, rng: np.random.Generator) -> Any:
-    scores = rng.beta(3, 1.2, case.num_reqs + PADDING)
+    scores = rng.beta(3, 1.2, case.num_reqs + case.padding)
     if case.alike:
         return np.full(len(scores), float(np.float32(scores[0])))
     odd = rng.random(len(scores))

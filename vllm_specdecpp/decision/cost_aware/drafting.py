@@ -90,6 +90,7 @@ class CostAwareRound:
         self.lengths, self.expected = report.lengths.numpy(), report.expected.numpy()
         self.running = np.zeros(len(self.limits), dtype=np.bool_)
 
+    @torch.inference_mode()
     def step(self, scores: Array | None) -> Decision:
         """Decide about candidate k and k + 1 of every running request, before candidate k is drawn.
 
