@@ -161,7 +161,15 @@ def cell_text(values: Sequence[float]) -> str:
     return f"**{text}**" if abs(ratio - 1) >= WORTH and abs(math.log(ratio)) > SIGMAS * spread else text
 
 
-def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
+def write(rows: Sequence[Mapping[str, Any]], out: Path, command: str) -> None:
+    """``out`` (JSONL), and beside it the page (.md)."""
+    origin = {"command": command, "versions": versions(), "git": git_state()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows), encoding="utf-8")
+    out.with_suffix(".md").write_text(page(rows, command), encoding="utf-8")
+
+
+def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     """The table, and what each column says over all cells."""
     names = list(rows[0]["without"])
     seeds = len(rows[0]["rates"])
@@ -193,7 +201,8 @@ def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
         loses = [f"{c} {s}" for (c, s), values in ordered[::-1] if "**" in cell_text(values) and geometric(values) > 1]
         lines.append(f"| {name} | {mean:.4f} | {least:.4f} | {most:.4f} | {_few(earns)} | {_few(loses)} |")
     lines += ["", *(f"* −{name}: {WHAT[name]}." for name in names if name in WHAT)]
-    return "\n".join([*lines, "", f"`{command}`", "", origin, ""])
+    known = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return "\n".join([*lines, "", f"`{command}`", "", f"{known}; git {git_state()}", ""])
 
 
 def _row(row: Mapping[str, Any]) -> str:
@@ -265,17 +274,12 @@ def main(argv: list[str] | None = None) -> int:
                     "without": {n: c.round(4).tolist() for n, c in zip(options.without, columns[1:], strict=True)},
                 })  # fmt: skip
                 print(_row(rows[-1]), flush=True)
+                if options.out is not None:  # after each: a long run that is ended leaves what it has
+                    write(rows, options.out, command)
     except ValueError as problem:
         print(f"benchmarks.simulate_ablation: {problem}", file=sys.stderr)
         return 2
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = page(rows, command, f"{known}; git {git_state()}")
-    print(text)
-    if options.out is not None:
-        origin = {"command": command, "versions": versions(), "git": git_state()}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows), encoding="utf-8")
-        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(page(rows, command))
     return 0
 
 
