@@ -189,6 +189,13 @@ def test_requests_that_arrive_late_are_waited_for():
     assert run.to_first == pytest.approx([1 + FLAT.prefill(1)] * 2)
 
 
+def test_nobody_is_served_before_he_arrives():
+    """Two places; the second request comes while the first, of 20 tokens, is served, and joins the round at hand."""
+    setting = Setting(lambda b: 0.1, lambda b: 0.1, lambda n: 1.0, 2, per_read=0.0)
+    run = Server(setting, [text([0.0] * 22, prompts=[1, 1], outputs=[20, 2])], 22).play(Off(), 0, [0.0, 10.5])
+    assert run.to_first == pytest.approx([1.0, 1.5])
+
+
 def in_turn(served):
     """(id, rounds in a row) of each request of one place in the batch."""
     turns = [(name, len(list(rounds))) for name, rounds in groupby(served)]
@@ -277,7 +284,8 @@ def test_regret_is_what_the_best_in_hindsight_would_have_saved():
     assert (lost.first, lost.after, lost.tried) == pytest.approx((1 - 200 / 220, 0.0, 0.0))
     assert lost.worst == pytest.approx(1 - 50 / 55)
     assert regret(best, best, 1).worst == 0
-    hole = Run([0, 3000, 3001, 6000], [0.0, 300.0, 350.1, 650.0], probes=[(3000, 50.1, 1)])
+    probes = [(100, 30.0, 1), (3000, 50.1, 1)]  # the first is of the start
+    hole = Run([0, 3000, 3001, 6000], [0.0, 300.0, 350.1, 650.0], probes=probes)
     lost = regret(hole, best, 1)
     assert lost.worst == pytest.approx(0.5) and lost.first == 0
     assert lost.tried == pytest.approx(50 / 450) == pytest.approx(lost.after)
