@@ -254,12 +254,11 @@ def test_the_engine_reads_no_prompt_for_an_output_that_cannot_win_it_back():
 
 def test_a_warm_rule_meets_new_requests(monkeypatch):
     """It has served other text, and no request of it comes back."""
-    rules = []
-    monkeypatch.setitem(simulate.RULES, "planned", lambda costs: rules.append(Planned()) or rules[-1])
+    rule = Planned()
+    monkeypatch.setitem(simulate.RULES, "planned", lambda costs: rule)
     options = simulate.make_parser().parse_args(["--rule", "planned", "--tokens", "600", "--warm-tokens", "500"])
     options.starts = ["warm"]
     simulate.measure("paper", "poor", options)
-    (rule,) = rules
     ids = [s.request_id for standings in rule.seen for s in standings]
     assert ids[0].startswith("earlier-") and not ids[-1].startswith("earlier-")
     in_turn(ids)
