@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import provenance
-from kernels.cost_aware_params import CostAwareParams
-from kernels.cost_aware_tail import cost_aware_tail, cost_aware_tail_torch
-from kernels.head_block import head_block, head_block_torch
-from kernels.logits_summary import logits_summary, logits_summary_torch, make_partials
-from kernels.threshold_tail import threshold_tail, threshold_tail_torch
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.tail_params import CostAwareParams
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
+from vllm_specdecpp.kernels.logits_summary import logits_summary, logits_summary_torch, make_partials
+from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 
 BATCHES = (1, 4, 16, 64, 256)
 MAX_LENGTH, NUM_STOP = 12, 2
@@ -47,18 +47,16 @@ class Workload:
     """Makes what is read and written, always the same."""
     tolerance: float
     bytes_read: int = 0
-    """Of weights or logits; 0 where only latency counts."""
+    """Of logits; 0 where only latency counts."""
 
 
 def workloads(batches: list[int], device: torch.device | str) -> Iterator[Workload]:
-    """Sizes of real drafting: Qwen's vocabulary, drafts of 0.5B, 1B and 7B."""
+    """Sizes of real drafting, with Qwen's vocabulary."""
     for n in batches:
         yield _threshold(n, device)
         yield _cost_aware(n, device)
         for dtype in (torch.bfloat16, torch.float32):
             yield _logits(n, 151_936, dtype, device)
-            for size in (896, 2048, 3584):
-                yield _head(n, size, dtype, device)
 
 
 def _round_state(n: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -80,7 +78,7 @@ def _threshold(n: int, device: torch.device | str) -> Workload:
     def call(launch: Callable[..., None]) -> Callable[[dict[str, Tensor]], None]:
         return lambda tensors: launch(step=1, min_length=1, scored=True, **tensors)
 
-    return Workload("threshold_tail", f"batch {n}", call(threshold_tail), call(threshold_tail_torch), state, 0.0)
+    return Workload("threshold_tail", f"batch {n}", call(threshold_tail), call(tails.threshold_tail), state, 0.0)
 
 
 def _cost_aware(n: int, device: torch.device | str) -> Workload:
@@ -88,7 +86,7 @@ def _cost_aware(n: int, device: torch.device | str) -> Workload:
 
     def state() -> dict[str, Tensor]:
         params.load(
-            limits=[MAX_LENGTH] * n, held=False, probe=False, rate=60.0 * n, explore_seconds=0.0,
+            limits=[MAX_LENGTH] * n, price=60.0 * n,
             this=[1, 0, 0, 0, 0, 0], next=[0.5, 0.4, 0, 0, 0, 0], means=[0.7] * 4,
             step_seconds=[0.002 + 1e-5 * i for i in range(n + 1)],
             verify_seconds=[0.02 + 1e-5 * i for i in range(1025)],
@@ -101,7 +99,7 @@ def _cost_aware(n: int, device: torch.device | str) -> Workload:
     def call(launch: Callable[..., None]) -> Callable[[dict[str, Tensor]], None]:
         return lambda tensors: launch(step=1, params=params, **tensors)
 
-    return Workload("cost_aware_tail", f"batch {n}", call(cost_aware_tail), call(cost_aware_tail_torch), state, 1e-4)
+    return Workload("cost_aware_tail", f"batch {n}", call(cost_aware_tail), call(tails.cost_aware_tail), state, 1e-4)
 
 
 def _logits(n: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str) -> Workload:
@@ -122,23 +120,6 @@ def _logits(n: int, vocab_size: int, dtype: torch.dtype, device: torch.device | 
     shape = f"batch {n}, vocabulary {vocab_size}, {_name(dtype)}"
     read = n * vocab_size * dtype.itemsize
     return Workload("logits_summary", shape, call(logits_summary), call(logits_summary_torch), state, 1e-4, read)
-
-
-def _head(n: int, size: int, dtype: torch.dtype, device: torch.device | str) -> Workload:
-    def state() -> dict[str, Tensor]:
-        torch.manual_seed(n)
-        weight = torch.randn(size, size, device=device) / size**0.5
-        tensors = {"x": torch.randn(n, size, device=device), "weight": weight, "bias": torch.zeros(size, device=device)}
-        tensors["out"] = torch.zeros(n, size, device=device)
-        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-    def call(launch: Callable[..., None]) -> Callable[[dict[str, Tensor]], None]:
-        return lambda tensors: launch(**tensors)
-
-    shape = f"batch {n}, size {size}, {_name(dtype)}"
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    read = size * size * dtype.itemsize
-    return Workload("head_block", shape, call(head_block), call(head_block_torch), state, tolerance, read)
 
 
 def compare(workload: Workload) -> None:

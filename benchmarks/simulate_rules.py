@@ -19,9 +19,6 @@ from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.v1.inputs import RowState
 
-INFORMED_TRIES = 2
-"""Runs of the informed rule, each with the rate of the one before as its rho; they hardly move after the first."""
-
 
 class Engine:
     """The default rule with what the engine adds to it: reading is paid for first, by ``CostAwareDrafting``."""
@@ -29,9 +26,9 @@ class Engine:
     def __init__(self, costs: CostModel, rule: CostAwareRule | None = None) -> None:
         self.rule = rule or CostAwareRule(costs, DEPTH)
         self.lag = self.rule.lag
-        nothing: Any = None  # estimator, cache, agree: not used by what is called here
+        nothing: Any = None  # tail, file, agree: not used by what is called here
         self._engine = CostAwareDrafting(self.rule, nothing, None, nothing, torch.device("cpu"))
-        self._reads = False
+        self._read = 0  # tokens that the first pass of this round reads, if more than usual
 
     def begin(self, standings: Sequence[Standing]) -> CostAwareRound:
         limits = [s.limit for s in standings]
@@ -42,7 +39,8 @@ class Engine:
         self._engine._leave_out(round_, rows, behind, [s.room for s in standings])
         if any(limits):
             self._engine.drafting = bool(round_.running.any())
-        self._reads = any(np.array(behind)[round_.drafts] > 0)
+        missing = int(np.array(behind)[round_.drafts].sum())
+        self._read = missing and missing + 2 * int(round_.drafts.sum())
         return round_
 
     def finish(
@@ -50,7 +48,9 @@ class Engine:
         draft_seconds: float | None, verify_seconds: float | None,
     ) -> None:  # fmt: skip
         whole = verify_seconds is not None and None not in verified
-        drafted = draft_seconds if whole and not self._reads else None
+        if self._read and draft_seconds is not None:
+            self.rule.costs.observe_reading_round(round_.widths, draft_seconds, [self._read])
+        drafted = draft_seconds if whole and not self._read else None
         self.rule.finish(round_, verified, accepted, drafted, verify_seconds if whole else None)
 
     def state(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Engine:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state`."""
-        curves = [{int(width): s for width, s in state[name].items()} for name in ("first", "step", "verify")]
+        curves = [{int(width): s for width, s in state[name].items()} for name in ("first", "step", "verify", "read")]
         old = self.rule.costs
         self.rule.costs = CostModel(*curves, max_reqs=old.first.max_width, max_tokens=old.verify.max_width)
 
@@ -79,7 +79,7 @@ class Informed:
     def begin(self, standings: Sequence[Standing]) -> CostAwareRound:
         limits = np.array([s.limit for s in standings])
         ids = [s.request_id for s in standings]
-        return CostAwareRound(self.rule, ids, limits, limits > 0, self.rho, False, False)
+        return CostAwareRound(self.rule, ids, limits, limits > 0, self.rho)
 
     def finish(self, *args: object) -> None:
         """Learns nothing."""
@@ -103,13 +103,9 @@ class _Nothing:
         self.running, self.lengths, self.drafts, self.widths = running, lengths, drafts, widths
 
 
-def informed_run(server: Server, acceptance: AcceptanceModel, start: float, lag: int = 0) -> Run:
-    """The informed rule's, the best of a few rho from ``start`` tokens per second on."""
-    costs, runs, rho = true_costs(server.setting), [], start
-    for _ in range(INFORMED_TRIES):
-        runs.append(server.play(Informed(costs, acceptance, rho, lag), 0))
-        rho = runs[-1].rate
-    return max(runs, key=lambda run: run.rate)
+def informed_run(server: Server, acceptance: AcceptanceModel, rho: float) -> Run:
+    """The informed rule's; ``rho``: what the best rule without learning brings, hardly less than this one."""
+    return server.play(Informed(true_costs(server.setting), acceptance, rho), 0)
 
 
 def calibrated(streams: Sequence[Stream]) -> AcceptanceModel:

@@ -55,6 +55,9 @@ class Setting:
         return self.draft(widths, read) + self.verify(tokens)
 
 
+READ_WIDTHS = (16, 64, 256)
+"""Tokens of the draft passes that start-up times for what reading takes."""
+
 CPU_ROWS = [1, 2, 3, 4, 5, 6, 9, 17]
 CPU_SECONDS = [0.156, 0.165, 0.132, 0.130, 0.127, 0.129, 0.170, 0.219]
 ONE_CORE_ROWS = [1, 6, 7, 16, 21]
@@ -95,7 +98,8 @@ def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:
 
     most = setting.batch * (DEPTH + 1)
     tables = measure(setting.first, setting.batch), measure(setting.step, setting.batch), measure(setting.verify, most)
-    return CostModel(*tables, max_reqs=setting.batch, max_tokens=most)
+    read = {w: scale * setting.read(w) * float(np.exp(rng.normal(0, 0.03))) for w in READ_WIDTHS}
+    return CostModel(*tables, read, max_reqs=setting.batch, max_tokens=most)
 
 
 def true_costs(setting: Setting) -> CostModel:

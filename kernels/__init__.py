@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, each beside its torch twin of the same signature; importable as ``vllm_specdecpp.kernels``."""
+"""Triton kernels, importable as ``vllm_specdecpp.kernels``: ``decision.tails`` in one launch each, and others beside
+their torch twins."""

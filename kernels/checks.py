@@ -55,16 +55,16 @@ def check_tensor(
         )
 
 
-def check_launch(owner: str, kernel: Any, device: torch.device) -> None:
-    """Refuse a launch that Triton would end with an obscure error.
+def check_launch(owner: str, kernel: Any, device: torch.device, twin: str) -> None:
+    """Refuse a launch that Triton would end with an obscure error; ``twin`` does the same in torch.
 
     Raises:
         ValueError: tensors that are not on a GPU, and no interpreter.
     """
     if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
         raise ValueError(
-            f"specdecpp: {owner}: tensors are on cpu, must be on a GPU; call {owner}_torch, or set TRITON_INTERPRET=1 "
-            "before triton is imported"
+            f"specdecpp: {owner}: tensors are on cpu, must be on a GPU; call {twin}, or set TRITON_INTERPRET=1 before "
+            "triton is imported"
         )
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAX_LOG_ODDS = tl.constexpr(8.0)
-"""Scores beyond are taken as this sure, as in ``decision.cost_aware.logistic``."""
-MIN_SLOPE = tl.constexpr(0.1)
+from vllm_specdecpp.decision import tails
+
+MAX_LOG_ODDS = tl.constexpr(tails.MAX_LOG_ODDS)
 
 
 @triton.jit
@@ -64,13 +64,13 @@ def following(
     scored,  # [BLOCK_REQS] bool; without a score the mean acceptance stands in
     position,  # of that candidate
     slopes_ptr,
-    this_ptr,
     next_ptr,
+    drift_ptr,
     means_ptr,
 ):
     """Acceptance of the candidate after, and the log-odds expected of its score: [BLOCK_REQS] each."""
     after = tl.load(slopes_ptr + 1) * log_odds + tl.load(next_ptr + position)
     accept = tl.where(scored, sigmoid(after), tl.load(means_ptr + position + 1))
     # The score that would give the same acceptance, were it the candidate's own.
-    expected = (after - tl.load(this_ptr + position + 1)) / tl.maximum(tl.load(slopes_ptr), MIN_SLOPE)
+    expected = tl.load(slopes_ptr + 2) * log_odds + tl.load(drift_ptr + position)
     return accept, tl.minimum(tl.maximum(expected, -MAX_LOG_ODDS), MAX_LOG_ODDS)

@@ -114,7 +114,7 @@ def logits_summary(
         ValueError: one line: a tensor of another shape, dtype, device or stride.
     """
     _check("logits_summary", logits, top1_prob, entropy, margin, argmax, partials)
-    check_launch("logits_summary", _part_kernel, logits.device)
+    check_launch("logits_summary", _part_kernel, logits.device, "logits_summary_torch")
     num_reqs, vocab_size = logits.shape
     if num_reqs == 0:
         return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every kernel for a GPU that need not be there, and say what each takes.
 
-    python -m kernels.report [--capability 90] [--json FILE]
+    python -m vllm_specdecpp.kernels.report [--capability 90] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cost_aware_tail, head_block, logits_summary, threshold_tail
+from . import cost_aware_tail, logits_summary, threshold_tail
 
 # Pointers from torch's allocator are 16-byte aligned, and Triton's run time tells the compiler so.
 _ALIGNED = [["tt.divisibility", 16]]
@@ -57,7 +56,6 @@ def variants() -> Iterator[Variant]:
     yield from _threshold_tail()
     yield from _cost_aware_tail()
     yield from _logits_summary()
-    yield from _head_block()
 
 
 _ROUND = {
@@ -79,18 +77,17 @@ def _threshold_tail() -> Iterator[Variant]:
 
 def _cost_aware_tail() -> Iterator[Variant]:
     module = cost_aware_tail
-    whole = ("widths_ptr", "limits_ptr", "batch_ptr", "held_ptr", "probe_ptr")
+    whole = ("widths_ptr", "limits_ptr", "batch_ptr")
     real = (
-        "expected_ptr", "scores_log_ptr", "rate_ptr", "explore_ptr", "slopes_ptr", "this_ptr", "next_ptr", "means_ptr",
+        "expected_ptr", "scores_log_ptr", "price_ptr", "slopes_ptr", "this_ptr", "next_ptr", "drift_ptr", "means_ptr",
         "step_seconds_ptr", "verify_seconds_ptr",
     )  # fmt: skip
     types = _ROUND | dict.fromkeys(whole, "*i32") | dict.fromkeys(real, "*fp32")
     for num_reqs in (1, 64, 128, 256, 512, module.MAX_REQS):
-        for lag, drop_last in ((0, True), (1, True), (0, False)) if num_reqs in (1, 256) else ((0, True),):
+        for lag in (0, 1) if num_reqs in (1, 256) else (0,):
             yield Variant(
-                f"cost_aware_tail, {num_reqs} requests, lag {lag}{'' if drop_last else ', nothing dropped'}",
-                module._cost_aware_tail_kernel, types,
-                {"LAG": lag, "DROP_LAST": drop_last, **module.sizes(num_reqs)}, module.options(num_reqs),
+                f"cost_aware_tail, {num_reqs} requests, lag {lag}", module._cost_aware_tail_kernel, types,
+                {"LAG": lag, **module.sizes(num_reqs)}, module.options(num_reqs),
             )  # fmt: skip
 
 
@@ -105,15 +102,6 @@ def _logits_summary() -> Iterator[Variant]:
         constants = {"BLOCK_PARTS": triton.next_power_of_2(module.num_parts(vocab_size))}
         name = f"logits_summary, combine, vocabulary {vocab_size}"
         yield Variant(name, module._combine_kernel, partials | outs, constants, module.COMBINE_OPTIONS)
-
-
-def _head_block() -> Iterator[Variant]:
-    for dtype, pointer in _DTYPES.items():
-        types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), pointer)
-        for num_reqs in (1, 32, 64):
-            name = f"head_block, {num_reqs} requests, {dtype}"
-            sizes = head_block.sizes(num_reqs, getattr(torch, dtype))
-            yield Variant(name, head_block._head_block_kernel, types, sizes, head_block.OPTIONS)
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:
@@ -158,7 +146,7 @@ def table(usages: list[Usage]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; exit status 1 if a kernel spills registers."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vllm_specdecpp.kernels.report", description=__doc__)
     parser.add_argument("--capability", type=int, default=90, help="compute capability, e.g. 90 for an H100")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What follows the draw in every draft step under a threshold rule, in one launch: ``decision.round.RoundState``."""
+"""What follows the draw in every draft step under a threshold rule, in one launch: ``decision.tails``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checks import FLAG, check_launch, check_step, check_tensor
 from .stop_tokens import ends_draft
 
 BLOCKS = {"BLOCK_REQS": 256, "BLOCK_STOP": 4}
-# Survival decides against a threshold: no fused multiply-add, so that it is the twin's to the last bit.
+# Survival decides against a threshold: no fused multiply-add, so that it is torch's to the last bit.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -91,25 +91,9 @@ def threshold_tail(
     any_running: Tensor,
     scored: bool,
 ) -> None:
-    """Take in candidate ``step`` of every request, and decide who draws another one. In place; never waits.
+    """``decision.tails.threshold_tail`` in one launch, with the same arguments. In place; never waits.
 
-    The rule's decision is a function of ``survival`` and ``scores`` alone, which are known before the draw: the token
-    is only recorded and compared with the stop tokens (lossless, as in ``RoundState``).
-
-    Args:
-        scores: [num_reqs] float32, estimated acceptance; NaN counts as 0, and all is clamped to [0, 1].
-        token_ids: [num_reqs] int64 drawn at this step; ignored where not running.
-        step: k, 1-based.
-        survival: [num_reqs] float32, 1 before the first step.
-        lengths: [num_reqs] int32, candidates submitted; 0 before the first step.
-        running: [num_reqs] int32, 1 for requests that draw candidate k; afterwards for those that draw k + 1.
-        max_lengths: [num_reqs] int32.
-        min_length: the rule stops no request below this many candidates.
-        threshold: [1] float32, h; 1 or more never stops. A tensor: a captured graph reads what it holds at replay.
-        stop_token_ids: [num_reqs, num_stop] int64, padded with -1; num_stop may be 0.
-        draft_tokens: [num_reqs, K] int64 of any row stride; column k - 1 gets the token, -1 where none was drawn.
-        any_running: [1] int32 or bool, whether somebody draws candidate k + 1.
-        scored: False at the first step of a lagged estimator: ``scores`` is not read.
+    ``draft_tokens`` may have any row stride.
 
     Raises:
         ValueError: one line: a tensor of another shape, dtype, device or stride, or a step without a column.
@@ -118,45 +102,12 @@ def threshold_tail(
         "threshold_tail", scores, token_ids, step, survival, lengths, running, max_lengths, threshold, stop_token_ids,
         draft_tokens, any_running,
     )  # fmt: skip
-    check_launch("threshold_tail", _threshold_tail_kernel, scores.device)
+    check_launch("threshold_tail", _threshold_tail_kernel, scores.device, "decision.tails.threshold_tail")
     _threshold_tail_kernel[(1,)](
         scores, token_ids, survival, lengths, running, max_lengths, threshold, stop_token_ids, draft_tokens,
         any_running, num_reqs, num_stop, stop_token_ids.stride(0), draft_tokens.stride(0), step, min_length,
         SCORED=scored, **BLOCKS, **OPTIONS,
     )  # fmt: skip
-
-
-def threshold_tail_torch(
-    scores: Tensor,
-    token_ids: Tensor,
-    step: int,
-    *,
-    survival: Tensor,
-    lengths: Tensor,
-    running: Tensor,
-    max_lengths: Tensor,
-    min_length: int,
-    threshold: Tensor,
-    stop_token_ids: Tensor,
-    draft_tokens: Tensor,
-    any_running: Tensor,
-    scored: bool,
-) -> None:
-    """The twin of :func:`threshold_tail`, in torch, for any device."""
-    _check(
-        "threshold_tail_torch", scores, token_ids, step, survival, lengths, running, max_lengths, threshold,
-        stop_token_ids, draft_tokens, any_running,
-    )  # fmt: skip
-    ran = running != 0  # [num_reqs]
-    if scored:
-        score = torch.nan_to_num(scores, nan=0.0).clamp(0, 1)
-        survival.copy_(torch.where(ran, survival * score, survival))
-    last = (1 - survival > threshold) & (step >= min_length)  # [num_reqs]
-    lengths += ran
-    draft_tokens[:, step - 1] = torch.where(ran, token_ids, -1)
-    ends = (stop_token_ids == token_ids[:, None]).any(dim=1)  # [num_reqs]
-    running.copy_(ran & ~last & ~ends & (lengths < max_lengths))
-    any_running.copy_(running.any())
 
 
 def _check(

@@ -113,6 +113,6 @@ def set_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
 
     rule = proposer(llm).cost_aware.rule
     rule.costs = CostModel(**curves, max_reqs=64, max_tokens=512)
-    rule.costs.observe = lambda *args: None
+    rule.costs.observe = rule.costs.observe_reading_round = lambda *args: None
     rule.costs.verify.freshness = lambda width: 99.0
     return rule

@@ -46,7 +46,6 @@ COMMANDS = {
     "calibrate": Command(
         "make the head's score a probability, and measure it", "vllm_specdecpp.training.fit.calibrate"
     ),
-    "measure": Command("time this machine's draft and verification steps", "vllm_specdecpp.training.replay.measure"),
     "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }

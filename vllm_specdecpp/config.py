@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-DEFAULT_THRESHOLD = {"threshold": 0.7, "confidence": 0.5, "entropy": 0.8}
-"""h per rule. 0.7 with a head is the paper's robust choice; the training-free ones are the best of a replay of 21
-training prompts of the Qwen2.5-Coder pair at its CPU step costs (flat from 0.4 to 0.6, and from 0.7 to 0.9); with
-cheaper draft steps a larger h wins."""
+from vllm_specdecpp.rule_registry import RULES, find_rule, one_of_the_rules
 
 _MUST_BE = {
     "model": "must name the draft model: a folder or a hub id (e.g. 'Qwen/Qwen2.5-Coder-0.5B-Instruct')",
     "head": "must name the acceptance head: a folder or a hub id, or be left out for a training-free rule",
     "head_revision": "must be a branch, tag or commit of the head's hub repository (e.g. 'main')",
-    "rule": "must be one of 'cost_aware', 'fixed', 'threshold', 'confidence', 'entropy'",
     "threshold": "must lie strictly between 0 and 1 (e.g. 0.7)",
     "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
@@ -40,7 +37,7 @@ class SpecDecPPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
-    """Draft model: a folder or a hub id. Must share the target's vocabulary."""
+    """Draft model: a folder or a hub id. Must have the target's tokens; how far the two are padded may differ."""
 
     head: str | None = Field(default=None, min_length=1)
     """Acceptance head of the rules ``cost_aware`` and ``threshold``: a folder or a hub id, ``org/name`` or
@@ -49,7 +46,7 @@ class SpecDecPPConfig(BaseModel):
     head_revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of the head's hub repository."""
 
-    rule: Literal["cost_aware", "fixed", "threshold", "confidence", "entropy"] | None = None
+    rule: str | None = None
     """Stop rule; by default ``cost_aware``, which weighs each candidate against its measured time. With a ``threshold``
     or a ``min_speculative_tokens`` given: ``threshold`` (the paper's) if there is a head, else ``confidence``."""
 
@@ -80,6 +77,13 @@ class SpecDecPPConfig(BaseModel):
     record_max_gib: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Recording stops before the folder's shards exceed this many GiB."""
 
+    @field_validator("rule")
+    @classmethod
+    def _known_rule(cls, rule: str | None) -> str | None:
+        if rule is not None:
+            find_rule(rule)
+        return rule
+
     @model_validator(mode="after")
     def _check_together(self, info: ValidationInfo) -> SpecDecPPConfig:
         if self.min_speculative_tokens > self.num_speculative_tokens:
@@ -87,17 +91,18 @@ class SpecDecPPConfig(BaseModel):
                 f"min_speculative_tokens={self.min_speculative_tokens} exceeds "
                 f"num_speculative_tokens={self.num_speculative_tokens}; lower the first or raise the second"
             )
-        if self.rule == "threshold" and self.head is None:
+        entry = RULES[self.resolved_rule]
+        if entry.needs_head and self.head is None:
             raise ValueError(
-                "rule='threshold' needs an acceptance head; add head=FOLDER_OR_HUB_ID, or use rule='confidence'"
+                f"rule={entry.name!r} needs an acceptance head; add head=FOLDER_OR_HUB_ID, or use rule='confidence'"
             )
         # A running engine keeps its head while another rule is tried out.
         head_may_idle = bool(info.context and info.context.get("running"))
-        if self.head is not None and self.resolved_rule not in ("cost_aware", "threshold") and not head_may_idle:
+        if self.head is not None and not entry.reads_head and not head_may_idle:
             raise ValueError(f"rule={self.rule!r} does not use head={self.head!r}; leave one of the two out")
         if self.head_revision is not None and self.head is None:
             raise ValueError(f"head_revision={self.head_revision!r} has no head to go with; add head=HUB_ID or drop it")
-        if self.rule in ("cost_aware", "fixed") and self.threshold is not None:
+        if self.threshold is not None and entry.threshold is None:
             raise ValueError(
                 f"threshold={self.threshold} has no meaning with rule={self.rule!r}; leave one of the two out"
             )
@@ -123,8 +128,8 @@ class SpecDecPPConfig(BaseModel):
 
     @property
     def resolved_threshold(self) -> float | None:
-        """The threshold h in force; None for ``cost_aware`` and ``fixed``."""
-        return self.threshold if self.threshold is not None else DEFAULT_THRESHOLD.get(self.resolved_rule)
+        """The threshold h in force; None for a rule without one."""
+        return self.threshold if self.threshold is not None else RULES[self.resolved_rule].threshold
 
     @classmethod
     def from_speculative_config(
@@ -151,6 +156,7 @@ class SpecDecPPConfig(BaseModel):
         ours: dict[str, Any] = {}
         passed_on: dict[str, Any] = {}
         for key, value in speculative_config.items():
+            value = _plain(value)
             name = str(key).replace("-", "_")
             if name in ours or name in passed_on:
                 raise ValueError(f"specdecpp: {name} is given twice, with '-' and with '_'; leave one out")
@@ -204,6 +210,7 @@ class SpecDecPPConfig(BaseModel):
     @classmethod
     def _checked(cls, options: dict[str, Any], *, running: bool = False) -> SpecDecPPConfig:
         """Validate, with pydantic's report flattened to one line."""
+        options = {name: _plain(value) for name, value in options.items()}
         for name, value in options.items():
             if name not in cls.model_fields:
                 raise ValueError(_unknown(name, value, list(cls.model_fields)))
@@ -219,14 +226,27 @@ def _one_line(entry: Mapping[str, Any]) -> str:
     if not entry["loc"]:  # from _check_together, which words its own messages
         return str(entry["msg"]).removeprefix("Value error, ")
     name = str(entry["loc"][0])
+    must_be = one_of_the_rules() if name == "rule" else _MUST_BE[name]
     if entry["type"] == "missing":
-        return f"{name} is missing; it {_MUST_BE[name]}"
+        return f"{name} is missing; it {must_be}"
     if entry["type"] in ("int_type", "float_type") and isinstance(entry["input"], str):
-        return f"{name}={entry['input']!r} is text; write the number without quotes: it {_MUST_BE[name]}"
-    return f"{name}={entry['input']!r} {_MUST_BE[name]}"
+        return f"{name}={entry['input']!r} is text; write the number without quotes: it {must_be}"
+    return f"{name}={entry['input']!r} {must_be}"
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, a NumPy scalar as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
 def _unknown(name: str, value: object, known: list[str]) -> str:
+    if name.replace("-", "_").endswith("disable_by_batch_size"):
+        return (
+            f"specdecpp: unknown option {name}={value!r}; leave it out: rule='cost_aware', the default, stops drafting "
+            "by itself at any batch size where it does not pay"
+        )
     nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
     mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
     return f"specdecpp: unknown option {name}={value!r}; {mend}"
@@ -239,6 +259,6 @@ def options_table() -> str:
         default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
         text = " ".join((field.description or "").split())
         if name == "threshold":
-            default = ", ".join(f"{value} ({rule})" for rule, value in DEFAULT_THRESHOLD.items())
+            default = ", ".join(f"{e.threshold:g} ({e.name})" for e in RULES.values() if e.threshold is not None)
         rows.append(f"| `{name}` | {default} | {text} |")
     return "\n".join(rows)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -55,7 +56,11 @@ def find_pair(target: str) -> Pair:
     """The pair of a target model.
 
     Args:
-        target: a hub id (any case) or a local folder, of which the last name counts, or the hub cache's folder.
+        target: a hub id (any case) or a local folder. A folder goes by the hub id that its ``source.json`` names
+            (:mod:`vllm_specdecpp.setup.models` writes one), else by its last name, or as a folder of the hub's cache.
+
+    Returns:
+        The pair; where a copy of the draft lies beside a local target, that folder is the draft.
 
     Raises:
         ValueError: an unknown target (the message lists the known ones and shows the JSON to write), or a bad file.
@@ -65,10 +70,11 @@ def find_pair(target: str) -> Pair:
     if pair := by_name.get(target.lower().rstrip("/")):
         return pair
     if _is_local(target):
-        parts = [part.lower() for part in Path(target).expanduser().absolute().parts]
+        folder = Path(target).expanduser().absolute()
+        parts = [part.lower() for part in folder.parts]
         for name, pair in by_name.items():
-            if parts[-1] == name.rsplit("/", 1)[-1] or f"models--{name.replace('/', '--')}" in parts:
-                return pair
+            if _is_copy(folder, name) or f"models--{name.replace('/', '--')}" in parts:
+                return pair.model_copy(update={"draft": _beside(folder, pair.draft)})
     option = json.dumps({"method": "specdecpp", "model": "DRAFT"})
     entry = json.dumps({target: {"draft": "DRAFT", "head": None}})
     raise ValueError(
@@ -79,6 +85,27 @@ def find_pair(target: str) -> Pair:
 
 def _is_local(target: str) -> bool:
     return target.startswith(("/", "./", "../", "~")) or Path(target).is_dir()
+
+
+def _is_copy(folder: Path, hub_id: str) -> bool:
+    """Whether a folder holds the model of a hub id, in any case."""
+    try:
+        origin = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        named = origin.get("hub") or origin.get("same_model_on_the_hub")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    if isinstance(named, str):
+        return named.lower() == hub_id.lower()
+    return folder.name.lower() == hub_id.lower().rsplit("/", 1)[-1]
+
+
+def _beside(target: Path, draft: str) -> str:
+    """The folder beside the target's that holds the draft; without one, the draft's id."""
+    with contextlib.suppress(OSError):
+        for folder in sorted(target.parent.iterdir()):
+            if (folder / "config.json").is_file() and _is_copy(folder, draft):
+                return str(folder)
+    return draft
 
 
 def _user_file(user_file: Path | None) -> tuple[Path, bool]:

@@ -13,7 +13,7 @@ logger = logging.getLogger("vllm.specdecpp")
 
 
 def register() -> None:
-    """Wrap the two ``EngineArgs`` methods of the ledger; every other process hook is an official option."""
+    """Wrap three methods of the ledger; every other process hook is an official option."""
     try:
         from vllm_specdecpp.engine.options import install
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from tests import engine_harness as harness
-from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState
-from vllm_specdecpp.decision.cost_aware.rule import Decision
+from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 
 MAX_LENGTH = 6
 PROMPTS = harness.prompts(12, seed=31, longest=60)
@@ -47,32 +47,26 @@ class _Scripted:
 
     def begin(self, rows: Any, outcomes: Any, max_lengths: list[int], stop_token_ids: Any, *times: Any) -> Any:
         pairs = zip(rows, max_lengths, strict=True)
-        running = np.array([n > 0 and self._plan(row.request_id) for row, n in pairs])
-        round_: Any = _ScriptedRound(running, np.array(max_lengths), self._random)
-        needs = frozenset({"top1_prob"})
-        state = CostAwareState(round_, ConfidenceEstimator(), needs, len(rows), stop_token_ids=stop_token_ids)
+        limits = [n if n > 0 and self._plan(row.request_id) else 0 for row, n in pairs]
+        tail = CostAwareTail(ConfidenceEstimator(), len(rows), MAX_LENGTH, 64, "cpu", self._tail)
+        tail.open()
+        state = DraftRound(tail, torch.tensor(limits), stop_token_ids=stop_token_ids)
         if any(max_lengths):
-            self.drafting = state.any_running()
+            self.drafting = state.goes_on()
         return state
 
     def timed(self, step: Any) -> None:
         pass
 
-
-class _ScriptedRound:
-    def __init__(self, running: Any, limits: Any, rng: random.Random) -> None:
-        self.running, self._limits, self._random = running, limits, rng
-        self.lengths = np.zeros(len(running), dtype=np.int64)
-
-    def step(self, scores: Any) -> Decision:
-        submit = self.running & np.array([self._random.random() < 0.9 for _ in self.running])
-        self.lengths += submit
-        go_on = submit & (self.lengths < self._limits) & np.array([self._random.random() < 0.7 for _ in self.running])
-        self.running = go_on
-        return Decision(submit, go_on)
-
-    def end(self, ended: Any) -> None:
-        self.running &= ~ended
+    def _tail(self, scores: Any, token_ids: Any, step: int, **state: Any) -> None:
+        """Submits and goes on as far as the limits and chance allow."""
+        ran, n = state["running"].bool(), len(scores)
+        submit = ran & torch.tensor([self._random.random() < 0.9 for _ in range(n)])
+        state["lengths"] += submit
+        state["draft_tokens"][:, step - 1] = token_ids.where(submit, -1)
+        room = state["lengths"] < state["params"].limits[:n]
+        go_on = submit & room & torch.tensor([self._random.random() < 0.7 for _ in range(n)])
+        state["running"].copy_(go_on & (state["stop_token_ids"] != token_ids[:, None]).all(dim=1))
 
 
 PLANS = {
@@ -123,8 +117,8 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
                 assert emitted > len(tokens) or tokens[emitted - 1] == next_token
     assert checked > 100 and bin(lengths).count("1") >= 5
     steps = llm.collective_rpc("specdecpp_step_times")[0]
-    caught_up = [step["caught_up"] for step in steps if step.get("caught_up", 0) > 0]
-    assert (max(caught_up) > 24) == (plan != "all rounds")  # more than one pass can read
+    read = [step["read"] for step in steps if step.get("read")]
+    assert (max(map(len, read)) > 1) == (plan != "all rounds")  # more than one pass can read
 
 
 def test_drafts_where_it_pays(llm, baseline, monkeypatch):

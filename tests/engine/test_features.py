@@ -234,3 +234,51 @@ def test_vllms_own_counters_agree(tiny):
         stats = llm.collective_rpc("specdecpp_stats")[0]
     assert metrics["vllm:spec_decode_num_draft_tokens"] == stats["candidates"]
     assert metrics["vllm:spec_decode_num_accepted_tokens"] == stats["accepted"]
+
+
+def test_rounds_that_wait_for_room_are_counted(tiny):
+    """A step has room for two requests' rounds: those of others are verified later, or cut."""
+    waited = 0
+    config = _config(tiny, head=None, rule="fixed", threshold=None)
+    with harness.engine(tiny.target, config, max_num_batched_tokens=20) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            nonlocal waited
+            output = schedule(*args, **kwargs)
+            waited += len(scheduler.running) - len(output.num_scheduled_tokens)
+            return output
+
+        scheduler.schedule = scheduled
+        with harness.verified_rounds(llm) as rounds:
+            outputs = harness.generate(llm, harness.prompts(6, seed=3), ignore_eos=True)
+        assert waited > 5
+        assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, rounds)
+
+
+@pytest.mark.parametrize("off", [False, True], ids=["drafting", "off"])
+def test_a_prompt_that_is_cached_but_for_one_token_costs_one_row(tiny, off):
+    """vLLM pads such a prompt to the length of a round, with drafts that its counters book."""
+    (prompt,) = harness.prompts(1, seed=6, shortest=65, longest=65)  # two blocks and a token
+    extra_args = {"specdecpp": {"enabled": False}} if off else None
+    rows: list[int] = []
+    with harness.engine(
+        tiny.target, _config(tiny), enable_prefix_caching=True, block_size=32, disable_log_stats=False
+    ) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            rows.extend(output.num_scheduled_tokens.values())
+            return output
+
+        first = harness.generate(llm, [prompt], ignore_eos=True, max_tokens=12, extra_args=extra_args)
+        scheduler.schedule = scheduled
+        again = harness.generate(llm, [prompt], ignore_eos=True, max_tokens=12, extra_args=extra_args)
+        metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+        stats = llm.collective_rpc("specdecpp_stats")[0]
+    assert again[0].num_cached_tokens == 64 and harness.token_ids(again) == harness.token_ids(first)
+    assert rows[0] == 1 and (max(rows) == 1) is off
+    assert metrics["vllm:spec_decode_num_draft_tokens"] == stats["candidates"]

@@ -13,12 +13,12 @@ import torch
 if not (torch.cuda.is_available() and torch.version.cuda):
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from kernels.cost_aware_params import CostAwareParams
-from kernels.cost_aware_tail import cost_aware_tail, cost_aware_tail_torch
-from kernels.head_block import head_block, head_block_torch
-from kernels.logits_summary import logits_summary, logits_summary_torch
-from kernels.threshold_tail import threshold_tail, threshold_tail_torch
-from tests.v2.kernels import cost_aware_cases, head_cases, logits_cases, threshold_cases
+from tests.v2.kernels import cost_aware_cases, logits_cases, threshold_cases
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.tail_params import CostAwareParams
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
+from vllm_specdecpp.kernels.logits_summary import logits_summary, logits_summary_torch
+from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 
 pytestmark = pytest.mark.gpu
 
@@ -58,13 +58,13 @@ def on_gpu(launch: Callable[..., None], captured: bool = False) -> Callable[...,
     return wrapped
 
 
-@pytest.mark.parametrize("launch", [threshold_tail, threshold_tail_torch])
+@pytest.mark.parametrize("launch", [threshold_tail, tails.threshold_tail])
 @pytest.mark.parametrize("case", threshold_cases.CASES, ids=str)
 def test_threshold_tail(case, launch) -> None:
     threshold_cases.check_rounds(on_gpu(launch), case)
 
 
-@pytest.mark.parametrize("launch", [cost_aware_tail, cost_aware_tail_torch])
+@pytest.mark.parametrize("launch", [cost_aware_tail, tails.cost_aware_tail])
 @pytest.mark.parametrize("case", cost_aware_cases.CASES, ids=str)
 def test_cost_aware_tail(case, launch) -> None:
     cost_aware_cases.check_rounds(on_gpu(launch), case)
@@ -76,17 +76,11 @@ def test_logits_summary(case, launch) -> None:
     logits_cases.check(on_gpu(launch), case)
 
 
-@pytest.mark.parametrize("launch", [head_block, head_block_torch])
-@pytest.mark.parametrize(("num_reqs", "size", "dtype"), head_cases.CASES)
-def test_head_block(num_reqs, size, dtype, launch) -> None:
-    head_cases.check(on_gpu(launch), num_reqs, size, dtype)
-
-
-@pytest.mark.parametrize("captured", [threshold_tail, threshold_tail_torch])
+@pytest.mark.parametrize("captured", [threshold_tail, tails.threshold_tail])
 def test_replayed_from_a_graph(captured) -> None:
     threshold_cases.check_rounds(on_gpu(captured, captured=True), threshold_cases.Case(5))
 
 
-@pytest.mark.parametrize("captured", [cost_aware_tail, cost_aware_tail_torch])
+@pytest.mark.parametrize("captured", [cost_aware_tail, tails.cost_aware_tail])
 def test_cost_aware_tail_replayed_from_a_graph(captured) -> None:
     cost_aware_cases.check_rounds(on_gpu(captured, captured=True), cost_aware_cases.Case(5))

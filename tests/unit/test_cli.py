@@ -105,11 +105,11 @@ def test_overview_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("collect", "train", "calibrate", "measure", "tune", "inspect"):
+    for command in ("collect", "train", "calibrate", "tune", "inspect"):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "calibrate", "measure", "tune", "inspect"])
+@pytest.mark.parametrize("command", ["collect", "train", "calibrate", "tune", "inspect"])
 def test_every_command_explains_all_its_options(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

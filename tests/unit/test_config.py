@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.config import DEFAULT_THRESHOLD, SpecDecPPConfig
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.rule_registry import RULES
 
 PASSTHROUGH = ["method", "model", "num_speculative_tokens", "revision", "draft_tensor_parallel_size", "quantization"]
 
@@ -32,7 +33,7 @@ def test_defaults() -> None:
         ({"head": "h"}, "cost_aware", None),
         ({"threshold": 0.3}, "confidence", 0.3),
         ({"head": "h", "threshold": 0.3}, "threshold", 0.3),
-        ({"min_speculative_tokens": 2}, "confidence", DEFAULT_THRESHOLD["confidence"]),
+        ({"min_speculative_tokens": 2}, "confidence", RULES["confidence"].threshold),
         ({"head": "h", "min_speculative_tokens": 2}, "threshold", 0.7),
         ({"head": "h", "rule": "threshold"}, "threshold", 0.7),
     ],
@@ -95,6 +96,7 @@ def test_the_users_dict_is_left_alone() -> None:
     [
         ({}, "model is missing; it must name the draft model"),
         ({"model": ""}, "model='' must name the draft model"),
+        ({"model": "d", "disable_by_batch_size": 8}, "disable_by_batch_size=8; leave it out: rule='cost_aware'"),
         ({"model": 3}, "model=3 must name the draft model"),
         ({"model": "d", "threshold": 1.5}, "threshold=1.5 must lie strictly between 0 and 1 (e.g. 0.7)"),
         ({"model": "d", "threshold": 0}, "threshold=0 must lie strictly between 0 and 1"),
@@ -211,7 +213,7 @@ class TestWithChanges:
 
     def test_another_rule_starts_at_its_own_threshold(self) -> None:
         config, _ = split(model="d", rule="confidence", threshold=0.3)
-        assert config.with_changes({"rule": "entropy"}).resolved_threshold == DEFAULT_THRESHOLD["entropy"]
+        assert config.with_changes({"rule": "entropy"}).resolved_threshold == RULES["entropy"].threshold
         assert config.with_changes({"rule": "fixed"}).resolved_threshold is None
         assert config.with_changes({"rule": "confidence"}).resolved_threshold == 0.3
         assert config.with_changes({"rule": "entropy", "threshold": 0.2}).resolved_threshold == 0.2

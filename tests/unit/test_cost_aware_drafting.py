@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_specdecpp.decision import ConfidenceEstimator, CostAwareState, HeadEstimator, StepFeatures
+from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound, Estimator, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.head.model import AcceptanceHead
@@ -26,13 +28,23 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _play(state: CostAwareState, scores: torch.Tensor, stop_at: dict[int, int] | None = None) -> list[int]:
+def _tail(estimator: Estimator | None = None) -> CostAwareTail:
+    return CostAwareTail(estimator or ConfidenceEstimator(), 8, 8, 64, "cpu")
+
+
+def _begin(rule: CostAwareRule, limits: list[int], estimator: Estimator | None = None, **options: Any) -> DraftRound:
+    """A round as an engine begins it."""
+    tail = _tail(estimator)
+    rule.begin([f"request {i}" for i in range(len(limits))], limits).load(tail.params)
+    return DraftRound(tail, torch.tensor(limits), **options)
+
+
+def _play(state: DraftRound, scores: torch.Tensor, stop_at: dict[int, int] | None = None) -> list[int]:
     """Draws until all have stopped; ``scores`` [num_steps, num_reqs]; request r draws token 7 at step stop_at[r]."""
     step = 0
-    while state.any_running():
+    while state.goes_on():
         rows = state.running.nonzero().squeeze(1)
         state.observe(StepFeatures(top1_prob=scores[step, rows]), rows)
-        rows = state.drawing.nonzero().squeeze(1)
         tokens = torch.tensor([7 if (stop_at or {}).get(int(r)) == step else 1 for r in rows], dtype=torch.int64)
         state.append(tokens, rows)
         step += 1
@@ -40,59 +52,59 @@ def _play(state: CostAwareState, scores: torch.Tensor, stop_at: dict[int, int] |
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_masks_are_those_of_the_rule(seed: int) -> None:
-    """Rows come and go in the adapter; the rule sees all requests, with NaN where nothing was scored."""
+def test_an_engines_round_is_the_rules(seed: int) -> None:
+    """Rows come and go in the adapter; the rule's own steps see all requests. What is reported is what they leave."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(8, 5, generator=generator).sqrt()
-    ids, limits = list("abcde"), [8, 3, 0, 8, 5]
-    state = CostAwareState(_rule().begin(ids, limits), ConfidenceEstimator(), frozenset({"top1_prob"}), 5)
+    limits = [8, 3, 0, 8, 5]
+    state = _begin(_rule(), limits)
     lengths = _play(state, scores)
-    round_ = _rule().begin(ids, limits)
+    round_, filled = (_rule().begin(list("abcde"), limits) for _ in range(2))
     step = 0
     while round_.running.any():
         round_.step(scores[step].double().numpy())
         step += 1
     assert lengths == round_.lengths.tolist()
     assert lengths[2] == 0 and all(n <= limit for n, limit in zip(lengths, limits, strict=True))
+    tail: Any = state.rule
+    filled.fill(Report.of(tail.report(5, state.max_lengths, state.lengths), 5, 8))
+    for name in ("lengths", "widths", "drafts", "running"):
+        assert np.array_equal(getattr(filled, name), getattr(round_, name)), name
+    np.testing.assert_allclose(filled.expected, round_.expected)
+    np.testing.assert_array_equal(np.array(filled.scores), np.array(round_.scores))
 
 
 def test_a_stop_token_ends_a_request_after_it_was_submitted() -> None:
-    scores = torch.full((8, 2), 0.99)
-    state = CostAwareState(
-        _rule().begin(["a", "b"], [8, 8]), ConfidenceEstimator(), frozenset({"top1_prob"}), 2,
-        stop_token_ids=torch.tensor([[7], [-1]]),
-    )  # fmt: skip
-    assert _play(state, scores, stop_at={0: 2, 1: 3}) == [3, 8]
-    assert state.round is not None and not state.round.running.any()
+    state = _begin(_rule(), [8, 8], stop_token_ids=torch.tensor([[7], [-1]]))
+    assert _play(state, torch.full((8, 2), 0.99), stop_at={0: 2, 1: 3}) == [3, 8]
+    assert not state.running.any()
 
 
 def test_no_draw_without_a_decision() -> None:
-    state = CostAwareState(_rule().begin(["a"], [8]), ConfidenceEstimator(), frozenset(), 1)
+    state = _begin(_rule(), [8])
     with pytest.raises(RuntimeError, match="observe"):
         state.append(torch.tensor([1]))
 
 
 def test_followers_do_as_rank_0_says() -> None:
-    """They have no rule; every mask comes from rank 0, in the same order of messages."""
+    """They have no rule; parameters and scores come from rank 0, in the same order of messages."""
     told: list[torch.Tensor] = []
 
     def lead(tensor: torch.Tensor) -> torch.Tensor:
         told.append(tensor.clone())
         return tensor
 
+    def begin(rule: CostAwareRule | None, agree: Any) -> DraftRound:
+        drafting = CostAwareDrafting(rule, _tail(), None, agree, torch.device("cpu"))
+        stop_token_ids = torch.tensor([[7]] * 4)
+        return drafting.begin(_rows(*"abcd"), {}, [8] * 4, stop_token_ids, 3.0, [5] * 4, [9] * 4)
+
     scores = torch.rand(8, 4, generator=torch.Generator().manual_seed(1)).sqrt()
-    options: dict[str, Any] = {"stop_token_ids": torch.tensor([[7]] * 4)}
-    leader = CostAwareState(
-        _rule().begin(list("abcd"), [8] * 4), ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lead, **options
-    )  # fmt: skip
-    lengths = _play(leader, scores, stop_at={1: 1})
+    lengths = _play(begin(_rule(), lead), scores, stop_at={1: 1})
+    assert len(set(lengths)) > 1
     answers = iter(told)
     # A follower's own numbers are noise; it must not look at them.
-    noise = torch.full_like(scores, torch.nan)
-    follower = CostAwareState(
-        None, ConfidenceEstimator(), frozenset({"top1_prob"}), 4, agree=lambda _: next(answers), **options
-    )  # fmt: skip
-    assert _play(follower, noise, stop_at={1: 1}) == lengths
+    assert _play(begin(None, lambda _: next(answers)), torch.full_like(scores, torch.nan), stop_at={1: 1}) == lengths
     assert next(answers, None) is None
 
 
@@ -103,24 +115,23 @@ def test_a_lagged_head_scores_the_candidate_before() -> None:
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.7, generator=generator)
     estimator = HeadEstimator(head.eval())
-    rule = _rule(lag=1)
-    state = CostAwareState(rule.begin(["a"], [8]), estimator, estimator.needs, 1)
+    state = _begin(_rule(lag=1), [8], estimator)
     hidden = torch.randn(9, 1, 3, generator=generator)
     top1 = torch.rand(9, 1, generator=generator)
     logprobs = -torch.rand(9, 1, generator=generator)
     step = 0
-    while state.any_running():
+    while state.goes_on():
         state.observe(StepFeatures(hidden[step], top1[step]))
-        state.append(torch.tensor([1]), None, logprobs[step])
+        state.append(torch.tensor([1]), drawn_logprobs=logprobs[step])
         step += 1
     assert step >= 3
-    assert state.round is not None
-    seen = state.round.scores
-    assert np.isnan(seen[0]).all()
+    tail: Any = state.rule
+    seen = Report.of(tail.report(1, state.max_lengths, state.lengths), 1, 8).scores
+    assert seen[0].isnan().all()
     for k in range(1, step):
         previous = StepFeatures(top1_prob=top1[k - 1], drawn_logprob=logprobs[k - 1])
         expected = float(estimator(StepFeatures(hidden[k], top1[k], previous=previous), k).logit().detach())
-        assert seen[k][0] == pytest.approx(expected, abs=1e-4)
+        assert float(seen[k]) == pytest.approx(expected, abs=1e-4)
 
 
 class _Spy(CostAwareRule):
@@ -133,7 +144,7 @@ class _Spy(CostAwareRule):
 
 def _drafting() -> tuple[CostAwareDrafting, _Spy]:
     spy = _Spy(CostModel(**CURVES, max_reqs=8, max_tokens=64), 8)
-    return CostAwareDrafting(spy, ConfidenceEstimator(), None, _same, torch.device("cpu")), spy
+    return CostAwareDrafting(spy, _tail(), None, _same, torch.device("cpu")), spy
 
 
 def _rows(*ids: str) -> list[RowState]:
@@ -143,7 +154,7 @@ def _rows(*ids: str) -> list[RowState]:
 def _round(drafting: CostAwareDrafting, ids: str, outcomes: dict[int, tuple[int, int]], **step: Any) -> list[int]:
     state = drafting.begin(_rows(*ids), outcomes, [8] * len(ids), None, 3.0, [5] * len(ids), [9] * len(ids))
     lengths = _play(state, torch.full((8, len(ids)), 0.9))
-    drafting.timed({"draft_seconds": 2.0, "caught_up": 0, **step})
+    drafting.timed({"draft_seconds": 2.0, "read": [], **step})
     return lengths
 
 
@@ -161,8 +172,7 @@ def test_outcomes_and_times_reach_their_round() -> None:
         ("abc", {0: (None, 1), 1: (None, 1)}, {}, None, None),  # a prompt was in the step
         ("a", {0: (None, 1)}, {}, None, None),  # one was aborted, perhaps before it was verified
         ("ab", {0: (1, 1), 1: (None, 1)}, {}, None, None),  # the scheduler cut the first one's candidates
-        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": 5}, None, 3.0),  # the first pass was no usual one
-        ("ab", {0: (None, 1), 1: (None, 1)}, {"caught_up": -1}, 2.0, 3.0),
+        ("ab", {0: (None, 1), 1: (None, 1)}, {"read": [9]}, None, 3.0),  # the first pass was no usual one
     ],
 )
 def test_times_that_are_not_the_rounds_own_are_left_out(
@@ -191,7 +201,7 @@ def test_what_the_draft_would_have_to_read_is_paid_for_first(room: int, usual: i
         state = drafting.begin(rows, outcomes, [8, 8], None, 3.0, first_missing, [room, room])
         assert drafting._round is not None and drafting._round.drafts.tolist() == state.running.tolist()
         lengths = _play(state, torch.full((8, 2), 0.95))
-        drafting.timed({"draft_seconds": 2.0, "caught_up": 0})
+        drafting.timed({"draft_seconds": 2.0})
         outcomes = {row: (length, length) for row, length in enumerate(lengths)}
         drafted = [n + (length > 0) for n, length in zip(drafted, lengths, strict=True)]
     # 8000 tokens take 8000 * (12 - 10) / 63 * 1 / 10 = 25 s; drafting gains a few seconds a round and request.
@@ -205,7 +215,7 @@ def test_a_request_that_is_alone_for_a_moment_is_judged_by_the_usual_batch(usual
     steep = {"first": {1: 1.0, 4: 4.0}, "step": {1: 1.0, 4: 4.0}, "verify": {1: 10.0, 4: 10.0, 5: 20.0, 20: 60.0}}
     rule = CostAwareRule(CostModel(**steep, max_reqs=8, max_tokens=64), 8)
     rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
-    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    drafting = CostAwareDrafting(rule, _tail(), None, _same, torch.device("cpu"))
     lengths = [0] * usual
     for at in range(150):
         rows = [RowState(f"old {i}", at, at + 1) for i in range(usual)]
@@ -215,7 +225,7 @@ def test_a_request_that_is_alone_for_a_moment_is_judged_by_the_usual_batch(usual
         drafting.timed({"draft_seconds": 1.0})
     state = drafting.begin([RowState("new", 999, 1000)], {}, [8], None, None, [699], [99])
     assert rule.start.speedup > 1.1
-    assert state.any_running() is reads
+    assert state.goes_on() is reads
 
 
 @pytest.mark.parametrize(("others_missing", "drafts"), [(0, True), (9000, False)])
@@ -224,7 +234,7 @@ def test_one_does_not_draft_alone_where_only_all_together_pay_for_the_pass(other
     flat = {"first": {1: 3.0, 8: 3.0}, "step": {1: 3.0, 8: 3.0}, "verify": {1: 10.0, 64: 12.0}}
     rule = CostAwareRule(CostModel(**flat, max_reqs=8, max_tokens=64), 8)
     rule._should_time_off = lambda num_reqs: False  # type: ignore[method-assign]
-    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    drafting = CostAwareDrafting(rule, _tail(), None, _same, torch.device("cpu"))
     ids = [f"request {i}" for i in range(4)]
     for _ in range(3000):
         rule.start.update(ids, [1] * 4, [1] * 4, 0.5, 1, False)
@@ -233,7 +243,7 @@ def test_one_does_not_draft_alone_where_only_all_together_pay_for_the_pass(other
     for _ in range(20):
         state = drafting.begin(rows, {}, [8] * 4, None, None, [9998] + [9998 - others_missing] * 3, [5] * 4)
         assert rule.start.drafting and rule.start.speedup > 1.2
-        late += state.any_running()
+        late += state.goes_on()
         drafting.drop_round()
     assert late == (20 if drafts else 0)
 
@@ -246,11 +256,27 @@ def test_a_round_of_another_rule_teaches_nothing() -> None:
     assert not hasattr(spy, "told")
 
 
+def test_what_a_round_read_teaches_what_reading_costs() -> None:
+    """Whether the round's candidates were verified as they were drafted or not."""
+    drafting, spy = _drafting()
+    for outcomes in ({}, {0: (1, 1)}):
+        before = spy.costs.read_seconds(40)
+        rest = spy.costs.draft_seconds([1]) - spy.costs.read_seconds(2)
+        lengths = _round(drafting, "a", {})
+        more = rest + (lengths[0] - 1) * spy.costs.step.at(1)
+        drafting.timed({"draft_seconds": more + 1.3 * before, "read": [40]})
+        _round(drafting, "a", outcomes)
+        drafting.drop_round()
+        assert before < spy.costs.read_seconds(40) <= 1.3 * before
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> None:
     """Steps take 4 s more than the passes: what a wider verification adds stays what it was."""
     rule = _rule()
-    drafting = CostAwareDrafting(rule, ConfidenceEstimator(), None, _same, torch.device("cpu"), measured)
+    saved: list[Any] = []
+    file: Any = SimpleNamespace(save=saved.append)
+    drafting = CostAwareDrafting(rule, _tail(), file, _same, torch.device("cpu"), measured)
     added = rule.costs.verify.at(40) - rule.costs.verify.at(5)
     outcomes: dict[int, tuple[int, int]] = {}
     num_tokens = 0
@@ -258,11 +284,12 @@ def test_what_was_not_timed_is_added_once_and_not_multiplied(measured: bool) -> 
         slow = 4.0 + 10.0 + (num_tokens - 1) * 2.0 / 63
         state = drafting.begin(_rows("a"), outcomes, [8], None, slow, [5], [9])
         (length,) = _play(state, torch.full((8, 1), 0.9))
-        drafting.timed({"draft_seconds": float(length), "caught_up": 0})
+        drafting.timed({"draft_seconds": float(length)})
         outcomes, num_tokens = {0: (length, length)}, 1 + length
     verify = rule.costs.verify
     assert verify.at(num_tokens) == pytest.approx(slow, rel=0.02)
     assert (verify.at(40) - verify.at(5) == pytest.approx(added, rel=0.03)) is measured
+    assert len(saved) == measured  # at once: the next start need not measure again, however this one ends
 
 
 def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,15 +298,15 @@ def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cost_aware, "SAVE_EVERY", 3)
     saved: list[Any] = []
 
-    class Cache:
+    class File:
         save = staticmethod(saved.append)
 
     drafting, spy = _drafting()
-    drafting.cache = Cache()  # type: ignore[assignment]
+    drafting.file = File()  # type: ignore[assignment]
     (length,) = _round(drafting, "a", {})
     for _ in range(7):
         (length,) = _round(drafting, "a", {0: (length, 1)})
-    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify"}
+    assert len(saved) == 2 and saved[0].keys() == {"first", "step", "verify", "read"}
     drafting.save()
     assert saved[-1] == spy.costs.points()
 
@@ -292,5 +319,5 @@ def test_stats_are_plain_values() -> None:
     _round(drafting, "a", {0: (length, length)})
     stats = json.loads(json.dumps(drafting.stats()))
     assert stats["rho"]["1"] > 0 and stats["costs"]["first"]["1"] > 0
-    follower = CostAwareDrafting(None, ConfidenceEstimator(), None, _same, torch.device("cpu"))
+    follower = CostAwareDrafting(None, _tail(), None, _same, torch.device("cpu"))
     assert follower.stats() == {}

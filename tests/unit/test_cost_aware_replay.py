@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from tests.recorded_process import HIDDEN, Process, chains_of, record
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths, cost_model
-from vllm_specdecpp.training.replay.costs import Costs
+from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import Lengths, fixed_lengths, oracle_lengths, walk
 
 RECORDED, BOUND = 24, 8
-CHEAP = Costs({1: 0.02, 8: 0.10}, {2: 0.20, 9: 0.22}, 0.20)
-DEAR = Costs({1: 0.15, 8: 1.20}, {2: 0.20, 9: 0.60}, 0.10)
+CHEAP = CostModel({1: 0.02}, {1: 0.08 / 7}, {1: 0.20, 2: 0.20, 9: 0.22})
+DEAR = CostModel({1: 0.15}, {1: 0.15}, {1: 0.10, 2: 0.20, 9: 0.60})
 
 
 def make_head(lag: int) -> AcceptanceHead:
@@ -32,10 +32,10 @@ def make_head(lag: int) -> AcceptanceHead:
     return head
 
 
-def served(processes: list[Process], costs: Costs, head: AcceptanceHead | None) -> list[list[tuple[int, int]]]:
+def served(processes: list[Process], costs: CostModel, head: AcceptanceHead | None) -> list[list[tuple[int, int]]]:
     """Candidates and draft passes of every round, prompt by prompt, with the rule drafting on the processes."""
     lag = head.lag if head else 0
-    rule = CostAwareRule(cost_model(costs, BOUND), BOUND, lag=lag)
+    rule = CostAwareRule(CostModel(**costs.points(), max_reqs=1, max_tokens=BOUND + 1), BOUND, lag=lag)
     found: list[list[tuple[int, int]]] = []
     for number, process in enumerate(processes):
         rounds: list[tuple[int, int]] = []
@@ -56,7 +56,7 @@ def served(processes: list[Process], costs: Costs, head: AcceptanceHead | None) 
             while accepted < length and process.matches[place + accepted]:
                 accepted += 1
             passes = len(round_.widths)
-            rule.finish(round_, [length], [accepted], costs.draft(passes), costs.verify(length + 1))
+            rule.finish(round_, [length], [accepted], costs.draft_seconds([1] * passes), costs.verify.at(length + 1))
             rounds.append((length, passes))
             place += accepted + 1
         found.append(rounds)
@@ -65,7 +65,7 @@ def served(processes: list[Process], costs: Costs, head: AcceptanceHead | None) 
 
 @pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
 @pytest.mark.parametrize("lag", [None, 0, 1])
-def test_as_on_the_process(costs: Costs, lag: int | None) -> None:
+def test_as_on_the_process(costs: CostModel, lag: int | None) -> None:
     processes = [Process(200, 0.7, seed) for seed in range(4)]
     head = None if lag is None else make_head(lag)
     chains = chains_of(record(processes, RECORDED), RECORDED, head)
@@ -76,7 +76,7 @@ def test_as_on_the_process(costs: Costs, lag: int | None) -> None:
     for i, rounds in enumerate(expected):
         assert int(found.rounds[i]) == len(rounds)
         assert int(found.candidates[i]) == sum(length for length, _ in rounds)
-        seconds = sum(costs.draft(passes) + costs.verify(length + 1) for length, passes in rounds)
+        seconds = sum(costs.draft_seconds([1] * passes) + costs.verify.at(length + 1) for length, passes in rounds)
         assert float(found.seconds[i]) == pytest.approx(seconds)
 
 
@@ -98,7 +98,8 @@ def test_a_pass_whose_candidate_is_not_submitted_takes_its_time() -> None:
     more = Lengths(lengths.candidates, lengths.cut, lengths.candidates + 1)
     plain, found = walk(chains, lengths, CHEAP), walk(chains, more, CHEAP)
     assert torch.equal(plain.candidates, found.candidates)
-    extra: Any = sum((CHEAP.draft(k + 1) - CHEAP.draft(k)) for k in _visited(chains, lengths))
+    draft: Any = [CHEAP.draft_seconds([1] * k) for k in range(4)]
+    extra = sum(draft[k + 1] - draft[k] for k in _visited(chains, lengths))
     assert float(found.seconds[0] - plain.seconds[0]) == pytest.approx(extra)
 
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import logging
 import random
 
 import numpy as np
 import pytest
 
-from vllm_specdecpp.costs import curves
 from vllm_specdecpp.costs.curves import Curve
-from vllm_specdecpp.costs.model import CostCache, CostModel, suggested_widths
+from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
 CPU = {1: 0.136, 2: 0.145, 3: 0.112, 6: 0.109, 9: 0.150, 17: 0.199}
 
@@ -50,6 +48,13 @@ def test_a_lasting_change_of_level_is_no_outlier():
     for _ in range(20):
         curve.observe(4, 0.5)
     assert curve.at(4) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_burst_of_another_process_is_no_new_level():
+    curve = Curve(CPU, 32)
+    for i in range(300):
+        curve.observe(4, 0.111 * (2.2 if i % 50 < 8 else 1.0))
+        assert curve.at(4) == pytest.approx(0.111, rel=0.01)
 
 
 def test_a_width_that_is_seen_now_and_then_is_put_right_alone():
@@ -94,21 +99,16 @@ def test_the_price_of_a_row_survives_noisy_steps():
     assert np.abs(steps - 0.0006).max() < 0.0006  # no cliffs between bins
 
 
-def test_what_neighbours_have_of_each_other_is_kept_up_to_date(monkeypatch):
+def test_what_neighbours_have_of_each_other_is_kept_up_to_date():
     rng = np.random.default_rng(1)
-    monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
-    kept = Curve(CPU, 200)
-    monkeypatch.setattr(curves, "_TIDY_EVERY", 1)  # all neighbours from scratch, each time
-    fresh = Curve(CPU, 200)
-    for i in range(400):
+    curve = Curve(CPU, 200)
+    for i in range(4000):
         width, seconds = int(rng.integers(1, 200)), float(rng.lognormal(-2, 0.2)) * (30 if 200 < i < 215 else 1)
-        monkeypatch.setattr(curves, "_TIDY_EVERY", 10**9)
-        kept.observe(width, seconds)
-        monkeypatch.setattr(curves, "_TIDY_EVERY", 1)
-        fresh.observe(width, seconds)
-    assert kept.table() == pytest.approx(fresh.table(), rel=1e-6)
-    assert kept.many(np.array([[1, 30], [200, 260]])).tolist() == [
-        [kept.at(1), kept.at(30)], [kept.at(200), pytest.approx(kept.at(260))],
+        curve.observe(width, seconds)
+    own, nearby = curve._state
+    assert nearby == pytest.approx(own @ curve._near, rel=1e-6, abs=1e-6)
+    assert curve.many(np.array([[1, 30], [200, 260]])).tolist() == [
+        [curve.at(1), curve.at(30)], [curve.at(200), pytest.approx(curve.at(260))],
     ]  # fmt: skip
 
 
@@ -144,29 +144,38 @@ def test_draft_phase_time_goes_to_the_passes_by_share():
     costs.observe([], 0.0, 1, 0.1)  # a round without drafting
 
 
-def test_cache_round_trip_other_settings_and_damage(tmp_path, caplog):
-    costs = CostModel({1: 0.04}, {1: 0.02, 4: 0.03}, CPU)
-    cache = CostCache(tmp_path / "costs", {"target": "a", "tp": "1"})
-    assert cache.load() is None
-    assert cache.save(costs.points())
-    loaded = cache.load()
-    assert loaded == {"first": {1: 0.04}, "step": {1: 0.02, 4: 0.03}, "verify": CPU}
-    assert CostCache(tmp_path / "costs", {"target": "b", "tp": "1"}).load() is None
-    assert [p.suffix for p in (tmp_path / "costs").iterdir()] == [".json"]
-    for damage in ("", "{", "[]", '{"format": 1}', cache.path.read_text().replace("0.04", "-1")):
-        cache.path.write_text(damage)
-        with caplog.at_level(logging.WARNING):
-            caplog.clear()
-            assert cache.load_or_measure(costs.points) == loaded
-            assert "is damaged" in caplog.text
-        assert cache.load() == loaded  # measured anew, and saved
+def test_reading_is_a_curve_of_its_own():
+    costs = CostModel({1: 0.04}, {1: 0.04}, {1: 0.1}, {1: 0.03, 16: 0.04, 256: 0.28})
+    assert [costs.read_seconds(n) for n in (0, 1, 16, 136, 256)] == pytest.approx([0, 0.03, 0.04, 0.16, 0.28])
+    assert costs.read_seconds(3000) == pytest.approx(0.28 + 2744 * (0.28 - 0.04) / 240)
+    for _ in range(30):
+        costs.observe_reading(136, 0.24)
+    assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
+    assert costs.read_seconds(1000) > 1.3 * (0.28 + 744 * 0.001)  # most of it is true of other prompts
+    assert costs.draft_seconds([1, 1]) == pytest.approx(0.08) and costs.verify.at(1) == pytest.approx(0.1)
 
 
-def test_a_disk_that_cannot_be_written_is_logged(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    with caplog.at_level(logging.WARNING):
-        assert not CostCache(tmp_path / "file", {}).save(CostModel(CPU, CPU, CPU).points())
-    assert "cannot save" in caplog.text
+def test_what_a_prompt_took_beyond_a_usual_draft_phase_was_reading():
+    """First passes: 30 ms for two tokens and 10 ms for the lm_head; reading 136 tokens really takes 240 ms."""
+    for widths, rest in (([1, 1, 1], 0.01 + 2 * 0.02), ([], 0.0)):
+        costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {1: 0.03, 2: 0.03, 16: 0.04, 256: 0.28})
+        for _ in range(30):
+            costs.observe_reading_round(widths, rest + 0.24, [136])
+        assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.05)
+        assert costs.draft_seconds([1, 1, 1]) == pytest.approx(0.08)
+    costs.observe_reading_round([1, 1], 0.01, [136])  # less than the further passes alone: no news
+
+
+def test_several_passes_share_their_time_as_expected():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {2: 0.03, 256: 0.3})
+    for _ in range(30):
+        costs.observe_reading_round([1], 0.01 + 1.3 * 0.33, [256, 2])
+    assert [costs.read_seconds(n) for n in (2, 256)] == pytest.approx([1.3 * 0.03, 1.3 * 0.3], rel=0.05)
+
+
+def test_reading_that_nobody_timed_is_in_proportion_to_the_target():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1, 11: 0.2})
+    assert costs.read_seconds(11) == pytest.approx(0.04)
 
 
 def test_suggested_widths_cover_the_range():

@@ -138,7 +138,7 @@ class TestMakeRule:
             make_rule(SpecDecPPConfig(model="d", head="h", rule="threshold"), None)
 
     def test_the_cost_aware_rule_is_not_made_here(self) -> None:
-        with pytest.raises(ValueError, match="rule='cost_aware' is no threshold rule"):
+        with pytest.raises(ValueError, match="rule='cost_aware' is not made from options"):
             make_rule(SpecDecPPConfig(model="d"), None)
 
     @pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, 2.0, math.nan])

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tests.decision_rules import HIDDEN, RULES, all_rules
 from vllm_specdecpp.decision import (
+    DraftRound,
     FixedRule,
-    RoundState,
     StepFeatures,
     features_from_logits,
 )
+from vllm_specdecpp.decision.round import Rows
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +37,15 @@ ENUMERATION_TOLERANCE = 1e-12  # float64 sums of a few hundred terms
 NUM_EMITTED = 4  # how many tokens of the emitted text are compared: at least two rounds
 
 DRAWS = torch.tensor(list(itertools.product(range(VOCAB), repeat=K_MAX)))  # [27, K_MAX] every Y_1..Y_3
-MakeRound = Callable[[int], RoundState]
+MakeRound = Callable[[int], DraftRound]
 Law = dict[tuple[int, ...], float]
 
 
-def draft_round(state: RoundState, prefix: int, draft: Tensor) -> Tensor:
+def draft_round(state: DraftRound, prefix: int, draft: Tensor) -> Tensor:
     """Runs one round per row of DRAWS after the token ``prefix``; returns the candidate lengths: [27]."""
     last = torch.full((len(DRAWS),), prefix)
     step = 0
-    while state.any_running():
+    while state.goes_on():
         # The pass that has read Y_{k-1}.
         features = features_from_logits(draft[last].log(), STATES[last], margin=True)
         state.observe(features)
@@ -107,7 +108,7 @@ def largest_error(law: Law, start: int = 0) -> float:
     return max(errors)
 
 
-class DropsUnlikelyTokens(RoundState):
+class DropsUnlikelyTokens(DraftRound):
     """Planted bias: a drawn token is not submitted when its own draft probability is low."""
 
     def __init__(self, num_reqs: int, draft: Tensor) -> None:
@@ -115,37 +116,38 @@ class DropsUnlikelyTokens(RoundState):
         self.draft = draft
         self.last: Tensor | None = None
 
-    def observe(self, features: StepFeatures, rows: Tensor | None = None) -> None:
+    def observe(self, features: StepFeatures, rows: Rows = slice(None)) -> None:
         super().observe(features, rows)
         assert features.hidden_states is not None
         self.last = (features.hidden_states[:, None] == STATES).all(-1).long().argmax(-1)  # [num_reqs] the token read
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
-        dropped = self.running & (self.draft[self.last, token_ids] < 0.5)  # [num_reqs]
-        super().append(token_ids, rows, drawn_logprobs)
-        self.lengths = self.lengths - dropped.long()
-        self.running = self.running & ~dropped
+    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+        dropped = self.running.bool() & (self.draft[self.last, token_ids] < 0.5)  # [num_reqs]
+        column = super().append(token_ids, rows, drawn_logprobs)
+        self.lengths -= dropped.int()
+        self.running[dropped] = 0
+        return column
 
 
-class LooksAtTheDrawnToken(RoundState):
+class LooksAtTheDrawnToken(DraftRound):
     """Planted bias: the likely first token stops the draft before it, so only unlikely ones are verified."""
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
-        super().append(token_ids, rows, drawn_logprobs)
+    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+        column = super().append(token_ids, rows, drawn_logprobs)
         dropped = (token_ids == 0) & (self.lengths == 1)  # [num_reqs]
-        self.lengths = torch.where(dropped, 0, self.lengths)
-        self.running = self.running & ~dropped
+        self.lengths[dropped] = self.running[dropped] = 0
+        return column
 
 
-class ReadsTheDrawnProbability(RoundState):
+class ReadsTheDrawnProbability(DraftRound):
     """Planted bias: log q(Y_k) decides whether Y_k itself is submitted, where only log q(Y_{k-1}) may."""
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
-        super().append(token_ids, rows, drawn_logprobs)
+    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+        column = super().append(token_ids, rows, drawn_logprobs)
         assert drawn_logprobs is not None
         dropped = (drawn_logprobs.exp() > 0.4) & (self.lengths == 1)  # [num_reqs]
-        self.lengths = torch.where(dropped, 0, self.lengths)
-        self.running = self.running & ~dropped
+        self.lengths[dropped] = self.running[dropped] = 0
+        return column
 
 
 class TestLossless:
@@ -157,8 +159,8 @@ class TestLossless:
     def test_the_emitted_law_is_the_targets(
         self, index: int, h: float, min_length: int, eos: int | None, start: int
     ) -> None:
-        def make_round(num_reqs: int) -> RoundState:
-            return RoundState(
+        def make_round(num_reqs: int) -> DraftRound:
+            return DraftRound(
                 all_rules(h)[index],
                 torch.full((num_reqs,), K_MAX),
                 min_length=min_length,
@@ -173,7 +175,7 @@ class TestLossless:
         seen: set[int] = set()
         for h in (0.3, 0.5, 0.6, 0.8):
             for prefix in range(VOCAB):
-                state = RoundState(all_rules(h)[index], torch.full((len(DRAWS),), K_MAX))
+                state = DraftRound(all_rules(h)[index], torch.full((len(DRAWS),), K_MAX))
                 seen |= set(draft_round(state, prefix, DRAFT).tolist())
         assert seen == ({2, 3} if index in (1, 4) else {1, 2, 3})
 
@@ -204,13 +206,13 @@ class TestLossless:
         hidden = torch.randn(num_steps, num_reqs, HIDDEN)
 
         def decisions(tokens: Tensor) -> list[list[bool]]:
-            state = RoundState(all_rules()[index], torch.full((num_reqs,), num_steps))
+            state = DraftRound(all_rules()[index], torch.full((num_reqs,), num_steps))
             out = []
             for k in range(step + 1):
                 state.observe(features_from_logits(logits[k], hidden[k], margin=True))
                 drawn_logprobs = logits[k].log_softmax(-1).gather(1, tokens[k][:, None]).squeeze(1)
                 state.append(tokens[k], drawn_logprobs=drawn_logprobs)
-                out.append(state.running.tolist())
+                out.append(state.running.bool().tolist())
             return out
 
         tokens = torch.randint(0, 9, (num_steps, num_reqs))

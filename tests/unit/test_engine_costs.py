@@ -32,7 +32,7 @@ def test_the_least_time_of_each_width_counts_and_the_first_run_does_not():
         first = runs.count(width) == 1
         clock.now += 5.0 if first else 0.01 * width + 0.003 * runs.count(width)
 
-    times = timing.time_widths(run, 3, _same, clock=clock, seconds=100)
+    times = timing.time_widths(run, timing.coarse_to_fine(3), _same, clock=clock, seconds=100)
     assert times == pytest.approx({n: 0.01 * n + 0.006 for n in (1, 2, 3)}) and list(times) == [1, 2, 3]
     assert runs == [w for w in (1, 3, 2) for _ in range(1 + timing.REPEATS)]
 
@@ -43,18 +43,13 @@ def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
     def run(width: int) -> None:
         clock.now += 10.0
 
-    assert list(timing.time_widths(run, 100, _same, clock=clock)) == [1, 4, 16, 100]  # the range before its inside
+    times = timing.time_widths(run, timing.coarse_to_fine(100), _same, clock=clock)
+    assert list(times) == [1, 4, 16, 100]  # the range before its inside
 
 
 def test_no_width_beyond_the_wanted_one_or_the_bound():
-    clock = _Clock()
-
-    def run(width: int) -> None:
-        clock.now += 1e-5
-
-    assert max(timing.time_widths(run, 37, _same, clock=clock)) == 37
-    assert max(timing.time_widths(run, 10_000, _same, clock=clock)) == timing.MAX_WIDTH
-    assert list(timing.time_widths(run, 1, _same, clock=clock)) == [1]
+    assert max(timing.coarse_to_fine(37)) == 37 and max(timing.coarse_to_fine(10_000)) == timing.MAX_WIDTH
+    assert timing.coarse_to_fine(1) == [1]
 
 
 def test_ranks_stop_at_the_same_width_with_the_same_times():
@@ -72,9 +67,10 @@ def test_ranks_stop_at_the_same_width_with_the_same_times():
         clock.now += seconds
         log.append(width)
 
-    first = timing.time_widths(lambda w: run(slow, 1.0, runs[0], w), 64, lead, clock=slow)
+    widths = timing.coarse_to_fine(64)
+    first = timing.time_widths(lambda w: run(slow, 1.0, runs[0], w), widths, lead, clock=slow)
     answers = iter(told)
-    second = timing.time_widths(lambda w: run(fast, 1e-6, runs[1], w), 64, lambda _: next(answers), clock=fast)
+    second = timing.time_widths(lambda w: run(fast, 1e-6, runs[1], w), widths, lambda _: next(answers), clock=fast)
     assert first == second and runs[0] == runs[1]
 
 
@@ -90,11 +86,11 @@ def test_curves_add_the_lm_head_and_double_the_first_pass():
 class _Passes:
     target_to_draft: float | None = None
 
-    def __init__(self, clock: _Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: _Clock, token_seconds: float = 0.001) -> None:
+        self.clock, self.token_seconds = clock, token_seconds
 
     def draft(self, num_rows: int) -> None:
-        self.clock.now += 0.010 + 0.001 * num_rows
+        self.clock.now += 0.010 + self.token_seconds * num_rows
 
     def draft_logits(self, num_rows: int) -> None:
         self.clock.now += 0.002
@@ -118,6 +114,23 @@ def test_measure(monkeypatch, ratio):
     assert points["verify"] == pytest.approx({n: ratio * (0.010 + 0.001 * n) if ratio else 0.1 for n in widths})
 
 
+@pytest.mark.parametrize(
+    ("token_seconds", "most", "widths"),
+    [
+        (1e-3, 100, [1, 2, 3, 4, 16, 64, 100]),
+        (1e-3, 2048, [1, 2, 3, 4, 16, 64, 256, 2048]),
+        (5e-3, 2048, [1, 2, 3, 4, 16, 64, 256]),  # the widest one would take twice 10 s
+        (1e-3, 2, [1, 2]),
+    ],
+)
+def test_reading_is_timed_as_far_as_that_is_cheap(monkeypatch, token_seconds, most, widths):
+    clock = _Clock()
+    monkeypatch.setattr(timing.time_widths, "__defaults__", (timing.SECONDS_PER_CURVE, clock))
+    passes = _Passes(clock, token_seconds)
+    read = timing.measure(passes, SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=most), 2, _same)["read"]
+    assert read == pytest.approx({n: 0.010 + token_seconds * n for n in widths}) and list(read) == widths
+
+
 def _config(**changes: Any) -> Any:
     options = {"target": "t", "draft": "d", "dtype": torch.bfloat16, "eager": False, "tp": 1, **changes}
     draft = SimpleNamespace(model=options["draft"], quantization=None)
@@ -136,8 +149,9 @@ def test_another_setting_has_another_file(monkeypatch, tmp_path):
     changes: list[dict[str, Any]] = [
         {}, {"target": "t2"}, {"draft": "d2"}, {"dtype": torch.float32}, {"eager": True}, {"tp": 2},
     ]  # fmt: skip
-    paths = {cost_file.cost_cache(_config(**change), device).path for change in changes}
+    paths = {cost_file.cost_file(_config(**change), device).path for change in changes}
     assert len(paths) == len(changes)
     assert {path.parent for path in paths} == {tmp_path / "specdecpp"}
-    assert cost_file.cost_cache(_config(), device).path in paths
-    assert cost_file.cost_cache(_config(), device).key["device"]
+    assert cost_file.cost_file(_config(), device).path in paths
+    assert cost_file.cost_file(_config(), device, lora="2").path not in paths
+    assert cost_file.cost_file(_config(), device).setting["device"]

@@ -13,7 +13,6 @@ from tests.tiny_models import HIDDEN_SIZE
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import inspect as command
 from vllm_specdecpp.training.inspect import InspectOptions, facts
-from vllm_specdecpp.training.replay.costs import Costs
 
 
 def _shown(what, capsys, **options) -> str:
@@ -83,17 +82,6 @@ def test_the_serve_command_is_one_a_shell_understands(trained_head):
     assert [json.loads(words[4]) for words in commands.values()] == [expected, tuned]
 
 
-def test_costs(tmp_path, capsys):
-    path = tmp_path / "costs.json"
-    costs = Costs(
-        {1: 0.058, 2: 0.11}, {2: 0.2, 3: 0.21}, 0.19, machine="a machine", target="org/big", draft_model="org/small"
-    )  # fmt: skip
-    costs.save(path)
-    text = _shown(path, capsys)
-    for expected in ("step costs", "org/big", "org/small", "a machine", "1 0.058, 2 0.11", "2 0.2, 3 0.21", "0.19"):
-        assert expected in text, expected
-
-
 def test_a_dataset(tmp_path, capsys):
     from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
@@ -114,6 +102,11 @@ def test_a_dataset(tmp_path, capsys):
     assert found["acceptance_rate"] == 0.5
 
 
+def test_a_model_is_told_to_be_one(tiny):
+    with pytest.raises(ValueError, match=r"^specdecpp: .*target is a model \(LlamaForCausalLM\), and neither a head"):
+        facts(tiny.target)
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty", "file.json", "damaged"])
 def test_what_is_none_of_them(tmp_path, trained_head, name):
     (tmp_path / "empty").mkdir()
@@ -128,17 +121,23 @@ def test_what_is_none_of_them(tmp_path, trained_head, name):
 @pytest.fixture
 def engine_costs(tmp_path):
     """A file as the engine leaves it."""
-    from vllm_specdecpp.decision.cost_aware import CostCache
+    from vllm_specdecpp.costs.file import CostFile
 
-    cache = CostCache(tmp_path, {"target": "org/big", "draft": "org/small", "device": "a machine"})
-    cache.save({"first": {1: 0.051}, "step": {1: 0.052, 2: 0.054}, "verify": {1: 0.16, 8: 0.22, 21: 0.38}})
-    return cache.path
+    costs = CostFile(tmp_path, {"target": "org/big", "draft": "org/small", "device": "a machine"})
+    curves = {
+        "first": {1: 0.051}, "step": {1: 0.052, 2: 0.054}, "verify": {1: 0.16, 8: 0.22, 21: 0.38}, "read": {64: 0.123},
+    }  # fmt: skip
+    costs.save(curves, {"slope": 0.875})
+    return costs.path
 
 
 def test_costs_of_the_engine(engine_costs, tmp_path, capsys):
     plot = tmp_path / "costs.png"
     text = _shown(engine_costs, capsys, plot=plot)
-    for expected in ("the engine measured", "org/big", "a machine", "1 0.052, 2 0.054", "1 0.16, 8 0.22, 21 0.38"):
+    for expected in (
+        "an engine measured", "org/big", "a machine", "1 0.052, 2 0.054", "1 0.16, 8 0.22, 21 0.38", "64 0.123",
+        "0.875",
+    ):  # fmt: skip
         assert expected in text, expected
     assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="plot=.*exists; name another file"):
@@ -147,10 +146,10 @@ def test_costs_of_the_engine(engine_costs, tmp_path, capsys):
 
 def test_damaged_costs_of_the_engine(engine_costs):
     engine_costs.write_text(engine_costs.read_text().replace("0.22", "-0.22"))
-    with pytest.raises(ValueError, match="is no file of measured costs, or damaged"):
+    with pytest.raises(ValueError, match="is no costs file of format 2, or is damaged"):
         facts(str(engine_costs))
 
 
-def test_only_the_engines_costs_are_drawn(trained_head, tmp_path):
-    with pytest.raises(ValueError, match="only the engine's costs are drawn, not this .acceptance head."):
+def test_only_costs_are_drawn(trained_head, tmp_path):
+    with pytest.raises(ValueError, match="only costs are drawn, not this .acceptance head."):
         command.run(InspectOptions(what=str(trained_head), plot=tmp_path / "x.png"))

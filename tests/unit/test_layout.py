@@ -18,7 +18,7 @@ MODULES = {
 LONGEST = 400
 """Lines of a file."""
 WITHOUT_VLLM = ("data", "costs", "decision", "head", "training.fit", "training.replay")
-"""Rooms whose modules import neither vLLM nor the engine. ``replay.measure`` drives an engine inside a function."""
+"""Rooms whose modules import neither vLLM nor the engine."""
 
 
 def imports(path: Path, everywhere: bool = True) -> set[str]:

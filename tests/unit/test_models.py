@@ -280,7 +280,7 @@ def hub(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 FETCH = f"""
 import sys
-from vllm_specdecpp import models
+from vllm_specdecpp.setup import models
 from tests.unit import test_models
 models.SOURCES["{NAME}"] = test_models.SOURCE
 models.unpack_gguf, models.UNPACKING_NEEDS, models.HUB_PATIENCE_S = test_models.write_checkpoint, (), 3.0

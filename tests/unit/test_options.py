@@ -8,12 +8,15 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 vllm_args = pytest.importorskip("vllm.engine.arg_utils")
 
+from tests import toy_rule  # noqa: E402
 from vllm_specdecpp import plugin  # noqa: E402
 from vllm_specdecpp.engine import options  # noqa: E402
 
@@ -178,8 +181,9 @@ def test_vllms_choice_of_a_model_runner_stands(no_hub, choose, runner, triton, r
     assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == runner
 
 
-@pytest.mark.parametrize("only_v1", [{"record_dir": "recorded"}])
-def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, only_v1):
+@pytest.mark.parametrize("only_v1", [{"record_dir": "recorded"}, {"rule": "alternate"}])
+def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, monkeypatch, only_v1):
+    toy_rule.registered(monkeypatch)
     choose(None)
     assert options.expand(_args(speculative_config=_ours(**only_v1))) is not None
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
@@ -234,6 +238,62 @@ def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, chosen, ours, 
     with pytest.raises(ValueError, match="^specdecpp: "):
         options._check_model_runner(args, config, SimpleNamespace(use_v2_model_runner=chosen))
     options._check_model_runner(args, config, SimpleNamespace(use_v2_model_runner=not chosen))
+
+
+def test_a_lossy_verification_is_refused(no_hub):
+    with pytest.raises(ValueError, match="^specdecpp: rejection_sample_method='fly' accepts tokens that the target"):
+        options.expand(_args(speculative_config=_ours(rejection_sample_method="fly")))
+
+
+@pytest.mark.parametrize("word", ["specdecp", "spec-decpp", "SpecDec++", "specdec"])
+def test_a_mistyped_word_is_told(no_hub, capsys, word):
+    message = f"unknown speculative method '{word}'; did you mean 'specdecpp'?"
+    with pytest.raises(SystemExit):
+        _parse("--speculative-config", word)
+    assert message in capsys.readouterr().err
+    for given in ({"speculative_config": word}, {"speculative_config": {"method": word}}):
+        with pytest.raises(ValueError) as caught:
+            options.expand(_args(**given))
+        assert str(caught.value) == f"specdecpp: {message}"
+
+
+@pytest.mark.parametrize("word", ["ngram", "suffix", "spectre", "draft_model"])
+def test_other_words_are_vllms(no_hub, capsys, word):
+    assert options.expand(_args(speculative_config={"method": word})) is None
+    with pytest.raises(SystemExit):
+        _parse("--speculative-config", word)
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_paths_and_numpy_numbers_are_taken(no_hub):
+    import numpy as np
+
+    args = _args(
+        speculative_config={
+            "method": "specdecpp", "model": Path("org") / "draft", "num_speculative_tokens": np.int64(7),
+            "threshold": np.float64(0.25), "draft_tensor_parallel_size": np.int32(1),
+        }
+    )  # fmt: skip
+    assert _check(args)["num_speculative_tokens"] == 7
+    json.dumps([args.additional_config, args.speculative_config])  # Python's own types from here on
+    assert args.speculative_config["draft_tensor_parallel_size"] == 1
+
+
+def test_an_error_of_ours_shows_none_of_our_frames(no_hub):
+    with pytest.raises(ValueError, match="^specdecpp: unknown option colour") as caught:
+        _args(speculative_config=_ours(colour="red")).create_engine_config()
+    assert len(traceback.extract_tb(caught.value.__traceback__)) == 2  # this call, and the wrap itself
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_an_error_that_is_not_ours_keeps_its_frames(no_hub, monkeypatch):
+    def deep(args):
+        raise ValueError("somebody else's")
+
+    monkeypatch.setattr(options, "expand", deep)
+    with pytest.raises(ValueError, match="somebody else's") as caught:
+        _args(speculative_config=_ours()).create_engine_config()
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "deep"
 
 
 def test_flag_and_json_that_disagree_are_refused(no_hub):

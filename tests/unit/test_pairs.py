@@ -67,6 +67,39 @@ def test_find_by_relative_folder_that_exists(tmp_path: Path, monkeypatch: pytest
     assert find_pair("models/Qwen3-14B").draft == "Qwen/Qwen3-1.7B"
 
 
+def checkpoint(folder: Path, **origin: str) -> Path:
+    """A folder as a model's, with what ``vllm_specdecpp.setup.models`` says of its origin."""
+    write(folder / "config.json", "{}")
+    if origin:
+        write(folder / "source.json", json.dumps(origin))
+    return folder
+
+
+def test_folders_that_the_demo_makes_go_by_their_origin(tmp_path: Path) -> None:
+    hub, packages = tmp_path / "hub", tmp_path / "packages"
+    checkpoint(hub / "qwen2.5-coder-1.5b", hub=CODER, revision="r")
+    assert find_pair(str(hub / "qwen2.5-coder-1.5b")).draft == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    target = checkpoint(packages / "qwen2.5-coder-1.5b", same_model_on_the_hub=CODER, gguf_sha256="s")
+    checkpoint(packages / "a-draft-of-another", hub="Qwen/Qwen3-0.6B")
+    draft = checkpoint(packages / "qwen2.5-coder-0.5b", same_model_on_the_hub="Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    assert find_pair(str(target)).draft == str(draft)
+    # Its origin counts, not its name.
+    checkpoint(tmp_path / "Qwen3-14B", hub="someone/else")
+    with pytest.raises(ValueError, match="no draft is known"):
+        find_pair(str(tmp_path / "Qwen3-14B"))
+
+
+def test_a_draft_beside_the_target_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = checkpoint(tmp_path / "Qwen3-14B"), checkpoint(tmp_path / "qwen3-1.7b")
+    pair = find_pair(str(target))
+    assert pair.draft == str(draft) and pair.head is not None
+    (draft / "config.json").unlink()  # no model's folder
+    assert find_pair(str(target)).draft == "Qwen/Qwen3-1.7B"
+    (target / "source.json").write_text("[]")  # of no use
+    assert find_pair(str(target)).draft == "Qwen/Qwen3-1.7B"
+    assert find_pair("Qwen/Qwen3-14B").draft == "Qwen/Qwen3-1.7B"
+
+
 @pytest.mark.parametrize("target", ["someone/Qwen3-14B", "Qwen3-14B", "/models/Qwen3-14B-finetuned", "/"])
 def test_unknown_target_lists_the_known_and_shows_the_json(target: str, user_file: Path) -> None:
     with pytest.raises(ValueError) as caught:

@@ -94,22 +94,6 @@ def test_wilsons_ends_solve_the_score_equation(num: int, accepted: int) -> None:
         assert (rate - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / num, abs=1e-9) or end == rate
 
 
-def test_learning_curve_in_the_order_of_its_sizes(tmp_path: Path, drawn: list[Any]) -> None:
-    points: list[dict[str, Any]] = [
-        {"group": "head", "num": num, "log_loss": loss, "log_loss_low": loss - 0.01, "log_loss_high": loss + 0.01}
-        for num, loss in ((10_000, 0.4), (1000, 0.5), (100_000, 0.35))
-    ]
-    points.append({"group": "confidence", "num": None, "log_loss": 0.45})
-    plots.plot_learning_curve(points, tmp_path / "l.png", "pair, n = 9")
-    (axes,) = drawn[0].axes
-    level, line = sorted(axes.lines, key=lambda line: len(set(line.get_ydata())))
-    assert list(line.get_xdata()) == [1000, 10_000, 100_000] and list(line.get_ydata()) == [0.5, 0.4, 0.35]
-    assert set(level.get_ydata()) == {0.45}
-    assert axes.get_xscale() == "log" and "lower is better" in axes.get_ylabel()
-    assert len(axes.collections) == 1  # the band of the one group that has intervals
-    assert is_png(tmp_path / "l.png")
-
-
 def test_pareto_joins_a_group_by_discard_rate_and_labels_what_matters(tmp_path: Path, drawn: list[Any]) -> None:
     points = [pareto_point(f"K={k}", "fixed K", 0.2 * k, 1 / k, emphasis=k == 3) for k in (5, 2, 1, 4, 3)]
     points.append(pareto_point("oracle", "oracle", 0.0, 0.15))
@@ -155,11 +139,9 @@ def test_points_that_cannot_be_drawn_are_named(tmp_path: Path, points: list[dict
     assert not list(tmp_path.iterdir())
 
 
-def test_no_panels_and_no_learning_curve_points(tmp_path: Path) -> None:
+def test_no_panels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a set and an estimator"):
         plots.plot_reliability({}, tmp_path / "r.png", "t")
-    with pytest.raises(ValueError, match="learning curve lacks 'num'"):
-        plots.plot_learning_curve([{"group": "a", "log_loss": 0.1}], tmp_path / "l.png", "t")
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

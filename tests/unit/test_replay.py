@@ -13,13 +13,12 @@ import torch
 
 from tests import recorded_process
 from tests.recorded_process import HIDDEN, Process, chains_of, record, rule_length, run_policy
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision import ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
-from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.replay import (
     Lengths,
-    best_fixed,
     fixed_lengths,
     oracle_lengths,
     run_rule,
@@ -29,7 +28,7 @@ from vllm_specdecpp.training.replay.replay import (
     walk,
 )
 
-COSTS = Costs(draft_seconds={1: 0.05, 8: 0.36}, verify_seconds={2: 0.20, 9: 0.26}, off_seconds=0.19)
+COSTS = CostModel({1: 0.05}, {1: 0.31 / 7}, {1: 0.19, 2: 0.20, 9: 0.26})
 THRESHOLDS = (0.05, 0.3, 0.5, 0.8, 0.97)
 RECORDED = 24
 """Longer than any run of matches below, so that no round is accepted whole."""
@@ -117,7 +116,7 @@ class TestAgainstTheProcess:
                 return drafted[-1]
 
             run_policy(process, noted)
-            assert float(found.seconds[i]) == pytest.approx(sum(map(COSTS.round, drafted)))
+            assert float(found.seconds[i]) == pytest.approx(sum(COSTS.round_seconds([1] * k, k + 1) for k in drafted))
 
     def test_in_law_where_bonus_tokens_were_left_out(self) -> None:
         """Short recorded rounds are often accepted whole. Matches here are independent, so leaving out the places of
@@ -285,8 +284,8 @@ class TestPolicies:
             assert (walk(chains, lengths, COSTS).seconds >= best.seconds - 1e-9).all()
 
     @pytest.mark.parametrize("seed", range(8))
-    @pytest.mark.parametrize("costs", [COSTS, Costs({1: 0.3, 3: 0.31}, {2: 0.4, 3: 0.1, 4: 0.4}, 0.2)])
-    def test_oracle_is_the_best_there_is(self, seed: int, costs: Costs) -> None:
+    @pytest.mark.parametrize("costs", [COSTS, CostModel({1: 0.3}, {1: 0.005}, {1: 0.2, 2: 0.4, 3: 0.1, 4: 0.4})])
+    def test_oracle_is_the_best_there_is(self, seed: int, costs: CostModel) -> None:
         """Against every combination of lengths; the second costs make longer rounds cheaper, as some CPUs do."""
         process = Process(12, 0.6, seed)
         chains = chains_of(record([process], 8), 8)
@@ -302,7 +301,7 @@ class TestPolicies:
                 accepted = 0
                 while accepted < length and process.matches[place + accepted]:
                     accepted += 1
-                times.append(costs.round(length) + least(place + accepted + 1))
+                times.append(costs.round_seconds([1] * length, length + 1) + least(place + accepted + 1))
             return min(times)
 
         found = walk(chains, oracle_lengths(chains, costs, 3), costs)
@@ -316,20 +315,12 @@ class TestPolicies:
             found = walk(chains, lengths_of(chains, "confidence", threshold, 8), COSTS)
             expected = walk(chains, fixed_lengths(chains, k), COSTS)
             assert torch.equal(found.rounds, expected.rounds)
-            assert (found.seconds - expected.seconds).abs().max() < 8 * COSTS.draft(1)  # the texts' ends
-
-    def test_best_fixed_length(self) -> None:
-        chains = chains_of(recorded(), RECORDED)
-        for chosen in (None, chains.in_sets(["b"])):
-            k, found = best_fixed(chains, COSTS, 12, chosen)
-            rates = [walk(chains, fixed_lengths(chains, n), COSTS).tokens_per_second(chosen) for n in range(1, 13)]
-            assert found.tokens_per_second(chosen) == max(rates) and k == 1 + rates.index(max(rates))
-            assert 1 < k < 12
+            assert (found.seconds - expected.seconds).abs().max() < 8 * COSTS.draft_seconds([1])  # the texts' ends
 
     def test_papers_rates(self) -> None:
         """T = t_draft N + t_draft N_discarded + (t_target - t_draft) N_target, the paper's identity."""
         draft, target = 0.03, 0.2
-        costs = Costs({1: draft, 2: 2 * draft}, {1: target, 2: target}, target)
+        costs = CostModel({1: draft}, {1: draft}, {1: target})
         chains = chains_of(recorded(), RECORDED)
         found = walk(chains, lengths_of(chains, "entropy", 0.5, 8), costs)
         rates, num = found.rates(), float(found.tokens.sum())

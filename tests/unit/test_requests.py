@@ -29,7 +29,7 @@ def requests_of(*params: dict[str, Any], prompt: int = 10, prefilling: tuple[int
     batch = SimpleNamespace(num_computed_tokens_cpu=np.zeros(len(names), dtype=np.int32), req_ids=names)
     mask = np.array([i in prefilling for i in range(len(names))])
     runner = SimpleNamespace(input_batch=batch, requests=known, discard_request_mask=SimpleNamespace(np=mask))
-    return RunnerRequests(runner, max_model_len=100)
+    return RunnerRequests(runner, longest=100)
 
 
 def lengths(requests: RunnerRequests, num: int, prompt: int = 10) -> list[int]:
@@ -58,3 +58,14 @@ def test_a_request_that_is_off_does_not_keep_the_draft_model_busy():
 def test_a_bad_switch_that_slipped_in_does_not_end_the_engine():
     requests = requests_of({"extra_args": {"specdecpp": "maybe"}})
     assert lengths(requests, 1) == [20]
+
+
+def test_beyond_the_drafts_positions_nothing_is_drafted_or_read():
+    """Sequences are drafted for up to 100 tokens: the last candidate stands at position 98 at most."""
+    for prompt, room in ((10, 20), (90, 8), (97, 1), (98, 0), (130, 0)):
+        requests = requests_of({}, prompt=prompt)
+        assert lengths(requests, 1, prompt) == [room]
+        (row,) = requests.rows([0, prompt], [0])
+        assert requests.will_go_on(row, 0) is (room > 0)
+        reads = requests_of({}, prompt=prompt, prefilling=(0,))
+        assert reads.will_go_on(reads.rows([0, 8], [0])[0], 0) is (room > 0), "a chunk of a prompt that is too long"

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.decision import HeadEstimator, RoundState, StepFeatures, ThresholdRule, encode_scalars
+from vllm_specdecpp.decision import DraftRound, HeadEstimator, StepFeatures, ThresholdRule, encode_scalars
 from vllm_specdecpp.decision import round as round_module
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
+from vllm_specdecpp.decision.round import Rows
 from vllm_specdecpp.head.model import AcceptanceHead
 
 NUM_REQS, NUM_STEPS, HIDDEN = 40, 9, 3
@@ -68,21 +69,21 @@ def one_by_one(head: AcceptanceHead, data: Data, h: float) -> tuple[list[int], l
 
 
 def batched(
-    head: AcceptanceHead, data: Data, h: float, which: str, make_state: Callable[..., RoundState] = RoundState
+    head: AcceptanceHead, data: Data, h: float, which: str, make_state: Callable[..., DraftRound] = DraftRound
 ) -> tuple[list[int], list[float]]:
-    """The same through ``RoundState``; ``which`` says what of the batch the features describe."""
+    """The same through ``DraftRound``; ``which`` says what of the batch the features describe."""
     state = make_state(ThresholdRule(HeadEstimator(head), h), data["max_lengths"])
     generator = torch.Generator().manual_seed(7)
     step = 0
-    while state.any_running():
-        rows = None
+    while state.goes_on():
+        rows: Rows = slice(None)
         if which == "running":
             rows = state.running.nonzero().squeeze(1)
         elif which == "shuffled superset":
             extra = torch.rand(NUM_REQS, generator=generator) < 0.3
-            rows = (state.running | extra).nonzero().squeeze(1)
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-        index: Any = slice(None) if rows is None else rows
+            chosen = (state.running.bool() | extra).nonzero().squeeze(1)
+            rows = chosen[torch.randperm(len(chosen), generator=generator)]
+        index: Any = rows
         now: dict[str, Any] = {name: data[name][index, step] for name in (*NOW, "hidden_states")}
         state.observe(StepFeatures(**now), rows)
         tokens = torch.zeros(NUM_REQS, dtype=torch.int64)[index]
@@ -107,51 +108,50 @@ def test_equals_one_request_at_a_time(data: Data, lag: int, which: str, h: float
         assert len(set(lengths)) >= 5  # the comparison saw many lengths
 
 
-class IgnoresRows(RoundState):
+class IgnoresRows(DraftRound):
     """Planted: the kept scalars are filed in the order of ``rows``, not under its requests."""
 
-    def _per_request(self, values: Tensor, rows: Tensor | None) -> Tensor:
-        out = torch.full_like(self.survival, 0.5)
-        out[: len(values)] = values
-        return out
+    def _keep(self, name: str, column: Tensor, rows: Rows) -> None:
+        super()._keep(name, column, slice(len(column)))
 
 
-class KeepsTheFirstStep(RoundState):
+class KeepsTheFirstStep(DraftRound):
     """Planted: the scalars of the round's first pass are never replaced."""
 
-    def append(self, *args: Any, **kwargs: Any) -> None:
-        kept = dict(self._previous)
-        super().append(*args, **kwargs)
-        self._previous = kept or self._previous
+    def _keep(self, name: str, column: Tensor, rows: Rows) -> None:
+        first = self.num_drawn == (1 if name == "drawn_logprob" else 0)
+        super()._keep(name, column if first else self._previous[name][rows].clone(), rows)
 
 
-class LagsTheDraw(RoundState):
+class LagsTheDraw(DraftRound):
     """Planted: the drawn token's log-probability is that of one step before."""
 
     late: Tensor | None = None
 
-    def append(self, token_ids: Tensor, rows: Tensor | None = None, drawn_logprobs: Tensor | None = None) -> None:
-        super().append(token_ids, rows, drawn_logprobs)
+    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+        column = super().append(token_ids, rows, drawn_logprobs)
         if "drawn_logprob" in self._previous:
-            now = self._previous["drawn_logprob"]
+            now = self._previous["drawn_logprob"].clone()
             if self.late is not None:
-                self._previous["drawn_logprob"] = self.late
+                self._previous["drawn_logprob"].copy_(self.late)
             self.late = now
+        return column
 
 
-class OffByOne(RoundState):
+class OffByOne(DraftRound):
     """Planted: the position is the number of passes."""
 
-    def observe(self, features: StepFeatures, rows: Tensor | None = None) -> None:
+    def observe(self, features: StepFeatures, rows: Rows = slice(None)) -> None:
         estimator: Any = self.rule.estimator
         original = type(estimator).__call__
 
         def shifted(features: StepFeatures, position: int) -> Tensor:
             return original(estimator, features, position + 1)
 
-        self.rule = _Rule(self.rule, shifted, estimator)  # type: ignore[assignment]
+        rule: Any = self.rule
+        self.rule = _Rule(rule, shifted, estimator)  # type: ignore[assignment]
         super().observe(features, rows)
-        self.rule = self.rule.rule  # type: ignore[attr-defined]
+        self.rule = rule
 
 
 class _Rule:
@@ -177,7 +177,7 @@ class _Estimator:
         (OffByOne, 0, "all"), (OffByOne, 1, "running"),
     ],
 )  # fmt: skip
-def test_a_planted_bug_is_seen(data: Data, bug: type[RoundState], lag: int, which: str) -> None:
+def test_a_planted_bug_is_seen(data: Data, bug: type[DraftRound], lag: int, which: str) -> None:
     head = make_head(lag)
     _, survivals = batched(head, data, 0.9, which, bug)
     assert survivals != pytest.approx(one_by_one(head, data, 0.9)[1], abs=100 * TOLERANCE)
@@ -198,7 +198,7 @@ def test_the_current_scalars_in_place_of_the_previous_are_seen(data: Data, monke
 class TestMissing:
     def test_the_drawn_logprob_is_asked_for_by_name(self) -> None:
         rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["drawn_logprob"])), 0.5)
-        state = RoundState(rule, torch.tensor([4]))
+        state = DraftRound(rule, torch.tensor([4]))
         state.observe(StepFeatures(torch.zeros(1, HIDDEN)))
         state.append(torch.tensor([1]))
         with pytest.raises(ValueError, match=r"reads features.previous.drawn_logprob, but the draft step did not"):
@@ -206,7 +206,7 @@ class TestMissing:
 
     def test_a_draw_claimed_before_it_was_made_is_not_read(self) -> None:
         rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["drawn_logprob"])), 0.5)
-        state = RoundState(rule, torch.tensor([4]))
+        state = DraftRound(rule, torch.tensor([4]))
         state.observe(StepFeatures(torch.zeros(1, HIDDEN), drawn_logprob=torch.zeros(1)))
         state.append(torch.tensor([1]))
         with pytest.raises(ValueError, match=r"reads features.previous.drawn_logprob"):
@@ -215,11 +215,11 @@ class TestMissing:
     def test_a_look_ahead_head_reads_this_pass(self) -> None:
         rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN, features=["margin"], lag=0)), 0.5)
         with pytest.raises(ValueError, match=r"reads features.margin, but the draft step did not compute it"):
-            RoundState(rule, torch.tensor([4])).observe(StepFeatures(torch.zeros(1, HIDDEN)))
+            DraftRound(rule, torch.tensor([4])).observe(StepFeatures(torch.zeros(1, HIDDEN)))
 
     def test_a_head_without_scalars_keeps_nothing(self) -> None:
         rule = ThresholdRule(HeadEstimator(AcceptanceHead(HIDDEN)), 0.5)
-        state = RoundState(rule, torch.tensor([4]))
+        state = DraftRound(rule, torch.tensor([4]))
         state.observe(StepFeatures(torch.zeros(1, HIDDEN), torch.ones(1)))
         state.append(torch.tensor([1]), drawn_logprobs=torch.zeros(1))
         assert state._previous == {} and num_inputs([]) == 0

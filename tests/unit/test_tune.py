@@ -13,18 +13,22 @@ import pytest
 import torch
 
 from tests.recorded_process import HIDDEN, Process, as_shard, record
+from vllm_specdecpp.costs.file import CostFile
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.collect.units import write_responses
 from vllm_specdecpp.training.replay.chains import load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
 from vllm_specdecpp.training.replay.tune import TuneOptions, choose, run
 from vllm_specdecpp.training.replay.tune_report import markdown, table_rows, warnings
 
-COSTS = Costs({1: 0.05, 8: 0.36}, {2: 0.20, 9: 0.26}, 0.19, machine="a machine")
+CURVES = {
+    "first": {1: 0.05}, "step": {1: 0.044}, "verify": {1: 0.19, 2: 0.20, 9: 0.26}, "read": {2: 0.04}
+}  # fmt: skip
+COSTS = CostModel(**CURVES, max_reqs=1, max_tokens=64)
 MANIFEST = Manifest(
     kind="rounds", target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
     sampling={"temperature": 0.0}, num_candidates=16, prompts_digest="train", num_prompts=8, unit_size=4, versions={},
@@ -72,8 +76,9 @@ class Files:
             root / "held-out", seed=500, prefix="e", manifest=replace(MANIFEST, prompts_digest="held out")
         )
         self.head = write_head(root / "head")
-        self.costs = root / "costs.json"
-        COSTS.save(self.costs)
+        file = CostFile(root, {"device": "a machine"})
+        file.save(CURVES)
+        self.costs = file.path
         self.out = root / "out"
 
     def options(self, **changes: Any) -> TuneOptions:
@@ -113,7 +118,7 @@ class TestRun:
             head_row["threshold"], head_row["num_speculative_tokens"],
         )  # fmt: skip
         assert rule["rule"] == "threshold"
-        assert rule["tuned_on"] == "8 prompts of train, temperature 0.0 on a machine, batch 1"
+        assert rule["tuned_on"] == "8 prompts of train, temperature 0.0 on a machine"
         AcceptanceHead.from_pretrained(files.head)  # and the config is still a head's
         table = (files.out / "tune.md").read_text()
         assert f"threshold h={rule['threshold']:g} K≤{rule['num_speculative_tokens']}" in table
@@ -158,7 +163,7 @@ class TestRun:
             for row in members:
                 assert row["tokens"] == base["tokens"]
                 assert row["best_fixed_k"] == base["num_speculative_tokens"]
-                assert row["over_off"] == pytest.approx(row["tokens_per_second"] * COSTS.off_seconds)
+                assert row["over_off"] == pytest.approx(row["tokens_per_second"] * COSTS.verify.at(1))
                 assert row["over_best_fixed"] == pytest.approx(row["tokens_per_second"] / base["tokens_per_second"])
                 assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
                 assert row["over_best_fixed_low"] <= row["over_best_fixed_high"]
@@ -339,7 +344,7 @@ class TestRefusals:
 
 
 class TestReport:
-    def rows(self, files: Files, costs: Costs = COSTS, max_length: int = 16) -> tuple[list[dict[str, Any]], Any]:
+    def rows(self, files: Files, costs: CostModel = COSTS, max_length: int = 16) -> tuple[list[dict[str, Any]], Any]:
         chains = load_chains([files.train])
         choice = choose(chains, costs, "confidence", None, [0.9], [max_length])
         survival = survivals(chains, step_source("confidence", chains, None), max_length)
@@ -353,17 +358,15 @@ class TestReport:
 
     def test_doubts(self, files: Files) -> None:
         rows, _ = self.rows(files)
-        found = warnings(rows, replace(COSTS, batch=4))
-        assert any("costs were measured up to 8 candidates and extrapolated to 16" in line for line in found)
-        assert any("batch 4" in line for line in found)
-        assert not warnings([row | {"cut_rate": 0.02} for row in rows], Costs({1: 1, 16: 2}, {2: 1, 3: 1}, 1))
-        assert "took 1000 ms, 1 took 2000; measure them" in warnings(rows, Costs({1: 2, 16: 1}, {2: 1, 3: 1}, 1))[-1]
+        (found,) = warnings(rows, COSTS)
+        assert "costs were measured up to 8 candidates and extrapolated to 16" in found
+        assert not warnings([row | {"cut_rate": 0.02} for row in rows], CostModel({1: 1}, {1: 1}, {1: 1, 17: 2}))
 
     def test_outrun_records_are_warned_of(self, files: Files) -> None:
         rows, (chains, choice) = self.rows(files)
         rows = [row | {"cut_rate": 0.05 if row["policy"] == "confidence" else 0.0} for row in rows]
         assert "Warning: 5.0% of the rounds of confidence h=0.9" in warnings(rows, COSTS)[0]
-        assert "Warning: 5.0%" in markdown(rows, {"confidence": choice}, COSTS, {"confidence": chains}, chains)
+        assert "Warning: 5.0%" in markdown(rows, COSTS, "m", {"confidence": chains}, chains)
 
     def test_bootstrap_is_reproducible_and_over_prompts(self, files: Files) -> None:
         first, second = (self.rows(files)[0] for _ in range(2))

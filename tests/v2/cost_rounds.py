@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests.v2 import harness
 from tests.v2.oracle import Stops, predict
 from tests.v2.play import Play
+from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.engine.v2.passes import SHORT
 
 MAX_LENGTH = 5
 CURVES = {"first": {1: 1e-3, 4: 2e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
@@ -29,6 +30,8 @@ class Told:
     accepted: list[int]
     draft_seconds: float | None
     verify_seconds: float | None
+    read: list[int]
+    """Tokens of each pass that read, of a round that the rule learnt reading from."""
 
 
 class Script(CostAwareRule):
@@ -43,18 +46,26 @@ class Script(CostAwareRule):
         self._random = np.random.default_rng(seed)
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
+        self._read: list[int] = []
+        self.costs.observe_reading_round = self._observe_reading  # type: ignore[method-assign]
+
+    def _observe_reading(self, widths: Any, draft_seconds: float, passes: Any) -> None:
+        assert draft_seconds > 0
+        self._read = list(passes)
 
     def begin(self, request_ids: Any, max_lengths: Any) -> CostAwareRound:
         caps = np.minimum(np.asarray(max_lengths, dtype=np.int64), MAX_LENGTH)
         limits = np.minimum(caps, self._random.integers(0, MAX_LENGTH + 1, len(caps)))
         drafts = (limits > 0) & (self._random.random(len(caps)) < 0.8) & (self._random.random() < 0.7)
         self.plans.append(dict(zip(request_ids, np.where(drafts, limits, 0).tolist(), strict=True)))
-        round_ = CostAwareRound(self, list(request_ids), limits, drafts, 1.0, True, False)
-        round_.caps = caps
+        round_ = CostAwareRound(self, list(request_ids), limits, drafts, 0.0)
+        round_.caps, round_.rate, round_.held = caps, 1.0, True
         return round_
 
     def finish(self, round_: CostAwareRound, verified: Any, accepted: Any, *seconds: Any) -> None:
-        self.told.append(Told(round_, list(verified), list(accepted), *seconds))
+        drafting, verifying = seconds
+        self.told.append(Told(round_, list(verified), list(accepted), drafting, verifying, self._read))
+        self._read = []
         super().finish(round_, verified, accepted, *seconds)
 
 
@@ -64,7 +75,7 @@ class Truth:
 
     plan: dict[str, int]
     is_short: bool
-    is_usual: bool = True
+    read: list[int] = field(default_factory=list)  # tokens of each pass that read, if more than two a request
     drafts: list[list[float]] = field(default_factory=list)  # by row: the confidence of each candidate
     outcomes: dict[str, tuple[int, int]] | None = None  # request id -> verified, accepted, in the next step
     next_names: list[str] = field(default_factory=list)
@@ -122,7 +133,9 @@ class ScriptedPlay(Play):
         super()._compare(names, handed, wanted)
         if self._began:
             truth = self.truths[-1]
-            truth.is_usual = not self._reads(names) or (truth.is_short and not self.caught_up)
+            if self._reads(names) and not (truth.is_short and not self.caught_up):
+                first = SHORT * len(names) if truth.is_short else self.model.num_tokens[self.caught_up]
+                truth.read = [*self.model.num_tokens[: self.caught_up], first]
             contexts = [self.requests[name].tokens for name in names]
             self.truths[-1].drafts = [
                 [predict([*context, *drafted[:k]])[1] for k in range(len(drafted))]
@@ -153,7 +166,8 @@ def check(told: Told, truth: Truth) -> None:
     assert wins == [outcome[1] for outcome in known if outcome is not None]
     whole = told.verified == drafted and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
-    assert (told.draft_seconds is not None) == (whole and truth.is_usual)
+    assert (told.draft_seconds is not None) == (whole and not truth.read)
+    assert told.read == truth.read
 
 
 def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script | None:
@@ -162,9 +176,7 @@ def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script |
 
     tail = speculator._tail
     rule = Script(seed, speculator.max_num_reqs) if leads else None
-    speculator.cost_aware = DeviceCostAware(
-        rule, tail.estimator, None, speculator.agree, speculator.device, tail=tail
-    )  # fmt: skip
+    speculator.cost_aware = DeviceCostAware(rule, tail, None, speculator.agree, speculator.device)
     speculator.cost_aware._leave_out = lambda *args, **kwargs: None  # the script has the last word
     return rule
 
@@ -173,7 +185,7 @@ def scripted(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tup
     """vLLM's configuration, a speculator over the oracle, and the script that says who drafts."""
     options = {"rule": "cost_aware", "num_speculative_tokens": MAX_LENGTH, **options}
     config, speculator = harness.speculator(tiny, **options)
-    speculator._tail._launch = cost_aware_tail_torch  # quicker than the interpreted kernel
+    speculator._tail._launch = tails.cost_aware_tail  # quicker than the interpreted kernel
     return config, speculator, attach_script(speculator, seed, leads=leads)
 
 

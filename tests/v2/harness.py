@@ -51,7 +51,7 @@ def fix_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
     worker = llm.llm_engine.model_executor.driver_worker.worker
     cost_aware = worker.model_runner.speculator.cost_aware
     model: Any = CostModel(**curves, max_reqs=64, max_tokens=512)
-    model.observe = lambda *args: None
+    model.observe = model.observe_reading_round = lambda *args: None
     model.verify.freshness = lambda width: 99.0
     cost_aware.rule.costs, cost_aware._overheads = model, None
     return cost_aware

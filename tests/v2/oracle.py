@@ -61,6 +61,7 @@ class OracleModel(torch.nn.Module):
         self.tokens = np.full(num_slots, NO_KV)
         self.positions = np.full(num_slots, NO_KV)
         self.passes: list[list[bool]] = []  # per pass, by row of the batch: whether it wrote any KV
+        self.num_tokens: list[int] = []  # of each pass
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         from vllm.forward_context import get_forward_context
@@ -75,6 +76,7 @@ class OracleModel(torch.nn.Module):
         self.tokens[slots[: len(input_ids)][written]] = input_ids.numpy()[written]
         self.positions[slots[: len(input_ids)][written]] = positions.numpy()[written]
         rows = [slice(int(ends[r]), int(ends[r + 1])) for r in range(metadata.num_reqs)]
+        self.num_tokens.append(len(input_ids))
         self.passes.append([bool(written[row].any()) for row in rows])
         hidden = torch.zeros(len(input_ids), 2)
         for r, row in enumerate(rows):

@@ -112,6 +112,7 @@ class Play:
         self.random.shuffle(names)
         batch, num_sampled, num_rejected = self._target(names)
         self.model.passes.clear()
+        self.model.num_tokens.clear()
         handed = self._propose(batch, num_sampled, num_rejected, num_speculative_tokens)
         given = self.speculator.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         bound = min(given, self.speculator.config.num_speculative_tokens)

@@ -53,8 +53,8 @@ def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny):
     _agree_by(follower, lambda tensor: next(answers).clone())
     told = iter(plans)
     follower._tell = lambda plan: next(told)
-    observe = follower.round.observe
-    follower.round.observe = lambda k, logits, h: observe(k, torch.randn_like(logits), h)
+    observe = follower.round.observe_pass
+    follower.round.observe_pass = lambda k, logits, h: observe(k, torch.randn_like(logits), h)
     second = ScriptedPlay(follower, config, seed=9, plans=rule.plans)
     second.run(num_steps=15)
     assert second.lengths == first.lengths and next(answers, None) is next(told, None) is None
@@ -77,11 +77,11 @@ def test_another_rule_and_back(tiny):
     config, speculator, rule = scripted(tiny, seed=4)
     play = ScriptedPlay(speculator, config, seed=14)
     play.run(num_steps=6)
-    told, saved = len(rule.told), rule.explore_seconds + sum(b.set_apart for b in speculator.cost_aware._begun)
+    told = len(rule.told)
     speculator.reconfigure({"rule": "confidence", "threshold": 0.45})
     other = Play(speculator, config, Stops(0.45), seed=15)
     other.run(num_steps=4)
-    assert len(rule.told) == told and rule.explore_seconds == pytest.approx(saved)
+    assert len(rule.told) == told
     for name in list(other.requests):
         other.leave(name)
     speculator.reconfigure({"rule": "cost_aware"})
@@ -225,7 +225,13 @@ def _(monkeypatch, s):
 @mutation("times of first passes over prompts are taken")
 def _(monkeypatch, s):
     original = s.cost_aware.drafted
-    monkeypatch.setattr(s.cost_aware, "drafted", lambda short, *args: original(True, *args))
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda read, *args: original([], *args))
+
+
+@mutation("passes that caught up are not told of")
+def _(monkeypatch, s):
+    original = s.cost_aware.drafted
+    monkeypatch.setattr(s.cost_aware, "drafted", lambda read, *args: original(read[-1:], *args))
 
 
 def _mutant_play(tiny: Any, monkeypatch: Any, plant: Any) -> list[int]:

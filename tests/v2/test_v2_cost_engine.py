@@ -78,11 +78,11 @@ def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference):
     for _ in range(2):
         _run(llm, wanted, reference)  # real times
     told = json.loads(json.dumps(llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]))["cost_aware"]
-    assert told["rho"]["1"] > 0 and told["costs"].keys() == {"first", "step", "verify"}
+    assert told["rho"]["1"] > 0 and told["costs"].keys() == {"first", "step", "verify", "read"}
     assert sum(told["calibration"]["reliability"]["num"]) > 0
     assert cost_aware._overheads is None  # what the passes did not show is known by now
     cost_aware.save()
-    assert cost_aware.cache.key["model_runner"] == "V2/eager"
+    assert cost_aware.file.setting["model_runner"] == "V2/eager"
     speculator.cost_aware = None
     speculator.start_cost_aware()  # from the file: nothing may be measured again
     assert speculator.cost_aware is not cost_aware

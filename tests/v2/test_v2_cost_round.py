@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's round under the cost-aware rule takes the decisions of ``CostAwareState``, and reports what it did."""
+"""The device's round under the cost-aware rule takes the decisions of the rule's own steps, and reports what it did."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
-from tests.v2.kernels.cost_aware_cases import Case, _fragile, make_round
+from tests.v2.kernels.cost_aware_cases import Case, make_round, oracle_of
 from tests.v2.test_v2_round import HIDDEN, VOCAB, _head
+from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostModel
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
-from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.round import CostAwareState
+from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
 
 PADDING, STOP = 3, 3
 CASES = [
-    Case(1, hasty=1.3), Case(2, hasty=0.8), Case(7), Case(33, hasty=1.5), Case(4, held=True, explore=1.0),
-    Case(4, probe=True, hasty=4.0), Case(8, explore=0.05, hasty=2.5), Case(9, lag=1), Case(1, lag=1),
-    Case(5, lag=1, hasty=2.0, explore=0.05), Case(3, limit=0),
+    Case(1, hasty=1.3), Case(2, hasty=0.8), Case(7), Case(33, hasty=1.5), Case(4, hasty=0.0),
+    Case(4, hasty=4.0), Case(8, hasty=2.5), Case(9, lag=1), Case(1, lag=1), Case(5, lag=1, hasty=2.0),
+    Case(3, limit=0),
 ]  # fmt: skip
 
 
@@ -39,7 +39,6 @@ class _Twins:
 
     def __init__(self, case: Case, seed: int, twin: bool) -> None:
         from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
-        from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
         from vllm_specdecpp.engine.v2.round import DeviceRound
 
         self.rng = np.random.default_rng(seed)
@@ -54,12 +53,10 @@ class _Twins:
         self.host = copy.deepcopy(begun)
         self.estimator = _estimator(case.lag)
         rule.begin = lambda *args: begun
-        tail = CostAwareTail(self.estimator, self.most, case.max_length, tokens, "cpu")
+        tail = CostAwareTail(self.estimator, self.most, case.max_length, tokens, "cpu", cost_aware_tail)
         if twin:
-            tail._launch = cost_aware_tail_torch
-        self.costs: Any = DeviceCostAware(
-            rule, self.estimator, None, lambda tensor: tensor, torch.device("cpu"), tail=tail
-        )  # fmt: skip
+            tail._launch = tails.cost_aware_tail
+        self.costs: Any = DeviceCostAware(rule, tail, None, lambda tensor: tensor, torch.device("cpu"))
         self.device: Any = DeviceRound(
             torch.full((self.most, case.max_length), -7), torch.empty(self.most, case.max_length)
         )
@@ -71,9 +68,7 @@ class _Twins:
         device.limits[::2, 5] = STOP
         self.host.limits = self.host.caps = np.minimum(self.host.limits, room[: self.n].numpy())
         self.host.leave_out(self.host.limits == 0)
-        self.state = CostAwareState(
-            self.host, self.estimator, self.estimator.needs, self.n, stop_token_ids=device.limits[: self.n, 2:]
-        )
+        self.oracle = oracle_of(self.host)
 
     def start(self) -> None:
         lens = torch.full((self.most,), 20, dtype=torch.int32)
@@ -84,7 +79,7 @@ class _Twins:
 
     def step(self, k: int) -> bool:
         """One candidate of each; False if float32 may decide otherwise."""
-        n, device, state = self.n, self.device, self.state
+        n, device, host = self.n, self.device, self.host
         seed = torch.Generator().manual_seed(int(self.rng.integers(1 << 30)))
         logits = torch.randn(self.most, VOCAB, generator=seed) * torch.rand(self.most, 1, generator=seed) * 9
         hidden = torch.randn(self.most, HIDDEN, generator=seed)
@@ -92,28 +87,27 @@ class _Twins:
             hidden[0] = torch.nan  # a broken head is no score
         tokens = torch.multinomial(logits.softmax(-1), 1, generator=seed).squeeze(1)
         tokens[torch.rand(self.most, generator=seed) < 0.1] = STOP
-        device.observe(k, logits, hidden)
-        scores = device.scores.double().numpy() if device._scored else np.full(self.most, np.nan)
-        if _fragile(self.host, scores, self.rng):
+        device.observe_pass(k, logits, hidden)
+        scores = device.scores[:n].double().numpy() if device._scored else np.full(n, np.nan)
+        if self.oracle.step(scores.tolist()).fragile:
             return False
-        ran = state.running.clone()
-        state.observe(features_from_logits(logits[:n], hidden[:n], margin=True))
-        drawing = state.drawing.clone()
-        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-        state.append(tokens[:n], drawn_logprobs=logprobs[:n])
-        column = device.append(k, tokens, logits)
-        assert column.tolist() == [*torch.where(drawing, tokens[:n], -1).tolist(), *[-1] * PADDING]
-        assert device.running.bool().tolist() == [*state.running.tolist(), *[False] * PADDING]
-        assert bool(device.any_running) == state.any_running()
-        np.testing.assert_allclose(device.survival[:n], self.host.survival, rtol=1e-4)
+        ran = host.running.copy()
+        submit = host.step(scores).submit
+        ends = (device.limits[:n, 2:] == tokens[:n, None]).any(dim=1).numpy()
+        host.end(ends)
+        self.oracle.end(ends)
+        column = device.append_drawn(tokens, logits)
+        assert column.tolist() == [*np.where(submit, tokens[:n], -1).tolist(), *[-1] * PADDING]
+        assert device.running.tolist() == [*host.running.tolist(), *[False] * PADDING]
+        assert bool(device.any_running) == host.running.any()
+        np.testing.assert_allclose(device.survival[:n], host.survival, rtol=1e-4)
         confidences = device.confidences[:n, :k]
-        assert (confidences[~drawing, k - 1] == 0).all()
+        assert (confidences[~submit, k - 1] == 0).all()
         torch.testing.assert_close(
-            confidences.prod(dim=1)[drawing], device.survival[:n][drawing], rtol=1e-4, atol=1e-6
+            confidences.prod(dim=1)[submit], device.survival[:n][submit], rtol=1e-4, atol=1e-6
         )  # fmt: skip
-        self.met |= {
-            name for name, seen in (("dropped", ran & ~drawing), ("last", drawing & ~state.running)) if seen.any()
-        }
+        seen = {"dropped": ran & ~submit, "last": submit & ~host.running}
+        self.met |= {name for name, rows in seen.items() if rows.any()}
         return True
 
     def check_what_is_learnt(self) -> None:
@@ -126,7 +120,7 @@ class _Twins:
             finish(*args)
 
         self.costs.rule.finish = spy
-        self.costs.drafted(True, self.n, self.device.max_lengths, self.device.lengths)
+        self.costs.drafted([], self.n, self.device.max_lengths, self.device.lengths)
         submitted = self.host.lengths
         accepted = self.rng.integers(0, submitted + 1)
         sampled = torch.tensor([*accepted + 1, *[0] * PADDING])
@@ -147,7 +141,6 @@ class _Twins:
         host.widths = round_.widths
         rule.finish(host, verified, wins)
         learnt = self.costs.rule
-        assert learnt.explore_seconds == pytest.approx(rule.explore_seconds, rel=1e-4, abs=1e-6)
         for name in ("this", "next"):
             mine, theirs = (getattr(model.acceptance, name).theta for model in (learnt, rule))
             np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)
@@ -156,31 +149,20 @@ class _Twins:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_decisions_equal_cost_aware_state(case):
-    """By the kernel's torch twin, which is quicker than the interpreted kernel; once in each case by the kernel."""
+def test_decisions_equal_the_hosts(case):
+    """By the torch tail, which is quicker than the interpreted kernel; once in each case by the kernel."""
     whole = 0
     met: set[str] = set()
     for seed in range(4):
         twins = _Twins(case, 100 + seed, twin=seed > 0)
         twins.start()
         steps = range(1, case.max_length + 1)
-        if all(twins.step(k) for k in steps if k == 1 or twins.state.any_running()):
+        if all(twins.step(k) for k in steps if k == 1 or twins.host.running.any()):
             whole += 1
             twins.check_what_is_learnt()
         met |= twins.met
     assert whole >= 2
     assert "last" in met or case.limit == 0
-
-
-def test_time_set_apart_is_not_spent_by_two_rounds_in_flight():
-    twins = _Twins(Case(1, explore=1.0), 100, twin=True)
-    costs, given = twins.costs, []
-    for _ in range(2):
-        costs.begin_round(["0"], [6], [0], [0], [8], [99])
-        given.append(float(costs.tail.params.explore_seconds))
-    assert given == [1.0, 0.0] and costs.rule.explore_seconds == 0.0
-    costs.drop_round()
-    assert costs.rule.explore_seconds == 1.0 and not costs._begun
 
 
 def test_where_the_host_runs_ahead_it_plans_with_what_it_knows():

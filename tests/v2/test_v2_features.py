@@ -11,16 +11,19 @@ import pytest
 from tests import engine_harness as harness
 from tests.engine.test_features import (  # the same tests as V1's, on the other runner
     SCHEMA,
+    test_a_prompt_that_is_cached_but_for_one_token_costs_one_row,
     test_chunked_prefill,
     test_dynamic_speculation,
     test_near_max_model_len,
     test_preemption,
     test_prefix_caching,
+    test_rounds_that_wait_for_room_are_counted,
 )
+from tests.engine.test_plain_steps import THINK, reasoning
 
 __all__ = [
-    "test_chunked_prefill", "test_dynamic_speculation", "test_near_max_model_len", "test_preemption",
-    "test_prefix_caching",
+    "test_a_prompt_that_is_cached_but_for_one_token_costs_one_row", "test_chunked_prefill", "test_dynamic_speculation",
+    "test_near_max_model_len", "test_preemption", "test_prefix_caching", "test_rounds_that_wait_for_room_are_counted",
 ]  # fmt: skip
 
 MAX_LENGTH = 6
@@ -54,6 +57,8 @@ def _sampling() -> dict[str, Any]:
         "JSON schema": {"structured_outputs": StructuredOutputsParams(json=json.dumps(SCHEMA))},
         "two tokens": {"max_tokens": 2, "ignore_eos": True},
         "switched off": {"ignore_eos": True, "extra_args": {"specdecpp": {"enabled": False}}},
+        "thinking budget 0": {"thinking_token_budget": 0, "ignore_eos": True},
+        "thinking budget 5": {"thinking_token_budget": 5, "ignore_eos": True},
         "capped": {"ignore_eos": True, "extra_args": {"specdecpp": {"num_speculative_tokens": 2}}},
     }
     common = {"temperature": 0.0, "max_tokens": 16, "detokenize": False}
@@ -63,13 +68,15 @@ def _sampling() -> dict[str, Any]:
 def _run(llm: Any) -> dict[str, Any]:
     sampling = _sampling()
     prompts = [{"prompt_token_ids": p} for p in harness.prompts(len(sampling), seed=8)]
+    for prompt in prompts:
+        prompt["prompt_token_ids"][:1] = llm.get_tokenizer().encode(THINK, add_special_tokens=False)
     outputs = llm.generate(prompts, list(sampling.values()), use_tqdm=False)
     return dict(zip(sampling, outputs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def baseline(tiny):
-    with harness.engine(tiny.target, skip_tokenizer_init=False) as llm:
+    with harness.engine(tiny.target, skip_tokenizer_init=False, reasoning_config=reasoning()) as llm:
         return _run(llm)
 
 
@@ -80,7 +87,7 @@ def speculative(tiny):
         "method": "specdecpp", "model": tiny.draft_good, "rule": "confidence", "threshold": 0.8,
         "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
     }  # fmt: skip
-    with harness.engine(tiny.target, config, skip_tokenizer_init=False) as llm:
+    with harness.engine(tiny.target, config, skip_tokenizer_init=False, reasoning_config=reasoning()) as llm:
         outputs = _run(llm)
         rounds = harness.rounds_of(list(outputs.values()), harness.take_rounds(llm))
         return outputs, dict(zip(outputs, rounds, strict=True))

@@ -6,16 +6,16 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from kernels.cost_aware_tail import cost_aware_tail_torch
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
 from vllm_specdecpp.costs import timing
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2.round import DeviceRound
 
 FAILS_BELOW = 1e-4
@@ -94,7 +94,6 @@ def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch
     """[num_reqs, LENGTH] of one batch, in which each request goes on or not by how it compares with the others."""
     given = _Given()
     tail = CostAwareTail(given, num_reqs, LENGTH, 3 * num_reqs, "cpu")
-    tail._launch = cost_aware_tail_torch
     device = DeviceRound(torch.zeros(num_reqs, LENGTH, dtype=torch.int64))
     device.set_rule(tail, 1)
     device.limits[:, 0], device.limits[:, 1], device.limits[:, 2:] = LENGTH, 100, -1
@@ -104,9 +103,9 @@ def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch
     most = len(tail.params.bucket_of)
     # A score is the acceptance; a candidate is worth its row if it is 0.3 likely to be accepted.
     tail.params.load(
-        limits=[LENGTH] * num_reqs, held=False, probe=False, rate=1.0, explore_seconds=5e-3, this=[1.0] + [0.0] * most,
-        next=[0.7] + [0.0] * most, means=[0.6] * most, step_seconds=[1e-3] * (num_reqs + 1),
-        verify_seconds=0.3 * torch.arange(3 * num_reqs + 1),
+        limits=[LENGTH] * num_reqs, price=1.0, this=[1.0] + [0.0] * most, next=[0.7] + [0.0] * most, means=[0.6] * most,
+        step_seconds=[1e-3] * (num_reqs + 1),
+        verify_seconds=0.3 * np.arange(3 * num_reqs + 1),
     )  # fmt: skip
     device.admit()
     for step, q in enumerate(draft, 1):
@@ -115,8 +114,8 @@ def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch
         given.scores = torch.rand(num_reqs)
         if peeks and step == 2:
             given.scores = torch.where(tokens == tokens.mode().values, 0.2, 0.8)
-        device.observe(step, logits, logits)
-        device.append(step, tokens, logits)
+        device.observe_pass(step, logits, logits)
+        device.append_drawn(tokens, logits)
     return device.draft_tokens
 
 

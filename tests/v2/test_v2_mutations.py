@@ -96,7 +96,7 @@ def _(monkeypatch, s):
     def keep(n: int) -> None:
         s.input_buffers.query_start_loc[: n + 1] = before[: n + 1]
 
-    _after(monkeypatch, s.round, "append", lambda *_: before.copy_(s.input_buffers.query_start_loc))
+    _after(monkeypatch, s.round, "append_drawn", lambda *_: before.copy_(s.input_buffers.query_start_loc))
     _after(monkeypatch, s, "_load_candidates", keep)
 
 
@@ -168,7 +168,7 @@ def _(monkeypatch, s):
 
 @mutation("scores of the wrong rows")
 def _(monkeypatch, s):
-    _after(monkeypatch, s.round, "observe", lambda k, logits, h: _flip(s.round.scores[: len(logits)]))
+    _after(monkeypatch, s.round, "observe_pass", lambda k, logits, h: _flip(s.round.scores[: len(logits)]))
 
 
 @mutation("the rule decides one candidate late")
@@ -181,7 +181,7 @@ def _(monkeypatch, s):
         s.round.scores[:n] = 1.0 if k == 1 else late[:n]
         late[:n] = now
 
-    _after(monkeypatch, s.round, "observe", swap)
+    _after(monkeypatch, s.round, "observe_pass", swap)
 
 
 @mutation("the least length is ignored")

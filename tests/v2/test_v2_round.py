@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's round takes the decisions of ``RoundState``, step by step, for every rule, head and feature."""
+"""The device's round takes the decisions of the host's, step by step, for every rule, head and feature."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, HeadEstimator
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.round import RoundState
+from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import FixedRule, ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 
@@ -56,7 +56,7 @@ def _pass(step: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 @pytest.mark.parametrize("min_length", [1, 3])
 @pytest.mark.parametrize("name", RULES)
 @torch.no_grad()
-def test_decisions_equal_round_state(name, min_length):
+def test_decisions_equal_the_hosts(name, min_length):
     from vllm_specdecpp.engine.v2.requests import COLUMNS
     from vllm_specdecpp.engine.v2.round import DeviceRound
 
@@ -70,21 +70,21 @@ def test_decisions_equal_round_state(name, min_length):
     device.limits[::2, 2 + (COLUMNS - 3)] = STOP
     seq_lens = torch.full((max_num_reqs,), 20, dtype=torch.int32)
     device.start(num_reqs, seq_lens, torch.zeros_like(seq_lens), torch.ones_like(seq_lens))
-    state = RoundState(
+    state = DraftRound(
         rule, device.limits[:num_reqs, 0], min_length=min_length, stop_token_ids=device.limits[:num_reqs, 2:]
     )
     for step in range(1, MAX_LENGTH + 1):
         logits, hidden_states, token_ids = _pass(step, num_reqs)
-        ran = state.running.clone()
+        ran = state.running.bool()
         state.observe(features_from_logits(logits, hidden_states, margin=True))
         logprobs = logits.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1)
         state.append(token_ids, drawn_logprobs=logprobs)
-        device.observe(step, logits, hidden_states)
-        column = device.append(step, token_ids, logits)
+        device.observe_pass(step, logits, hidden_states)
+        column = device.append_drawn(token_ids, logits)
         assert column.tolist() == torch.where(ran, token_ids, -1).tolist()
-        assert device.running[:num_reqs].bool().tolist() == state.running.tolist()
+        assert device.running[:num_reqs].tolist() == state.running.tolist()
         torch.testing.assert_close(device.survival[:num_reqs], state.survival, rtol=1e-5, atol=1e-7)
-        assert bool(device.any_running) == state.any_running()
+        assert bool(device.any_running) == bool(state.any_running) == state.goes_on()
         _check_confidences(device, step, ran)
     assert device.lengths[:num_reqs].tolist() == state.lengths.tolist()
     assert len(set(state.lengths.tolist())) >= 4

@@ -17,28 +17,25 @@ _SHRINK = 2.0
 """How many steps of its own a width needs to weigh as much as its neighbours; and these as much as all widths."""
 _FADE = 0.998
 """What a width's own steps still weigh after each later step: an old estimate gives way to the common drift."""
-_EXACT, _RATIO, _REACH, _WIDE_REACH = 24, 1.03, 0.08, 0.15
-"""Widths up to 24 stand alone, next to bins within about 8 %; wider ones are one smooth curve over bins 3 % wide: what
-is asked of it is the price of a few more rows, a difference that the noise of single bins would drown."""
-_OUTLIER, _SPREADS = 0.5, 6.0
-"""A log-ratio beyond both of these is no news of the width: compilation, a prefill, another process's burst."""
-_LEVEL_SHIFT = 10
-"""So many outliers in a row, all on one side, are a new level."""
-_BIN_SHIFT, _OLD_LEVEL = 5, 0.05
-"""So many in a row of one bin are a new level of that bin; and what steps before a new level of all still weigh."""
-_MAX_SPREAD = 0.25
+_EXACT, _RATIO, _REACH = 24, 1.03, 0.15
+"""Widths up to 24 stand alone, with neighbours within about 15 % as a hint; wider ones are one smooth curve over bins
+3 % wide: what is asked of it is the price of a few rows more, a difference which the noise of single bins drowns."""
+_OUTLIER = 0.5
+"""A step further off than this log-ratio is no news of its width: compilation, a prefill, another process's burst."""
+_SHIFT = 10
+"""So many outliers in a row, all on one side, are a new level: of all widths, or of the one that they are of."""
 _FURTHEST = 6.0
 """Log-ratio to the start's that a broken clock can bring about at most."""
-_TIDY_EVERY, _FORGOTTEN = 1024, 1e-9
-"""So often, weights that have faded to nothing are set to it, before they are so small that processors stumble."""
+_FORGOTTEN = 1e-9
+"""Weights that have faded to less are nothing, before they are so small that processors stumble."""
 
 
 class Curve:
     """Seconds by width. Nothing is assumed of its shape: a wider step may cost less (padding, other kernels).
 
     Between measured widths the curve is linear; beyond them it goes on with the slope of the upper half; below them it
-    is flat. A real step moves its own width by a Huber step, and all widths by a common drift (other load on the
-    machine, longer contexts), to which widths that were not seen lately return.
+    is flat. A real step moves its own width, and all widths by a common drift (other load on the machine, longer
+    contexts), to which widths that were not seen lately return.
 
     Args:
         seconds: width to seconds, one or more points.
@@ -64,8 +61,7 @@ class Curve:
         ends = np.array(edges, dtype=np.float64)
         distance = np.abs(np.log(ends[:, None] / ends[None]))
         wide = ends > _EXACT
-        reach = np.where(wide[:, None] & wide, _WIDE_REACH, _REACH)
-        self._near = np.exp(-0.5 * (distance / reach) ** 2) * (distance > 0)  # [num_bins, num_bins]
+        self._near = np.exp(-0.5 * (distance / _REACH) ** 2) * (distance > 0)  # [num_bins, num_bins]
         self._wide = wide.astype(np.float64)
         # Between two bins' ends the log-ratio is linear.
         place = np.interp(np.arange(self.max_width + 1), ends, np.arange(len(edges)))
@@ -74,11 +70,9 @@ class Curve:
         self._share = place - self._below
         # Of a bin's own steps, and of its neighbours': steps, and steps times log of real seconds over the start's.
         self._state = np.zeros((2, 2, len(edges)))
-        self._spread = 0.05  # typical |log-ratio| of a step
         self._outliers: list[tuple[int, float]] = []  # width, residual
         self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
         self._table: Array | None = None
-        self._num_nudges = 0
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
@@ -130,23 +124,21 @@ class Curve:
         """
         if not 1 <= width <= self.max_width or not math.isfinite(residual):
             return False
-        if abs(residual) > max(_OUTLIER, _SPREADS * self._spread):
+        if abs(residual) > _OUTLIER:
             if self._outliers and (residual > 0) != (self._outliers[-1][1] > 0):
                 self._outliers.clear()
             self._outliers.append((width, residual))
-            if len(self._outliers) >= _LEVEL_SHIFT:
+            if len(self._outliers) >= _SHIFT:
                 self._shift_level()
             else:
                 self._shift_bin(width, residual)
             return False
         self._outliers.clear()
         self._bin_outliers.pop(int(self._bin[width]), None)
-        self._spread = min(self._spread + 0.02 * (abs(residual) - self._spread), _MAX_SPREAD)
-        bound = max(3 * self._spread, 0.02)
-        # Huber: a residual far out moves the estimate no more than one at the bound.
         log_ratio = math.log(expected / float(self._start[width])) if expected else self._log_ratio(width)
-        target = log_ratio + min(max(residual, -bound), bound)
+        target = log_ratio + residual
         self._state *= _FADE
+        self._state[np.abs(self._state) < _FORGOTTEN] = 0.0
         bin_ = self._bin[width]
         steps, total = self._state[0, :, bin_].tolist()
         ratio = total / steps if steps else 0.0
@@ -156,15 +148,11 @@ class Curve:
 
     def _set(self, bin_: int, steps: float, ratio: float) -> None:
         """Give a bin its own estimate, and its neighbours their share in it."""
-        now = np.array([steps, steps * ratio])
+        now = np.array([steps, steps * min(max(ratio, -_FURTHEST), _FURTHEST)])
         own, nearby = self._state
         nearby += (now - own[:, bin_])[:, None] * self._near[bin_]
         own[:, bin_] = now
         self._table = None
-        self._num_nudges += 1
-        if self._num_nudges % _TIDY_EVERY == 0:
-            own[:, own[0] < _FORGOTTEN] = 0.0
-            nearby[:] = own @ self._near
 
     def _shift_level(self) -> None:
         """What looked like outliers is how things are now; widths that were not among them follow by the drift."""
@@ -174,9 +162,9 @@ class Curve:
         ratios = {width: self._log_ratio(width) + float(np.median(rs)) for width, rs in seen.items()}
         self._outliers.clear()
         self._bin_outliers.clear()
-        self._state *= _OLD_LEVEL
+        self._state[:] = 0.0
         for width, ratio in ratios.items():
-            self._set(self._bin[width], _MEMORY / 2, min(max(ratio, -_FURTHEST), _FURTHEST))
+            self._set(self._bin[width], _MEMORY / 2, ratio)
 
     def _shift_bin(self, width: int, residual: float) -> None:
         """A width that is seen now and then, and each time far off on one side, is out of date alone."""
@@ -185,10 +173,10 @@ class Curve:
         if seen and (residual > 0) != (seen[-1] > 0):
             seen.clear()
         seen.append(residual)
-        if len(seen) >= _BIN_SHIFT:
+        if len(seen) >= _SHIFT:
             del self._bin_outliers[bin_]
             ratio = self._log_ratio(width) + float(np.median(seen))
-            self._set(bin_, _MEMORY / 4, min(max(ratio, -_FURTHEST), _FURTHEST))
+            self._set(bin_, _MEMORY / 4, ratio)
 
     def _log_ratio(self, width: int) -> float:
         return math.log(self.at(width) / float(self._start[width]))

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a round costs, in seconds: first draft pass, further draft passes, and the rest of the step (verification)."""
+"""What a round costs, in seconds: first draft pass, further ones, reading, and the rest of the step (verification)."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import logging
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.curves import Array, Curve
 
-logger = logging.getLogger("vllm.specdecpp")
+CURVES = ("first", "step", "verify", "read")
 
-FORMAT = 1
-CURVES = ("first", "step", "verify")
+Points = dict[str, dict[int, float]]
+"""Name of a curve -> width -> seconds."""
+
+_USUAL = 2
+"""Tokens of a request that a round's first pass reads, unless the draft model is behind."""
 
 
 class CostModel:
@@ -32,6 +28,9 @@ class CostModel:
         step: requests that still draft -> seconds of one further draft pass with its draw.
         verify: tokens in the target's batch -> seconds of everything between two draft phases (the target's pass,
             sampling, scheduling), so that nothing of a round is left out.
+        read: tokens -> seconds of a draft pass that reads so many, of all requests together, and draws nothing: a
+            prompt, or what was emitted while nobody drafted. None: a token more takes, of a draft pass, what it takes
+            of a verification.
         max_reqs: largest batch.
         max_tokens: most tokens of one verification.
 
@@ -44,6 +43,7 @@ class CostModel:
         first: Mapping[int, float],
         step: Mapping[int, float],
         verify: Mapping[int, float],
+        read: Mapping[int, float] | None = None,
         *,
         max_reqs: int = 64,
         max_tokens: int = 1024,
@@ -51,6 +51,10 @@ class CostModel:
         self.first = Curve(first, max_reqs)
         self.step = Curve(step, max_reqs)
         self.verify = Curve(verify, max_tokens)
+        if read is None:
+            one, scale = self.verify.at(1), self.step.at(1) / self.verify.at(1)
+            read = {w: scale * max(self.verify.at(w), one) for w in self.verify.widths}
+        self.read = Curve(read, max_tokens)
 
     def draft_seconds(self, widths: Sequence[int]) -> float:
         """Seconds of a draft phase.
@@ -113,7 +117,29 @@ class CostModel:
         for width, weight, step in passes:
             self.step.nudge(width, _log_ratio(excess, step), weight, expected=step)
 
-    def points(self) -> dict[str, dict[int, float]]:
+    def read_seconds(self, tokens: int) -> float:
+        """Seconds of a draft pass that reads ``tokens``; 0 for none."""
+        return self.read.at(tokens) if tokens > 0 else 0.0
+
+    def observe_reading(self, tokens: int, seconds: float) -> None:
+        """Take in a real draft pass that read ``tokens``."""
+        self.read.observe(tokens, seconds)
+
+    def observe_reading_round(self, widths: Sequence[int], draft_seconds: float, passes: Sequence[int]) -> None:
+        """Take in a draft phase whose first pass read more than usual: what is left of its time was spent on reading.
+
+        Args:
+            widths: requests in each pass that drew; empty if nobody drafted.
+            draft_seconds: the whole draft phase.
+            passes: tokens of each pass that read, the first pass included.
+        """
+        usual = min(self.first.at(widths[0]), self.read_seconds(_USUAL * widths[0])) if widths else 0.0
+        reading = draft_seconds - (self.draft_seconds(widths) - usual)
+        expected = [self.read_seconds(tokens) for tokens in passes]
+        for tokens, seconds in zip(passes, expected, strict=True):
+            self.observe_reading(tokens, reading * seconds / sum(expected))
+
+    def points(self) -> Points:
         """The curves as they are now: name -> width -> seconds."""
         return {name: getattr(self, name).points() for name in CURVES}
 
@@ -129,77 +155,3 @@ def suggested_widths(max_width: int) -> list[int]:
     while widths[-1] < max_width:
         widths.append(min(max_width, max(widths[-1] + 1, round(widths[-1] * 1.4))))
     return widths
-
-
-class CostCache:
-    """Cost curves on disk, one file for each setting.
-
-    Args:
-        folder: made when something is saved.
-        key: what the times depend on: models, dtype, hardware, versions, tensor-parallel size, ...
-    """
-
-    def __init__(self, folder: Path, key: Mapping[str, str]) -> None:
-        self.key = dict(key)
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / f"costs-{digest}.json"
-
-    @classmethod
-    def read(cls, path: Path) -> tuple[dict[str, str], dict[str, dict[int, float]]]:
-        """The setting and the curves in a file.
-
-        Raises:
-            ValueError: it is no such file, or it is damaged.
-        """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            key = {str(name): str(value) for name, value in data["key"].items()}
-            return key, _points_of(data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"specdecpp: {path} is no file of measured costs, or damaged ({error!r})") from None
-
-    def load(self) -> dict[str, dict[int, float]] | None:
-        """The saved curves, or None: measure. A damaged file is logged and counts as none."""
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["key"] != self.key:
-                raise ValueError("another setting")
-            return _points_of(data)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("specdecpp: costs file %s is damaged (%s); measuring anew", self.path, error)
-            return None
-
-    def save(self, points: Mapping[str, Mapping[int, float]]) -> bool:
-        """Write the curves atomically. A full or read-only disk is logged, and costs the next start a measurement."""
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        data = {"format": FORMAT, "key": self.key, **{name: dict(points[name]) for name in CURVES}}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.path)
-        except OSError as error:
-            logger.warning("specdecpp: cannot save the measured costs to %s (%s)", self.path, error)
-            with contextlib.suppress(OSError):
-                part.unlink()
-            return False
-        return True
-
-    def load_or_measure(self, measure: Callable[[], Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
-        """The saved curves, else those that ``measure`` returns, which are saved."""
-        points = self.load()
-        if points is None:
-            points = {name: dict(curve) for name, curve in measure().items()}
-            self.save(points)
-        return points
-
-
-def _points_of(data: Any) -> dict[str, dict[int, float]]:
-    """The curves in a file's JSON object; raises if they are not there, or are none."""
-    if data["format"] != FORMAT:
-        raise ValueError("another format")
-    points = {name: {int(w): float(s) for w, s in data[name].items()} for name in CURVES}
-    for curve in points.values():
-        Curve(curve, 1)  # raises for an empty curve or a bad time
-    return points

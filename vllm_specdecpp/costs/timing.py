@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from vllm_specdecpp.costs.model import suggested_widths
+from vllm_specdecpp.costs.model import Points, suggested_widths
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -27,8 +27,13 @@ SECONDS_PER_CURVE = 8.0
 REPEATS = 3
 """Timed runs of a narrow width; one is enough for wide ones, which last longer and where less depends on each."""
 NARROW = 16
+READ = (16, 64, 256)
+"""Tokens of the draft passes that are timed for reading prompts."""
 
-Points = dict[str, dict[int, float]]
+
+def most_tokens(scheduler_config: Any) -> int:
+    """Widest verification that is kept apart; ``scheduler_config``: vLLM's."""
+    return min(scheduler_config.max_num_batched_tokens, MAX_TOKENS)
 
 
 class Passes(Protocol):
@@ -46,25 +51,25 @@ class Passes(Protocol):
 
 def time_widths(
     run: Callable[[int], object],
-    max_width: int,
+    widths: Sequence[int],
     agree: Callable[[torch.Tensor], torch.Tensor],
     seconds: float = SECONDS_PER_CURVE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Least seconds of ``run(width)`` for widths from 1 up.
+    """Least seconds of ``run(width)``.
 
     The least of a few, not their mean: what else runs on the machine can only add time.
 
     Args:
         run: one pass; returns when the device has finished it. Ranks of a tensor-parallel group meet in it.
-        max_width: the widest one that is wanted.
+        widths: in the order in which they are timed.
         agree: rank 0's tensor on every rank, so that all stop at the same width.
         seconds: no further width is begun after this time; four always are.
         clock: seconds from any start.
     """
     times: dict[int, float] = {}
     start = clock()
-    for width in _coarse_to_fine(min(max_width, MAX_WIDTH)):
+    for width in widths:
         run(width)  # the first run of a width builds its kernels
         samples = []
         for _ in range(REPEATS if width <= NARROW else 1):
@@ -74,13 +79,17 @@ def time_widths(
         times[width] = min(samples)
         if bool(agree(torch.tensor([clock() - start > seconds]))) and len(times) >= 4:
             break
-    widths = sorted(times)
-    agreed = agree(torch.tensor([times[width] for width in widths], dtype=torch.float64))
-    return dict(zip(widths, agreed.tolist(), strict=True))
+    timed = sorted(times)
+    agreed = agree(torch.tensor([times[width] for width in timed], dtype=torch.float64))
+    return dict(zip(timed, agreed.tolist(), strict=True))
 
 
-def _coarse_to_fine(max_width: int) -> list[int]:
-    """Powers of four and the widest, powers of two, then what lies between: however soon the time is up, a range."""
+def coarse_to_fine(max_width: int) -> list[int]:
+    """Widths to time, up to ``max_width`` or :data:`MAX_WIDTH`.
+
+    Powers of four and the widest, powers of two, then what lies between: however soon the time is up, a range.
+    """
+    max_width = min(max_width, MAX_WIDTH)
     fours = [4**n for n in range(max_width.bit_length()) if 4**n < max_width]
     twos = [2 * n for n in fours if 2 * n < max_width]
     coarse = [*fours[:1], *([max_width] if max_width > 1 else []), *fours[1:], *twos]
@@ -105,21 +114,40 @@ def measure(
     start = time.perf_counter()
     most = scheduler_config.max_num_batched_tokens
     num_reqs = min(scheduler_config.max_num_seqs, most)
-    draft = time_widths(passes.draft, min(2 * num_reqs, most), agree)
-    logits = time_widths(passes.draft_logits, num_reqs, agree)
+    draft = time_widths(passes.draft, coarse_to_fine(min(2 * num_reqs, most)), agree)
+    logits = time_widths(passes.draft_logits, coarse_to_fine(num_reqs), agree)
     ratio = passes.target_to_draft
     if ratio is None:
-        verify = time_widths(passes.target, min(num_reqs * (max_length + 1), most), agree)
+        verify = time_widths(passes.target, coarse_to_fine(min(num_reqs * (max_length + 1), most)), agree)
     else:
         verify = {n: ratio * seconds for n, seconds in draft.items()}
-    points = curves(draft, logits, verify)
+    points = {**curves(draft, logits, verify), "read": _time_reading(passes, draft, most, agree)}
     shown = {name: {n: f"{1e3 * t:.1f} ms" for n, t in list(curve.items())[:4]} for name, curve in points.items()}
     logger.info("specdecpp: measured in %.1f s: %s, ...", time.perf_counter() - start, shown)
     return points
 
 
+def _time_reading(
+    passes: Passes, draft: Mapping[int, float], most: int, agree: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[int, float]:
+    """Tokens -> seconds of a draft pass that reads so many.
+
+    Args:
+        draft: what has been timed of it; the same on every rank.
+        most: tokens of the widest pass that vLLM may ask for. It is timed as well if that is cheap: a GPU takes for a
+            few hundred tokens what it takes for one, so these do not tell the slope beyond.
+    """
+    read = dict(draft)
+    if widths := [n for n in READ if n <= most and n not in draft]:
+        read |= time_widths(passes.draft, widths, agree)
+    widest = max(read)
+    if widest < most and 2 * read[widest] * most / widest < SECONDS_PER_CURVE:
+        read |= time_widths(passes.draft, [most], agree)
+    return dict(sorted(read.items()))
+
+
 def curves(draft: Mapping[int, float], logits: Mapping[int, float], verify: Mapping[int, float]) -> Points:
-    """The cost model's curves from times of single passes.
+    """The cost model's curves of drafting and verifying, from times of single passes.
 
     Args:
         draft: rows -> seconds of the draft model's forward pass.

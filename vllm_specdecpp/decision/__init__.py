@@ -3,11 +3,11 @@
 
 One loop serves every adapter::
 
-    state = RoundState(make_rule(config, head), max_lengths)
-    while state.any_running():
+    state = DraftRound(make_rule(config, head), max_lengths)
+    while state.goes_on():
         features = ...            # the draft's forward pass
-        state.observe(features)   # decides on going on, before the candidate exists
-        state.append(token_ids)   # the drawn candidate is always submitted
+        state.observe(features)   # what is decided by is settled, before the candidate exists
+        state.append(token_ids)   # the drawn candidate; who draws another one
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from vllm_specdecpp.decision.features import (
     encode_scalars,
     features_from_logits,
 )
-from vllm_specdecpp.decision.round import CostAwareState, DraftRound, RoundState
-from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_estimator, make_rule
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule, make_estimator
 
 __all__ = [
     "ConfidenceEstimator",
-    "CostAwareState",
     "DraftRound",
     "EntropyEstimator",
     "Estimator",
     "FixedRule",
     "HeadEstimator",
-    "RoundState",
     "SCALAR_FEATURES",
     "StepFeatures",
     "StopRule",

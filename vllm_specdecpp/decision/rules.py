@@ -7,13 +7,12 @@ rule is asked before candidate k exists and answers for candidate k+1, so it has
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, Estimator, HeadEstimator
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
 
 if TYPE_CHECKING:  # the head imports this package's features
     from vllm_specdecpp.head.model import AcceptanceHead
@@ -76,43 +75,19 @@ class ThresholdRule:
         return 1 - survival > self.threshold  # [num_reqs]
 
 
+NEVER = 2.0
+"""A threshold above every 1 - survival."""
+
+
+def tail_threshold(rule: StopRule) -> float | None:
+    """The h at which ``tails.threshold_tail`` decides as the rule does; None: it has logic of its own, which only the
+    host can ask."""
+    decides = type(rule).should_stop
+    if decides is ThresholdRule.should_stop and isinstance(rule, ThresholdRule):
+        return rule.threshold
+    return NEVER if decides is FixedRule.should_stop else None
+
+
 def make_estimator(head: AcceptanceHead | None) -> Estimator:
     """Whose scores the cost-aware rule reads: the head's, else the draft's top-1 probability."""
     return ConfidenceEstimator() if head is None else HeadEstimator(head)
-
-
-def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
-    """The threshold rule, or none, that the options ask for; the cost-aware rule is made by the engine, with its costs.
-
-    A threshold that they leave out is the head's tuned one, if it has one.
-
-    Raises:
-        ValueError: the rule needs a head and none is loaded, or the head's own threshold is not one.
-    """
-    rule, threshold = config.resolved_rule, config.resolved_threshold
-    if rule == "fixed":
-        return FixedRule()
-    if threshold is None:
-        raise ValueError(f"specdecpp: rule={rule!r} is no threshold rule; it is made with the engine's costs")
-    if rule == "threshold":
-        if head is None:
-            raise ValueError("specdecpp: rule='threshold' needs an acceptance head and none is loaded; give head=...")
-        if config.threshold is None:
-            threshold = _tuned_threshold(head, threshold)
-        return ThresholdRule(HeadEstimator(head), threshold, name=rule)
-    estimator: Estimator = ConfidenceEstimator() if rule == "confidence" else EntropyEstimator()
-    return ThresholdRule(estimator, threshold, name=rule)
-
-
-def _tuned_threshold(head: AcceptanceHead, default: float) -> float:
-    """The ``threshold`` of the rule in the head's config, as ``vllm-specdecpp tune`` writes it, else ``default``."""
-    tuned: Any = head.metadata.get("rule")
-    if not isinstance(tuned, dict) or tuned.get("rule") != "threshold":
-        return default
-    threshold = tuned.get("threshold", default)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < 1:
-        raise ValueError(
-            f"specdecpp: the head's config.json has rule.threshold={threshold!r}, which must lie strictly between 0 "
-            "and 1; tune the head again, or give threshold="
-        )
-    return float(threshold)

@@ -61,8 +61,8 @@ class SpecDecPPWorkerMixin:
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
         runner.drafter = SpecDecPPProposer(self.vllm_config, self.device, runner, config)
-        # Lengths are clamped per request, so one long request need not stop drafting for the whole batch.
-        runner.effective_drafter_max_model_len += runner.num_spec_tokens
+        # Lengths are clamped per request: vLLM need not stop drafting for the whole batch, near neither model's end.
+        runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
         if config.record_dir is not None:
             self._start_recording()
 

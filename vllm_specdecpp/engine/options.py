@@ -7,6 +7,8 @@ The user's speculative config becomes a plain ``draft_model`` one, our options t
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import functools
 import logging
 import os
@@ -18,7 +20,11 @@ from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import require_supported
+from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared.one_row import schedule_one_row
+from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.request_options import RequestOptions
+from vllm_specdecpp.rule_registry import RULES, no_device_tail
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -46,13 +52,28 @@ def _worker_cls() -> str:
     return f"vllm_specdecpp.engine.{module}"
 
 
+def _is_mistyped(method: Any) -> bool:
+    """Whether a word can only have been meant to be ours."""
+    if not isinstance(method, str) or method == METHOD:
+        return False
+    return bool(difflib.get_close_matches(method.lower(), [METHOD], cutoff=0.75))
+
+
+def _mistyped(method: str) -> str:
+    return f"unknown speculative method {method!r}; did you mean {METHOD!r}?"
+
+
 def _user_dict(args: Any) -> dict[str, Any] | None:
     """The speculative config as a dict if it asks for our method, else None."""
     raw = args.speculative_config
     if isinstance(raw, str):
         raw = {"method": raw}
     merged: dict[str, Any] = {str(k).replace("-", "_"): v for k, v in raw.items()} if isinstance(raw, Mapping) else {}
-    if METHOD not in (merged.get("method"), args.spec_method):
+    methods = merged.get("method"), args.spec_method
+    if METHOD not in methods:
+        for method in methods:
+            if _is_mistyped(method):
+                raise ValueError(f"specdecpp: {_mistyped(str(method))}")
         return None
     flags = {
         "method": ("--spec-method", args.spec_method),
@@ -79,6 +100,11 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"specdecpp: --worker-cls {args.worker_cls} cannot be used, specdecpp brings its own Worker; leave it out"
         )
     method = user.get("rejection_sample_method")
+    if method == "fly":
+        raise ValueError(
+            "specdecpp: rejection_sample_method='fly' accepts tokens that the target would not emit, so outputs are no "
+            "longer the target's; leave it out, or use 'standard' or 'block'"
+        )
     if user.get("record_dir") is not None and method not in (None, "standard"):
         raise ValueError(
             f"specdecpp: rejection_sample_method={method!r} cannot be recorded: its outcomes are not those of one "
@@ -98,6 +124,8 @@ def _needs_v1(config: SpecDecPPConfig) -> str | None:
     """The option that only Model Runner V1 can serve, with the reason, or None."""
     if config.record_dir is not None:
         return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
+    if not RULES[config.resolved_rule].device_tail:
+        return no_device_tail(config.resolved_rule)
     return None
 
 
@@ -174,9 +202,10 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     if not user.get("model"):
         from vllm_specdecpp.pairs import find_pair
 
-        pair = find_pair(args.model)
+        pair = find_pair(str(args.model))
         user["model"] = pair.draft
-        if pair.head is not None and user.get("rule") in (None, "cost_aware", "threshold"):
+        rule = user.get("rule")
+        if pair.head is not None and (rule is None or (rule in RULES and RULES[rule].reads_head)):
             user.setdefault("head", pair.head)
     config, passed_on = SpecDecPPConfig.from_speculative_config(
         user, passthrough=[f.name for f in fields(SpeculativeConfig)]
@@ -235,15 +264,27 @@ def _announce(config: SpecDecPPConfig) -> None:
 def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return create(self, *args, **kwargs)
+        except ValueError as error:
+            if str(error).startswith("specdecpp"):
+                # A user's mistake: one line tells it all, and the frames that found it tell nothing.
+                raise error.with_traceback(None) from None
+            raise
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = expand(self)
         if config is None:
             return original(self, *args, **kwargs)
         try:
-            vllm_config = original(self, *args, **kwargs)
+            with vocabulary.compared_by_token():
+                vllm_config = original(self, *args, **kwargs)
         except ValidationError as error:
             what = f"model={config.model!r} as draft of {self.model!r}"
             raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
         _check_model_runner(self, config, vllm_config)
+        draft_layers.keep_alike(vllm_config)
+        schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()
@@ -292,17 +333,23 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 def _bare_word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     @functools.wraps(parse)
     def parse_or_bare_word(value: str) -> Any:
+        if _is_mistyped(value):
+            raise argparse.ArgumentTypeError(_mistyped(value))
         return {"method": METHOD} if value == METHOD else parse(value)
 
     return parse_or_bare_word
 
 
 def install() -> None:
-    """Wrap ``EngineArgs``; a second call changes nothing."""
+    """Wrap ``EngineArgs`` and one check of ``SpeculativeConfig``; a second call changes nothing."""
+    from vllm.config.speculative import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
     if getattr(EngineArgs, "_specdecpp_installed", False):
         return
     EngineArgs.create_engine_config = _wrap_create_engine_config(EngineArgs.create_engine_config)
     EngineArgs.add_cli_args = staticmethod(_wrap_add_cli_args(EngineArgs.add_cli_args))
+    SpeculativeConfig.verify_equal_vocab_size_if_draft_model = vocabulary.wrap_check(
+        SpeculativeConfig.verify_equal_vocab_size_if_draft_model
+    )
     EngineArgs._specdecpp_installed = True

@@ -23,18 +23,18 @@ CALIBRATION_ROWS = Path("calibration") / "rows.jsonl"
 _SHOWN_ESTIMATORS = ("head", "head_uncalibrated", "confidence")
 _SHOWN_OF_A_LIST = 8
 _INDENT = 32
-ENGINE_COSTS = "costs that the engine measured"
+COSTS = "costs that an engine measured"
 
 
 class InspectOptions(CommandOptions):
     """Say what a head, a dataset or a costs file is."""
 
     what: str = Field(min_length=1, json_schema_extra=POSITIONAL)
-    """Head (a folder or a hub id), dataset folder, or costs file: of ``measure``, or one that the engine keeps in
-    VLLM_CACHE_ROOT/specdecpp (by default ~/.cache/vllm/specdecpp)."""
+    """Head (a folder or a hub id), dataset folder, or costs file: engines keep them in VLLM_CACHE_ROOT/specdecpp (by
+    default ~/.cache/vllm/specdecpp)."""
 
     plot: Path | None = None
-    """PNG to draw the engine's cost curves into."""
+    """PNG to draw the curves of a costs file into."""
 
     as_json: bool = Field(default=False, alias="json")
     """Print one JSON object, with everything that is known."""
@@ -64,15 +64,28 @@ def facts(what: str) -> dict[str, Any]:
         return _costs(path)
     if (path / MANIFEST_FILE).is_file():
         return _dataset(path)
+    if (architectures := _architectures(path)) is not None:
+        raise ValueError(
+            f"specdecpp: {what} is a model ({architectures}), and neither a head, a dataset nor a costs file; "
+            "name a head's folder, or train one: docs/head.md"
+        )
     return _head(what)
+
+
+def _architectures(folder: Path) -> str | None:
+    """What a Hugging Face model's configuration calls it; None for anything else."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return ", ".join(map(str, found)) if isinstance(found, list) and found else None
 
 
 def _plot(found: Mapping[str, Any], path: Path) -> None:
     from vllm_specdecpp.training.plots import plot_costs
 
-    if found["kind"] != ENGINE_COSTS:
-        kind = found["kind"]
-        raise ValueError(f"specdecpp: plot={path}: only the engine's costs are drawn, not this ({kind}); leave it out")
+    if found["kind"] != COSTS:
+        raise ValueError(f"specdecpp: plot={path}: only costs are drawn, not this ({found['kind']}); leave it out")
     if path.exists():
         raise ValueError(f"specdecpp: plot={path} exists; name another file, or remove it")
     setting = found["setting"]
@@ -205,31 +218,17 @@ def _dataset(folder: Path) -> dict[str, Any]:
 
 
 def _costs(path: Path) -> dict[str, Any]:
-    if path.name.startswith("costs-"):
-        from vllm_specdecpp.decision.cost_aware import CostCache
+    from vllm_specdecpp.costs import file
 
-        setting, points = CostCache.read(path)
-        named = {"first": "first draft pass", "step": "draft step", "verify": "verification"}
-        seconds = {named[name]: {str(w): s for w, s in sorted(curve.items())} for name, curve in points.items()}
-        return {"kind": ENGINE_COSTS, "where": str(path), "setting": setting, "seconds": seconds}
-    from dataclasses import asdict
-
-    from vllm_specdecpp.training.replay.costs import Costs
-
-    costs = Costs.load(path)
-    rest = asdict(costs)
-    draft, verify = (
-        {str(length): seconds for length, seconds in sorted(rest.pop(name).items())}
-        for name in ("draft_seconds", "verify_seconds")
-    )
-    pair = {"target": rest.pop("target") or None, "draft": rest.pop("draft_model") or None}
-    off = rest.pop("off_seconds")
-    for name in ("quartiles", "num_samples"):
-        rest.pop(name, None)
+    kept = file.read(path)
+    named = {
+        "first": "first draft pass", "step": "draft step", "verify": "verification", "read": "draft pass that reads"
+    }  # fmt: skip
     return {
-        "kind": "step costs",
+        "kind": COSTS,
         "where": str(path),
-        "pair": pair,
-        "seconds": {"drafting K candidates": draft, "verifying N tokens": verify, "a token without speculation": off},
-        "made by": rest,
+        "written": kept.written,
+        "setting": dict(kept.setting),
+        "seconds": {name: {str(w): s for w, s in sorted(kept.curves[curve].items())} for curve, name in named.items()},
+        "learnt": dict(kept.learnt),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures as PNG: reliability, learning curve, and the paper's Pareto plot."""
+"""Figures as PNG: reliability, and the paper's Pareto plot."""
 
 from __future__ import annotations
 
@@ -71,56 +71,11 @@ def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path
     _save(figure, path)
 
 
-def plot_learning_curve(
-    points: Sequence[Mapping[str, Any]],
-    path: Path,
-    title: str,
-    *,
-    metric: str = "log_loss",
-    lower_is_better: bool = True,
-) -> None:
-    """A metric on held-out prompts against the number of training rows (log scale), one line a group.
-
-    Args:
-        points: mappings with ``group``, ``num`` (rows trained on; None draws the group as a level line, for estimators
-            without training), the metric, and where known ``<metric>_low`` and ``<metric>_high``.
-        path: of the PNG.
-        title: names the pair and the number of rows judged by.
-        metric: key of the points to draw.
-        lower_is_better: said beside the axis.
-
-    Raises:
-        ValueError: one line: nothing to draw, a point without its number, or matplotlib is not installed.
-    """
-    _check(points, ("group", "num", metric), "learning curve", may_lack=("num",))
-    figure, [[axes]] = _figure((7.2, 4.6), title)
-    for i, (group, members) in enumerate(_groups(points).items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        for level in (point for point in members if point["num"] is None):
-            axes.axhline(level[metric], color=colour, linewidth=1.4, linestyle=(0, (5, 3)), label=group)
-            _band(axes, [0, 1], [level, level], metric, colour, transform=axes.get_yaxis_transform())
-        if curve := sorted((point for point in members if point["num"] is not None), key=lambda point: point["num"]):
-            sizes = [point["num"] for point in curve]
-            axes.plot(
-                sizes, [point[metric] for point in curve], color=colour, marker=marker, linewidth=1.8, label=group
-            )
-            _band(axes, sizes, curve, metric, colour)
-    if any(point["num"] is not None for point in points):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("training rows (observed candidates)")
-    axes.set_ylabel(
-        f"{metric.replace('_', '-')} on held-out prompts ({'lower' if lower_is_better else 'higher'} is better)"
-    )
-    axes.legend(fontsize=9)
-    _save(figure, path)
-
-
 def plot_costs(curves: Mapping[str, Mapping[int, float]], path: Path, title: str) -> None:
     """Milliseconds by width, one line a curve, both axes logarithmic.
 
     Args:
-        curves: name -> width (requests of a draft pass, tokens of a verification) -> seconds.
+        curves: name -> width (requests of a draft pass, tokens of a verification or of what is read) -> seconds.
         path: of the PNG.
         title: names the pair and the machine.
 
@@ -132,7 +87,7 @@ def plot_costs(curves: Mapping[str, Mapping[int, float]], path: Path, title: str
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         widths = sorted(curve)
         axes.plot(widths, [1e3 * curve[w] for w in widths], color=colour, marker=marker, linewidth=1.8, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="requests (draft) or tokens (verification) in the pass", ylabel="ms")
+    axes.set(xscale="log", yscale="log", xlabel="requests (draft) or tokens (verify, read) in the pass", ylabel="ms")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.legend(fontsize=9)
@@ -221,15 +176,6 @@ def wilson(rate: float, num: float, z: float = 1.96) -> tuple[float, float]:
     return max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0)
 
 
-def _band(
-    axes: Any, x: Sequence[float], points: Sequence[Mapping[str, Any]], metric: str, colour: str, **kwargs: Any
-) -> None:
-    """Fill between the points' low and high ends, if all have them."""
-    low, high = ([point.get(f"{metric}_{end}") for point in points] for end in ("low", "high"))
-    if None not in low and None not in high:
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, **kwargs)
-
-
 def _groups(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The points by group, in the order of first appearance."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -238,7 +184,7 @@ def _groups(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return groups
 
 
-def _check(points: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str, may_lack: Sequence[str] = ()) -> None:
+def _check(points: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str) -> None:
     if not points:
         raise ValueError(f"specdecpp: a {figure} needs points, but got none")
     for point in points:
@@ -246,7 +192,7 @@ def _check(points: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str
             if key not in point:
                 raise ValueError(f"specdecpp: a point of the {figure} lacks {key!r}: {dict(point)}")
             value = point[key]
-            if key in ("group", "label") or (key in may_lack and value is None):
+            if key in ("group", "label"):
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ValueError(f"specdecpp: a point of the {figure} has {key}={value!r}; it must be a finite number")

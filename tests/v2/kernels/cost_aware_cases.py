@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds for cost_aware_tail, and the comparison with decision/cost_aware's CostAwareRound (numpy, float64)."""
+"""Rounds for cost_aware_tail, and the comparison with the oracle, which tries out everything."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.cost_aware_params import CostAwareParams
+from tests.cost_aware_oracle import Oracle, Step
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
-from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
+from vllm_specdecpp.decision.tail_params import CostAwareParams
 
 VOCAB = 12  # small: stop tokens are drawn
-FRAGILE = 2e-5
-"""A decision that another rate or survival, off by this share, would change is not compared: float32 may differ."""
 PADDING = 3
 """Rows of a captured batch behind its requests."""
 
@@ -31,13 +29,8 @@ class Case:
     max_length: int = 6
     num_stop: int = 1
     lag: int = 0
-    drop_last: bool = True
-    held: bool = False
-    probe: bool = False
-    explore: float = 0.0
-    """Seconds saved up."""
     hasty: float = 1.0
-    """Factor on rho: above 1 time is dear."""
+    """Factor on the price: above 1 time is dear; 0: it costs nothing."""
     limit: int | None = None
     nan: float = 0.1
     alike: bool = False
@@ -51,21 +44,22 @@ class Case:
 CASES = [
     Case(1, max_length=1),
     Case(1, num_stop=0, nan=0.0),
-    Case(1, probe=True, hasty=3.0),
-    Case(2, probe=True, hasty=1.5),
+    Case(1, hasty=3.0),
+    Case(2, hasty=1.5),
     Case(2, lag=1, max_length=10, hasty=0.7, nan=0.6),
     Case(6, alike=True, hasty=1.5),
-    Case(1, lag=1, explore=0.05, hasty=3.0),
+    Case(1, lag=1, hasty=3.0),
+    Case(1, lag=1, hasty=0.0, num_stop=2),
     Case(2, lag=1, num_stop=3),
-    Case(3, hasty=2.0, drop_last=False),
-    Case(4, probe=True, hasty=4.0),
+    Case(3, hasty=2.0),
+    Case(4, hasty=4.0),
     Case(5, limit=0),
-    Case(5, held=True, explore=1.0),
+    Case(5, hasty=0.0),
     Case(7, nan=1.0),
-    Case(8, explore=0.05, hasty=2.5, num_stop=6),
+    Case(8, hasty=2.5, num_stop=6),
     Case(16, lag=1, max_length=9),
     Case(33, hasty=1.4),
-    Case(70, lag=1, drop_last=False, max_length=3),
+    Case(70, lag=1, max_length=3, hasty=0.0),
     Case(130, max_length=3),
 ]
 
@@ -76,34 +70,26 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     verify = {w: float((0.05 + 0.0008 * w) * bumps[w]) for w in range(1, 2 * n + 6)}  # ends early: extrapolated
     step = {w: float((0.006 + 0.0002 * w) * bumps[-w]) for w in range(1, n + 1)}
     rule = CostAwareRule(
-        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag,
-        drop_last=case.drop_last,
+        CostModel(step, step, verify, max_reqs=n + PADDING, max_tokens=len(verify)), case.max_length, lag=case.lag
     )  # fmt: skip
     for model in (rule.acceptance.this, rule.acceptance.next):
         model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
         model.theta[0] = max(0.0, model.theta[0])
     means = rule.acceptance._mean = rng.uniform(0.3, 0.95, NUM_BUCKETS)
     assert (rule.acceptance.mean(np.arange(NUM_BUCKETS)) == means).all()
-    rule.explore_seconds = case.explore
     top = case.max_length if case.limit is None else case.limit
     limits = rng.integers(0 if n > 1 or not top else 1, top + 1, n)
     drafts = (limits > 0) & (rng.random(n) < (0.9 if n > 1 else 1.0))
-    rate = case.hasty * rule.tokens_per_second(n) * rng.uniform(0.7, 1.4)
-    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, rate, case.held, case.probe)
+    price = case.hasty * rule.tokens_per_second(n) * rng.uniform(0.7, 1.4)
+    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price)
 
 
 def load_params(round_: CostAwareRound) -> CostAwareParams:
     """The device's parameters of this round."""
-    rule, costs = round_.rule, round_.rule.costs
-    params = CostAwareParams.allocate(
-        len(round_.limits) + PADDING, rule.max_length, len(costs.verify.table()) - 1, BUCKETS, "cpu"
-    )
-    params.load(
-        limits=round_.limits, held=round_.held, probe=round_.probe, rate=round_.rate,
-        explore_seconds=rule.explore_seconds, this=rule.acceptance.this.theta, next=rule.acceptance.next.theta,
-        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)), step_seconds=costs.step.table(),
-        verify_seconds=costs.verify.table(),
-    )  # fmt: skip
+    rule = round_.rule
+    max_tokens = len(rule.costs.verify.table()) - 1
+    params = CostAwareParams.allocate(len(round_.limits) + PADDING, rule.max_length, max_tokens, BUCKETS, "cpu")
+    round_.load(params)
     return params
 
 
@@ -119,111 +105,91 @@ def arguments(round_: CostAwareRound, case: Case, rng: np.random.Generator) -> d
         "running": running, "params": load_params(round_), "stop_token_ids": stops,
         "draft_tokens": torch.full((n, k + 3), 99)[:, :k], "any_running": torch.full((1,), 7, dtype=torch.int32),
         "scores_log": torch.zeros(k, n + 2)[:, :n], "widths": torch.full((k,), -1, dtype=torch.int32),
-        "lag": case.lag, "drop_last": case.drop_last,
+        "lag": case.lag,
     }  # fmt: skip
 
 
-def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
-    """Run rounds by ``launch`` and by CostAwareRound; after each step all must agree. Returns what was met how often.
+def oracle_of(round_: CostAwareRound) -> Oracle:
+    """The same round, to be decided by trying out everything."""
+    rule = round_.rule
+    return Oracle(
+        limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), price=round_.price, lag=rule.lag,
+        this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
+        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
+        step=rule.costs.step.at, verify=rule.costs.verify.at,
+    )  # fmt: skip
 
-    A step whose decision hangs on less than float32 tells apart is not compared; the host's state goes on from there.
+
+def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
+    """Run rounds by ``launch`` and by the oracle; after each step all must agree. Returns what was met how often.
+
+    A step whose decision hangs on less than float32 tells apart is not compared; the oracle's state goes on from there.
     """
     met: Counter[str] = Counter()
     for seed in range(seeds):
         rng = np.random.default_rng(1000 + seed)
         round_ = make_round(case, rng)
+        oracle = oracle_of(round_)
         a = arguments(round_, case, rng)
         for step in range(1, case.max_length + 1):
             scores, token_ids = _scores(case, rng), rng.integers(0, VOCAB, case.num_reqs + PADDING)
-            fragile = _fragile(round_, scores, rng)
-            running, saved = round_.running.copy(), round_.rule.explore_seconds
-            decision = round_.step(scores[: case.num_reqs])
+            running = list(oracle.running)
+            made = oracle.step(scores[: case.num_reqs].tolist())
             stops = a["stop_token_ids"].numpy()[: case.num_reqs]
-            round_.end((token_ids[: case.num_reqs, None] == stops).any(axis=1))
-            if fragile:
+            oracle.end((token_ids[: case.num_reqs, None] == stops).any(axis=1))
+            if made.fragile:
                 met["fragile"] += 1
-                _follow(a, round_)
+                _follow(a, oracle)
                 continue
             launch(torch.from_numpy(scores).float(), torch.from_numpy(token_ids), step, **a)
-            _compare(a, round_, decision, token_ids, step, f"{case} seed {seed} step {step}")
-            met += _events(running, decision, saved > round_.rule.explore_seconds)
+            _compare(a, oracle, made, token_ids, step, f"{case} seed {seed} step {step}")
+            met += _events(running, made)
     return met
 
 
-def check_probe(launch: Any) -> None:
-    """A probe submits its best candidate at step 1 though it does not pay, and may drop all at a later step."""
-    case = Case(2, num_stop=0, probe=True)
-    for scores, drafts in (([[0.1, 0.2]], [[-1, 1]]), ([[0.99, 0.98], [0.0, 0.0]], [[0, 1], [-1, -1]])):
+def check_free(launch: Any) -> None:
+    """At price 0 all draft to their limits and submit everything, though nothing can be accepted."""
+    for case in (Case(1, num_stop=0), Case(5, num_stop=0)):
         round_ = make_round(case, np.random.default_rng(0))
-        round_.limits[:], round_.drafts[:] = 6, True
+        round_.price, round_.limits[:], round_.drafts[:] = 0.0, [6, 2, 5, 1, 4][: case.num_reqs], True
         a = arguments(round_, case, np.random.default_rng(0))
-        params = a["params"]
-        params.rate.fill_(1.0)
-        params.slopes.copy_(torch.tensor([1.0, 0.0]))  # a score is the candidate's acceptance, the next one's is 0.98
-        params.this.zero_()
-        params.next.fill_(4.0)
-        params.step_seconds.fill_(0.001)
-        params.verify_seconds.copy_(0.6 * torch.arange(len(params.verify_seconds)))
-        for step, (row, wanted) in enumerate(zip(scores, drafts, strict=True), 1):
-            launch(torch.tensor(row + [0.0] * PADDING), torch.arange(2 + PADDING), step, **a)
-            assert a["draft_tokens"][:, step - 1].tolist() == wanted + [-1] * PADDING
+        for intercepts in (a["params"].this, a["params"].next):
+            intercepts.fill_(-500.0)
+        for step in range(1, 7):
+            launch(torch.zeros(case.num_reqs + PADDING), torch.arange(case.num_reqs + PADDING), step, **a)
+        assert a["lengths"].tolist() == [*round_.limits, *[0] * PADDING]
+        assert (a["draft_tokens"] >= 0).sum(dim=1).tolist() == a["lengths"].tolist()
+        assert not a["survival"][: case.num_reqs].any() and not a["running"].any()
 
 
-def _follow(a: dict[str, Any], round_: CostAwareRound) -> None:
+def _follow(a: dict[str, Any], oracle: Oracle) -> None:
     for name in ("survival", "expected", "lengths", "running"):
-        a[name][: len(round_.limits)] = torch.from_numpy(np.asarray(getattr(round_, name)))
-    a["params"].explore_seconds.fill_(round_.rule.explore_seconds)
+        a[name][: len(oracle.limits)] = torch.tensor(getattr(oracle, name)).to(a[name].dtype)
 
 
-def _compare(
-    a: dict[str, Any], round_: CostAwareRound, decision: Decision, token_ids: Any, step: int, where: str
-) -> None:  # fmt: skip
-    n = len(round_.limits)
-    assert a["widths"][step - 1] == round_.widths[-1], where
-    np.testing.assert_allclose(a["scores_log"][step - 1, :n], round_.scores[-1], rtol=1e-4, atol=1e-5, err_msg=where)
+def _compare(a: dict[str, Any], oracle: Oracle, made: Step, token_ids: Any, step: int, where: str) -> None:
+    n = len(oracle.limits)
+    assert a["widths"][step - 1] == oracle.widths[-1], where
+    np.testing.assert_allclose(a["scores_log"][step - 1, :n], oracle.log[-1], rtol=1e-4, atol=1e-5, err_msg=where)
     assert bool(a["scores_log"][step - 1, n:].isnan().all()), where
-    np.testing.assert_allclose(a["survival"][:n], round_.survival, rtol=1e-4, err_msg=where)
-    assert a["lengths"].tolist() == [*round_.lengths, *[0] * PADDING], where
-    np.testing.assert_allclose(a["expected"][:n], round_.expected, rtol=1e-4, atol=1e-6, err_msg=where)
-    drafts = np.where(decision.submit, token_ids[:n], -1)
+    np.testing.assert_allclose(a["survival"][:n], oracle.survival, rtol=1e-4, err_msg=where)
+    assert a["lengths"].tolist() == [*oracle.lengths, *[0] * PADDING], where
+    np.testing.assert_allclose(a["expected"][:n], oracle.expected, rtol=1e-4, atol=1e-6, err_msg=where)
+    drafts = np.where(made.submit, token_ids[:n], -1)
     assert a["draft_tokens"][:, step - 1].tolist() == [*drafts, *[-1] * PADDING], where
-    assert a["running"].tolist() == [*round_.running.astype(int), *[0] * PADDING], where
-    assert a["any_running"].tolist() == [int(round_.running.any())], where
-    left = round_.rule.explore_seconds
-    np.testing.assert_allclose(a["params"].explore_seconds, [left], rtol=1e-4, atol=1e-6, err_msg=where)
+    assert a["running"].tolist() == [*oracle.running, *[0] * PADDING], where
+    assert a["any_running"].tolist() == [any(oracle.running)], where
 
 
-def _events(running: Any, decision: Decision, explored: bool) -> Counter[str]:
-    met = Counter(steps=1, explored=int(explored))
-    if running.any():
-        met["all go on"] += bool(decision.go_on[running].all())
-        met["some go on"] += bool(decision.go_on.any() and not decision.go_on[running].all())
-        met["nobody goes on"] += not decision.go_on.any()
-        met["dropped"] += bool((running & ~decision.submit).any())
-        met["last submitted"] += bool((decision.submit & ~decision.go_on).any())
+def _events(running: list[bool], made: Step) -> Counter[str]:
+    met = Counter(steps=1)
+    if any(running):
+        met["all go on"] += made.go_on == running
+        met["some go on"] += any(made.go_on) and made.go_on != running
+        met["nobody goes on"] += not any(made.go_on)
+        met["dropped"] += made.submit != running
+        met["last submitted"] += made.submit != made.go_on and any(made.submit)
     return met
-
-
-def _fragile(round_: CostAwareRound, scores: Any, rng: np.random.Generator) -> bool:
-    """Whether rho, survivals or scores off by FRAGILE decide otherwise. Equals stay equal: ties have a rule."""
-
-    def shaken(values: Any) -> Any:
-        which = np.unique(values, return_inverse=True)[1]
-        return values * (1 + rng.uniform(-FRAGILE, FRAGILE, len(values))[which])
-
-    outcomes = set()
-    for trial in range(8):
-        other = copy.copy(round_)
-        other.rule = copy.copy(round_.rule)
-        other.widths, other.scores, other.expected = [*round_.widths], [*round_.scores], round_.expected.copy()
-        seen = scores[: len(round_.limits)]
-        other.survival = round_.survival.copy()
-        if trial:
-            other.rate = round_.rate * (1 + FRAGILE * (0, 1, -1)[trial % 3])
-            seen, other.survival = shaken(seen), shaken(other.survival)
-        decision = other.step(seen)
-        outcomes.add((*decision.submit, *decision.go_on))
-    return len(outcomes) > 1
 
 
 def _scores(case: Case, rng: np.random.Generator) -> Any:

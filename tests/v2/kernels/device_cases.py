@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that only call a device function, and what the host says of the same numbers."""
+"""Kernels that only call a device function, and what torch says of the same numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from tests.v2.kernels.cost_aware_cases import Case, load_params, make_round
-from vllm_specdecpp.decision.cost_aware import plan
+from vllm_specdecpp.decision import tails
 
 
 @triton.jit
 def _following_kernel(
-    x_ptr, out_ptr, slopes_ptr, this_ptr, next_ptr, means_ptr, position, num, FUNCTION: tl.constexpr,
+    x_ptr, out_ptr, slopes_ptr, next_ptr, drift_ptr, means_ptr, position, num, FUNCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     reqs = tl.arange(0, BLOCK)
@@ -24,7 +24,7 @@ def _following_kernel(
     scored = x == x
     log_odds = tl.where(scored, x, 0.0)
     for j in range(0, num):
-        accept, log_odds = FUNCTION(log_odds, scored, position + j, slopes_ptr, this_ptr, next_ptr, means_ptr)
+        accept, log_odds = FUNCTION(log_odds, scored, position + j, slopes_ptr, next_ptr, drift_ptr, means_ptr)
         tl.store(out_ptr + j * BLOCK + reqs, accept)
 
 
@@ -54,10 +54,11 @@ def check_following(device: Any) -> None:
         x = np.array([-8.0, 8.0, np.nan, *rng.normal(0, 3, 13).clip(-8, 8)])
         out = torch.empty(6, 16)
         _following_kernel[(1,)](
-            torch.tensor(x).float(), out, params.slopes, params.this, params.next, params.means, position, 6,
+            torch.tensor(x).float(), out, params.slopes, params.next, params.drift, params.means, position, 6,
             FUNCTION=device.following, BLOCK=16,
         )  # fmt: skip
-        np.testing.assert_allclose(out.T, round_.rule.acceptance.following(x, position, 6), rtol=2e-5)
+        wanted = tails.following(torch.tensor(x).float(), position, 6, params)
+        torch.testing.assert_close(out.T, wanted, rtol=2e-5, atol=0)
 
 
 def check_standing(device: Any) -> None:
@@ -78,11 +79,10 @@ def check_standing(device: Any) -> None:
 
 def check_seconds(device: Any) -> None:
     """Within a cost table, and beyond its end."""
-    table, index, out = np.array([0.0, 0.5, 0.7, 0.6]), np.arange(8), torch.empty(8)
-    _seconds_kernel[(1,)](
-        torch.tensor(table).float(), torch.tensor(index).int(), out, 4, FUNCTION=device.seconds, BLOCK=8
-    )
-    np.testing.assert_allclose(out, plan._at(table, index), rtol=1e-6)
+    table, index, out = torch.tensor([0.0, 0.5, 0.7, 0.6]), torch.arange(8), torch.empty(8)
+    _seconds_kernel[(1,)](table, index.int(), out, 4, FUNCTION=device.seconds, BLOCK=8)
+    torch.testing.assert_close(out, tails._seconds(table, index), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out[4:], torch.tensor([0.5, 0.4, 0.3, 0.2]))
 
 
 CHECKS = (check_following, check_standing, check_seconds)

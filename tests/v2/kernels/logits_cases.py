@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.logits_summary import make_partials
 from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.kernels.logits_summary import make_partials
 
 RTOL, ATOL = 2e-5, 2e-6  # float32 sums of some thousand terms, in another order
 

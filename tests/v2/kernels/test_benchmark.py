@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import kernels as benchmark
 
-WORKLOADS = [w for w in benchmark.workloads([3], "cpu") if "size 2048" not in w.shape and "size 3584" not in w.shape]
+WORKLOADS = list(benchmark.workloads([3], "cpu"))
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: f"{w.kernel}, {w.shape}")
@@ -17,7 +17,7 @@ def test_kernel_and_twin_agree(workload) -> None:
 
 
 def test_all_kernels_are_timed() -> None:
-    kernels = {"threshold_tail", "cost_aware_tail", "logits_summary", "head_block"}
+    kernels = {"threshold_tail", "cost_aware_tail", "logits_summary"}
     assert {workload.kernel for workload in WORKLOADS} == kernels
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from kernels import cost_aware_device
 from tests.v2.kernels import device_cases
+from vllm_specdecpp.kernels import cost_aware_device
 
 
 @pytest.mark.parametrize("check", device_cases.CHECKS, ids=lambda check: check.__name__)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import logits_summary as module
 from tests.v2.kernels.logits_cases import CASES, Case, check, outputs
+from vllm_specdecpp.kernels import logits_summary as module
 
 LAUNCHES = [module.logits_summary, module.logits_summary_torch]
 

@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""threshold_tail, its twin, and decision/round.RoundState: the same to the last bit, step by step."""
+"""threshold_tail and a loop over the requests: the same to the last bit, step by step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernels import threshold_tail as module
 from tests.v2.kernels.threshold_cases import CASES, Case, arguments, check_rounds
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.kernels import threshold_tail as module
 
 
-@pytest.mark.parametrize("launch", [module.threshold_tail, module.threshold_tail_torch], ids=["kernel", "twin"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_round_state_step_by_step(case: Case, launch) -> None:
-    check_rounds(launch, case)
-
-
-def test_the_cases_stop_for_every_reason() -> None:
-    lengths = torch.cat([check_rounds(module.threshold_tail_torch, case) for case in CASES])
-    assert set(lengths.tolist()) >= {0, 1, 2, 3, 4, 5}
+def test_equals_a_loop_step_by_step(case: Case) -> None:
+    check_rounds(module.threshold_tail, case)
 
 
 def test_threshold_of_one_or_more_never_stops() -> None:
-    for launch in (module.threshold_tail, module.threshold_tail_torch):
+    for launch in (module.threshold_tail, tails.threshold_tail):
         a = arguments(Case(num_reqs=3))
         a["threshold"].fill_(1.0)
         a["stop_token_ids"].fill_(-1)
@@ -33,7 +28,7 @@ def test_threshold_of_one_or_more_never_stops() -> None:
 
 
 def test_flag_may_be_a_bool() -> None:
-    for launch in (module.threshold_tail, module.threshold_tail_torch):
+    for launch in (module.threshold_tail, tails.threshold_tail):
         a = arguments(Case(num_reqs=2, num_stop=0))
         a["any_running"] = torch.zeros(1, dtype=torch.bool)
         a["max_lengths"].fill_(2)
@@ -69,8 +64,7 @@ def test_other_columns_and_the_rest_of_a_wider_buffer_stay_as_they_are() -> None
     ],
 )
 def test_misfits_are_refused_in_one_line(change, message) -> None:
-    for launch in (module.threshold_tail, module.threshold_tail_torch):
-        a = arguments(Case(num_reqs=3, max_length=5)) | {"step": 1} | change
-        with pytest.raises(ValueError, match=f"^specdecpp: {launch.__name__}: {message}") as error:
-            launch(torch.ones(3), torch.tensor([1, 2, 3]), **a, scored=True)
-        assert "\n" not in str(error.value)
+    a = arguments(Case(num_reqs=3, max_length=5)) | {"step": 1} | change
+    with pytest.raises(ValueError, match=f"^specdecpp: threshold_tail: {message}") as error:
+        module.threshold_tail(torch.ones(3), torch.tensor([1, 2, 3]), **a, scored=True)
+    assert "\n" not in str(error.value)

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds for threshold_tail, and the comparison with decision/round.RoundState."""
+"""Rounds for threshold_tail, and the comparison with a loop over the requests."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from vllm_specdecpp.decision.features import StepFeatures
-from vllm_specdecpp.decision.round import RoundState
-from vllm_specdecpp.decision.rules import ThresholdRule
 
 VOCAB = 12  # small: stop tokens are drawn
 
@@ -54,17 +50,25 @@ CASES = [
 ]
 
 
-class _Scores:
-    """An estimator that says what it is told to."""
+@dataclass
+class Request:
+    """One request's round, in float32 scalars."""
 
-    name, needs = "told", frozenset({"top1_prob"})
+    limit: int
+    stops: list[int]
+    survival: Tensor = field(default_factory=lambda: torch.tensor(1.0))
+    length: int = 0
+    running: bool = False
 
-    def __init__(self, lag: int) -> None:
-        self.lag = lag
-
-    def __call__(self, features: StepFeatures, position: int) -> Tensor:
-        assert features.top1_prob is not None
-        return features.top1_prob
+    def step(self, case: Case, step: int, score: Tensor, token_id: int) -> None:
+        """Survival of candidate ``step``, drawn as ``token_id``, and whether another one follows."""
+        if not self.running:
+            return
+        if not (case.lag and step == 1):
+            self.survival = self.survival * (torch.tensor(0.0) if score.isnan() else score.clamp(0, 1))
+        self.length += 1
+        last = step >= case.min_length and bool(1 - self.survival > torch.tensor(case.threshold))
+        self.running = not last and token_id not in self.stops and self.length < self.limit
 
 
 def arguments(case: Case, seed: int = 0) -> dict[str, Any]:
@@ -84,29 +88,30 @@ def arguments(case: Case, seed: int = 0) -> dict[str, Any]:
 
 
 def check_rounds(launch: Any, case: Case, seeds: int = 2) -> Tensor:
-    """Run whole rounds by ``launch`` and by RoundState; after each step all must be equal. Returns the lengths."""
+    """Run whole rounds by ``launch`` and request by request; after each step all must be equal. Returns the lengths."""
     lengths = []
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(100 + seed)
         a = arguments(case, seed)
-        rule = ThresholdRule(_Scores(case.lag), case.threshold)
-        state = RoundState(rule, a["max_lengths"], min_length=case.min_length, stop_token_ids=a["stop_token_ids"])
+        pairs = zip(a["max_lengths"].tolist(), a["stop_token_ids"].tolist(), strict=True)
+        requests = [Request(limit, stops, running=limit > 0) for limit, stops in pairs]
         drafts = torch.full((case.num_reqs, case.max_length), 99)
         for step in range(1, case.max_length + 1):  # also after all have stopped, as a graph without IF nodes does
             scores = _scores(case, generator)
             token_ids = torch.randint(-1, VOCAB, (case.num_reqs,), generator=generator)
-            token_ids[state.running & (token_ids < 0)] = 0  # what is not running may hold anything
-            drafts[:, step - 1] = torch.where(state.running, token_ids, -1)
-            state.observe(StepFeatures(top1_prob=scores))
-            state.append(token_ids)
+            running = torch.tensor([request.running for request in requests])
+            token_ids[running & (token_ids < 0)] = 0  # what is not running may hold anything
+            drafts[:, step - 1] = torch.where(running, token_ids, -1)
+            for request, score, token_id in zip(requests, scores, token_ids.tolist(), strict=True):
+                request.step(case, step, score, token_id)
             launch(scores.clone(), token_ids.clone(), step, **a, scored=not (case.lag and step == 1))
             where = f"{case} seed {seed} step {step}"
-            assert torch.equal(a["survival"], state.survival), where
-            assert torch.equal(a["lengths"].long(), state.lengths), where
-            assert a["running"].tolist() == state.running.int().tolist(), where
-            assert a["any_running"].tolist() == [int(state.any_running())], where
+            assert torch.equal(a["survival"], torch.stack([request.survival for request in requests])), where
+            assert a["lengths"].tolist() == [request.length for request in requests], where
+            assert a["running"].tolist() == [request.running for request in requests], where
+            assert a["any_running"].tolist() == [any(request.running for request in requests)], where
             assert torch.equal(a["draft_tokens"], drafts), where
-        lengths.append(state.lengths)
+        lengths.append(a["lengths"].clone())
     return torch.cat(lengths)
 
 

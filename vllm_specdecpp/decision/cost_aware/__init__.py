@@ -9,7 +9,7 @@ what a second is worth, ``start`` who drafts at all, ``guard`` whether a fixed c
 
 from __future__ import annotations
 
-from vllm_specdecpp.costs.model import CostCache, CostModel
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
-__all__ = ["CostAwareRule", "CostCache", "CostModel"]
+__all__ = ["CostAwareRule", "CostModel"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vllm_specdecpp.decision.cost_aware.plan import Mask
+from vllm_specdecpp.decision.cost_aware.logistic import Mask
 
 PROBE_SHARE = 0.004
 """Of the time without drafting, what probes may spend on reading; the gate allows them as much again for drafting."""

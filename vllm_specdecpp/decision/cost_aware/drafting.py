@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One drafting phase under the cost-aware rule: who submits candidate k, and who draws candidate k + 1."""
+"""One drafting phase under the cost-aware rule: what was decided before it, and what became of it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from vllm_specdecpp.decision.cost_aware.logistic import Array, logit, logit_one
-from vllm_specdecpp.decision.cost_aware.plan import Mask, best_extension, best_submission, entries, extends
+from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS, Array, Mask
+from vllm_specdecpp.decision.cost_aware.tail import Report
+from vllm_specdecpp.decision.tail_params import CostAwareParams
+from vllm_specdecpp.decision.tails import cost_aware_tail
 
-_HORIZON = 6
-"""Candidates looked ahead: as many as a step of the verification's cost is wide on the machines measured."""
+_BUCKETS = np.arange(NUM_BUCKETS)
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,24 @@ class Decision:
     """About candidate k, which nobody has drawn yet."""
 
     submit: Mask
-    """[num_reqs] requests that draw and submit candidate k."""
+    """[num_reqs] requests that submit candidate k."""
 
     go_on: Mask
     """[num_reqs] those of them that will draw candidate k + 1 too."""
 
 
 class CostAwareRound:
-    """One drafting phase.
+    """One drafting phase: a limit for each request, and the price of a second.
+
+    An engine decides in it with ``decision.round.DraftRound`` and fills it (:meth:`load`, :meth:`fill`). Where there
+    are scores alone, as in a simulation, :meth:`step` plays it.
+
+    Args:
+        rule: whose costs and calibration count.
+        request_ids: of the batch.
+        limits: [num_reqs] the most candidates.
+        drafts: [num_reqs] the requests that draft.
+        price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
 
     Attributes:
         running: [num_reqs] requests that draw another candidate.
@@ -37,28 +48,48 @@ class CostAwareRound:
         survival: [num_reqs] estimated probability that all scored candidates are accepted.
         expected: [num_reqs] estimated number of accepted candidates.
         widths: requests in each draft pass so far.
-        limits: [num_reqs] the most candidates in this round.
-        caps: [num_reqs] the same, but for what a probe or the guard cut off.
+        scores: of each pass, [num_reqs] log-odds as given, NaN: none.
+        caps: [num_reqs] the most candidates, whatever the round was begun for.
+        rate, held, probe: what the rule keeps in mind of why it began the round so.
     """
 
     def __init__(
-        self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, rate: float,
-        held: bool, probe: bool,
-    ) -> None:  # fmt: skip
-        self.rule, self.request_ids, self.limits = rule, request_ids, limits
-        self.caps = limits
-        self.drafts, self.rate, self.held, self.probe = drafts, rate, held, probe
-        self.running = drafts.copy()
-        self.lengths = np.zeros(len(request_ids), dtype=np.int64)
-        self.survival = np.ones(len(request_ids))
-        self.expected = np.zeros(len(request_ids))
+        self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float
+    ) -> None:
+        self.rule, self.request_ids, self.limits, self.price = rule, request_ids, limits, price
+        self.caps, self.drafts, self.running = limits, drafts, drafts.copy()
+        self.rate, self.held, self.probe = price, False, False
+        num_reqs = len(request_ids)
+        self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
+        self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
         self.widths: list[int] = []
-        self.scores: list[Array] = []  # per step: [num_reqs] log-odds as given, NaN: none
+        self.scores: list[NDArray[np.float32]] = []
+        self._state: dict[str, Any] = {}  # of the tail, once there was a step
 
     def leave_out(self, requests: Mask) -> None:
         """Draft nothing for these [num_reqs] after all; only before the first :meth:`step`."""
         self.running &= ~requests
         self.drafts = self.drafts & ~requests
+
+    def load(self, params: CostAwareParams) -> None:
+        """Give the tail what it decides by in this round."""
+        acceptance, costs = self.rule.acceptance, self.rule.costs
+        params.load(
+            limits=np.where(self.drafts, self.limits, 0), price=self.price, this=acceptance.this.theta,
+            next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
+            step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
+            verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
+        )  # fmt: skip
+
+    def fill(self, report: Report) -> None:
+        """Take in what the tail has left, instead of steps."""
+        room = report.max_lengths.numpy()
+        self.caps, self.limits = np.minimum(self.caps, room), report.limits.numpy()
+        self.drafts = report.drafts.numpy() > 0
+        self.widths = [width for width in report.widths.tolist() if width]  # nobody looks again once nobody has
+        self.scores = list(report.scores[: len(self.widths)].numpy())
+        self.lengths, self.expected = report.lengths.numpy(), report.expected.numpy()
+        self.running = np.zeros(len(room), dtype=np.bool_)
 
     def step(self, scores: Array | None) -> Decision:
         """Decide about candidate k and k + 1 of every running request, before candidate k is drawn.
@@ -67,88 +98,33 @@ class CostAwareRound:
             scores: [num_reqs] in [0, 1], read where running: acceptance of candidate k (lag 0) or k - 1 (lag 1); NaN or
                 None: no score.
         """
-        position = len(self.widths) + 1
-        index = np.flatnonzero(self.running)
-        width = len(index)
-        self.widths.append(width)
-        x = np.full(len(self.running), np.nan)
-        self.scores.append(x)
-        scored = scores is not None and position > self.rule.lag
-        submit, go_on = self.running.copy(), np.zeros_like(self.running)
-        if width == 1:
-            i = int(index[0])
-            x[i] = log_odds = logit_one(float(scores[i])) if scored and scores is not None else math.nan
-            submit[i], go_on[i] = self._decide_one(i, log_odds, position)
-        elif width:
-            if scored:
-                x[index] = logit(np.asarray(scores, dtype=np.float64)[index])
-            submit[index], go_on[index] = self._decide(index, x[index], position)
-        self.lengths = self.lengths + submit
-        self.running = go_on
-        return Decision(submit, go_on)
-
-    def _decide(self, index: NDArray[np.int64], x: Array, position: int) -> tuple[Mask, Mask]:
-        """[n] submit and go on, of the requests ``index`` [n] with these log-odds [n]."""
-        rule = self.rule
-        room = self.limits[index] - self.lengths[index] - 1
-        reach = self.survival[index]
-        # One more than the horizon for a lagged score, which says nothing of candidate k itself.
-        following = rule.acceptance.following(x, position - rule.lag, _HORIZON + rule.lag)
-        if position > rule.lag:
-            reach = reach * rule.acceptance.accept(x, position - rule.lag)
-            self.survival[index] = reach
-        if rule.lag:
-            reach, following = reach * following[:, 0], following[:, 1:]
-        if self.held:
-            submit, chosen = np.ones(len(index), dtype=np.bool_), room > 0
-        else:
-            num_tokens = len(self.running) + int(self.lengths.sum())
-            verify, step = rule.costs.verify.table(), rule.costs.step.table()
-            chosen = best_extension(reach, following, room, self.rate, step, verify, num_tokens + len(index))
-            if not chosen.any():
-                best = int(np.where(room > 0, reach, -1.0).argmax())
-                chosen[best] = room[best] > 0 and self._explores()
-            submit, stops = np.ones(len(index), dtype=np.bool_), ~chosen
-            if rule.drop_last and stops.any():
-                base = num_tokens + int(chosen.sum())
-                submit[stops] = best_submission(reach[stops], self.rate, verify, base)
-                if self.probe and position == 1 and not submit.any():
-                    submit[int(reach.argmax())] = True  # a probe that submits nothing would teach nothing
-        self.expected[index] += reach * submit
-        return submit, chosen
-
-    def _decide_one(self, i: int, x: float, position: int) -> tuple[bool, bool]:
-        """:meth:`_decide` for one request, in floats: most of a small batch's rounds end with few that run."""
-        rule, model = self.rule, self.rule.acceptance
-        room = int(self.limits[i]) - int(self.lengths[i]) - 1
-        reach = float(self.survival[i])
-        following = model.walk(x, position - rule.lag, _HORIZON + rule.lag)
-        if position > rule.lag:
-            reach *= model.accept_one(x, position - rule.lag)
-            self.survival[i] = reach
-        if rule.lag:
-            reach *= following.pop(0)
-        submit, go_on = True, room > 0
-        if not self.held:
-            num_tokens = len(self.running) + int(self.lengths.sum())
-            verify = entries(rule.costs.verify.table(), num_tokens, _HORIZON + 2)
-            go_on = extends(reach, following, room, self.rate, rule.costs.step.at(1), verify[1:])
-            go_on = go_on or (room > 0 and self._explores())
-            if not go_on and rule.drop_last and not (self.probe and position == 1):
-                submit = reach - self.rate * verify[1] >= -self.rate * verify[0]
-        if submit:
-            self.expected[i] += reach
-        return submit, go_on
-
-    def _explores(self) -> bool:
-        """Now and then one request goes on though it does not pay: the calibration would else never see what follows
-        low scores. Paid from a fixed share of the time."""
-        price = self.rule.costs.step.at(1)
-        if self.rule.explore_seconds < price:
-            return False
-        self.rule.explore_seconds -= price
-        return True
+        if not self._state:
+            self._open()
+        before, num_reqs = self.lengths.copy(), len(self.lengths)
+        given = np.full(num_reqs, np.nan) if scores is None else np.asarray(scores)
+        self.widths.append(int(self.running.sum()))
+        step = len(self.widths)
+        cost_aware_tail(
+            torch.from_numpy(given.astype(np.float32)), self._no_tokens, step, lag=self.rule.lag, **self._state
+        )  # fmt: skip
+        self.scores.append(self._state["scores_log"].numpy()[step - 1])
+        return Decision(self.lengths > before, self.running.copy())
 
     def end(self, ended: Mask) -> None:
         """Requests whose draft ended with the candidate just drawn (a stop token)."""
-        self.running = self.running & ~ended
+        self.running &= ~ended
+
+    def _open(self) -> None:
+        """Buffers for the tail, some of them this round's own arrays."""
+        num_reqs, most = len(self.limits), self.rule.max_length
+        num_tokens = len(self.rule.costs.verify.table()) - 1
+        params = CostAwareParams.allocate(num_reqs, most, num_tokens, BUCKETS, "cpu")
+        self.load(params)
+        self._no_tokens = torch.zeros(num_reqs, dtype=torch.int64)
+        self._state = {
+            name: torch.from_numpy(getattr(self, name)) for name in ("survival", "expected", "lengths", "running")
+        } | {
+            "params": params, "stop_token_ids": torch.zeros(num_reqs, 0, dtype=torch.int64),
+            "draft_tokens": torch.zeros(num_reqs, most, dtype=torch.int64), "any_running": torch.zeros(1),
+            "scores_log": torch.zeros(most, num_reqs), "widths": torch.zeros(most, dtype=torch.int32),
+        }  # fmt: skip

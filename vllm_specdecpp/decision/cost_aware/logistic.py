@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 BUCKET_ENDS = (1, 2, 3, 4, 6, 9, 14)
 """Last position of each bucket but the last."""

@@ -9,7 +9,6 @@ before it, whose scores and outcomes came first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +25,9 @@ from vllm_specdecpp.decision.cost_aware.logistic import (
     logit,
     logit_one,
     sigmoid,
-    sigmoid_one,
 )
 
-__all__ = ["AcceptanceModel", "Ahead", "OnlineLogistic", "bucket", "logit", "sigmoid"]
+__all__ = ["AcceptanceModel", "OnlineLogistic", "bucket", "logit", "sigmoid"]
 
 _MEAN, _MEAN_WEIGHT = 0.75, 4.0
 """Acceptance of a candidate before anything was seen, and how many candidates that is worth."""
@@ -41,33 +39,13 @@ _NEXT_STIFFNESS = 4.0
 chat after code was drafted too short."""
 
 
-@dataclass
-class Ahead:
-    """Acceptance of the candidates after a scored one, ready for many scores: sigmoid(clip(slope * x + common))."""
-
-    slope: Array  # [num]
-    common: Array  # [num]
-    low: Array  # [num]
-    high: Array  # [num]
-    mean: Array  # [num] where there is no score
-
-    def __call__(self, x: Array) -> Array:
-        """[num_reqs] log-odds, NaN: no score -> [num_reqs, num]."""
-        log_odds = np.minimum(np.maximum(x[:, None] * self.slope + self.common, self.low), self.high)
-        out = sigmoid(log_odds)
-        missing = np.isnan(x)
-        if missing.any():
-            out[missing] = self.mean
-        return out
-
-
 class AcceptanceModel:
     """Acceptance of the candidate that was scored, and of those after it.
 
     Two logistics over the log-odds x_k of candidate k's score: ``this`` for k itself, ``next`` for k + 1 given that k
     was accepted: the decision to draw k + 1 comes before the pass that would score it. Candidates further on follow the
-    same regression: the expected score of k + 1 is what ``this`` would need to give what ``next`` says. So a high score
-    fades to the usual acceptance at the rate at which scores were seen to.
+    same regression (``tails.following``): the expected score of k + 1 is what ``this`` would need to give what ``next``
+    says. So a high score fades to the usual acceptance at the rate at which scores were seen to.
 
     Where there is no score (NaN, a lagged estimator's first step) the mean acceptance at that position stands in.
 
@@ -100,57 +78,8 @@ class AcceptanceModel:
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
         return np.where(np.isnan(p), self._mean[b], p)
 
-    def following(self, x: Array, position: int, num: int) -> Array:
-        """Acceptance of the ``num`` candidates after the one scored x at ``position``, each given those before.
-
-        Args:
-            x: [num_reqs] log-odds; NaN where there is no score.
-            position: 1-based; 0: nothing was scored yet in this round.
-            num: how many.
-
-        Returns:
-            [num_reqs, num].
-        """
-        return self.ahead(position, num)(x)
-
-    def ahead(self, position: int, num: int) -> Ahead:
-        """:meth:`following` for any scores at ``position``, until the next update.
-
-        One step on is y_j = s e_j + c_j, with e_{j+1} = clip((y_j - d_{j+1}) / s'): a chain of increasing, clipped
-        lines, which is one clipped line of x.
-        """
-        this, after = self.this.theta.tolist(), self.next.theta.tolist()
-        buckets = [BUCKETS[min(position + j, LAST)] for j in range(num + 1)]
-        fade = max(this[0], 0.1)
-        a, b, low, high = 1.0, 0.0, -MAX_LOGIT, MAX_LOGIT
-        rows = []
-        for j in range(num):
-            bias = after[1] + after[2 + buckets[j]]
-            a, b, low, high = after[0] * a, after[0] * b + bias, after[0] * low + bias, after[0] * high + bias
-            rows.append((a, b, low, high))
-            bias = this[1] + this[2 + buckets[j + 1]]
-            a, b = a / fade, (b - bias) / fade
-            low = min(max((low - bias) / fade, -MAX_LOGIT), MAX_LOGIT)
-            high = min(max((high - bias) / fade, -MAX_LOGIT), MAX_LOGIT)
-        slope, common, lows, highs = np.array(rows).reshape(num, 4).T
-        return Ahead(slope, common, lows, highs, self.mean(np.array(buckets[1:], dtype=np.int64)))
-
-    def walk(self, x: float, position: int, num: int) -> list[float]:
-        """:meth:`following` for one request, in floats."""
-        buckets = [BUCKETS[min(position + j, LAST)] for j in range(num + 1)]
-        if x != x:
-            mean = self._mean.tolist()
-            return [mean[b] for b in buckets[1:]]
-        this, after = self.this.theta.tolist(), self.next.theta.tolist()
-        fade, out = max(this[0], 0.1), []
-        for j in range(num):
-            y = after[0] * x + after[1] + after[2 + buckets[j]]
-            out.append(sigmoid_one(y))
-            x = min(max((y - this[1] - this[2 + buckets[j + 1]]) / fade, -MAX_LOGIT), MAX_LOGIT)
-        return out
-
     def walk_many(self, x: Array, positions: NDArray[np.int64], num: int) -> Array:
-        """:meth:`following` for requests at different ``positions`` [num_reqs]: [num_reqs, num]."""
+        """``tails.following`` for requests at different ``positions`` [num_reqs]: [num_reqs, num]; for the guard."""
         this, after = self.this.theta, self.next.theta
         buckets = BUCKET_OF[np.minimum(positions[:, None] + np.arange(num + 1), LAST)]  # [num_reqs, num + 1]
         known = ~np.isnan(x)
@@ -164,14 +93,6 @@ class AcceptanceModel:
         if not known.all():
             out[~known] = self.mean(buckets[~known, 1:])
         return out
-
-    def accept_one(self, x: float, position: int) -> float:
-        """:meth:`accept` for one request, in floats."""
-        b = BUCKETS[min(position, LAST)]
-        if x != x:
-            return float(self._mean[b])
-        slope, common = self.this.theta[:2].tolist()
-        return sigmoid_one(slope * x + common + float(self.this.theta[2 + b]))
 
     def update(self, x: Array, labels: Array) -> None:
         """Learn from one verified batch.

@@ -8,18 +8,19 @@ verification. What this module adds to that comparison:
 * horizons: a wider verification may be cheaper, so m = 1, 2, ... more candidates are compared;
 * the batch: one draft step serves all requests, so the n best requests are compared for every n;
 * the last look: once a pass has shown how likely the candidate about to be drawn is to be accepted, a request that does
-  not go on submits it only if it is worth its row;
+  not go on submits it only if it is worth its row (all of this in ``decision.tails``);
 * K = 0 per request and for the batch (``start``), and a watch over the whole (``guard``).
 
 Lossless: whether candidate j is submitted may depend on anything but Y_j and later ones. Proof. Let F_k
 be all that is known once every candidate of rounds past and of this round's steps 1..k-1 is drawn, for all requests,
-with the cost model, rho, the calibration and the guard, which change between rounds only. :meth:`CostAwareRound.step`
-is called before any candidate of step k is drawn, with scores computed from F_k, so `submit` (whether Y_k is drawn, and
-drawn means submitted) and `go_on` are functions of F_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others
-do, since requests draw independently. Candidate k of request r is submitted iff `go_on` was True at steps 1..k-1, r was
-chosen at the start, no candidate before was a stop token, and `submit` is True at step k: an event in F_k. Hence given
-that event Y_k still has law q, and rejection sampling turns it into the target's law, token by token. Clock times enter
-only through the cost model's state from past rounds. The same holds for greedy drafts, where Y_k is a function of F_k.
+with the cost model, the price, the calibration and the guard, which change between rounds only. The scores of step k
+are computed from F_k, before any candidate of step k is drawn. `submit` (whether Y_k is submitted) and `go_on` (whether
+Y_{k+1} will be drawn, unless Y_k is a stop token) are functions of these scores and of F_k. Y_k given F_k has law
+q(. | prefix, Y_<k) whatever the others do, since requests draw independently. Candidate k of request r is submitted iff
+`go_on` was True at steps 1..k-1, r was chosen at the start, no candidate before was a stop token, and `submit` is True
+at step k: an event in F_k. Hence given that event Y_k still has law q, and rejection sampling turns it into the
+target's law, token by token. A draw that is not submitted is forgotten. Clock times enter only through the cost model's
+state from past rounds. The same holds for greedy drafts, where Y_k is a function of F_k.
 """
 
 from __future__ import annotations
@@ -33,18 +34,15 @@ from numpy.typing import NDArray
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.guard import Guard, fixed_tokens
-from vllm_specdecpp.decision.cost_aware.logistic import Array
+from vllm_specdecpp.decision.cost_aware.logistic import Array, Mask, bucket
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
-from vllm_specdecpp.decision.cost_aware.plan import Mask
 from vllm_specdecpp.decision.cost_aware.rate import RateEstimate
 from vllm_specdecpp.decision.cost_aware.start import StartGate
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision"]
 
-_FEW = 3
-"""Up to so many requests a loop over floats is faster than arrays."""
 _EXPLORE_SHARE = 0.003
-"""Of all time, spent on candidates that do not pay, to learn what follows low scores, and on timing K = 0."""
+"""Of all time, spent on timing K = 0."""
 
 _TRIAL_EVERY, _FRESH = 32, 6.0
 """Drafted rounds between two that try out another length, and steps after which a width's time is known."""
@@ -58,7 +56,6 @@ class CostAwareRule:
         max_length: the most candidates of one request in a round.
         lag: 0: the score given at step k is of candidate k, about to be drawn. 1: of candidate k - 1 (none at step 1).
         acceptance: a calibration to start from.
-        drop_last: whether a request may leave out the candidate it just looked at.
         adapt: learn online; False freezes the calibration.
         guarded: whether the guard may take over.
     """
@@ -76,7 +73,6 @@ class CostAwareRule:
         *,
         lag: int = 0,
         acceptance: AcceptanceModel | None = None,
-        drop_last: bool = True,
         adapt: bool = True,
         guarded: bool = True,
     ) -> None:
@@ -84,19 +80,19 @@ class CostAwareRule:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
         self.costs, self.max_length, self.lag = costs, max_length, lag
         self.acceptance = acceptance or AcceptanceModel()
-        self.drop_last, self.adapt = drop_last, adapt
+        self.adapt = adapt
         self.rate = RateEstimate()
         self.start = StartGate()
         self.guard = Guard(max_length) if guarded else None
         self._since_trial = 0
-        self.explore_seconds = 0.0  # saved up for candidates that do not pay
+        self.explore_seconds = 0.0  # saved up
 
     def tokens_per_second(self, num_reqs: int) -> float:
         """rho for a batch of this size; before the first round what a usual acceptance would bring at the best K."""
         off = num_reqs / self.costs.verify.at(num_reqs)
         speedup = self.rate.speedup(num_reqs)
         if speedup is None:
-            means = self.acceptance.following(np.array([np.nan]), 0, self.max_length)[0]
+            means = self.acceptance.mean(bucket(np.arange(1, self.max_length + 1)))
             tokens = num_reqs * (1 + np.concatenate([[0.0], np.cumprod(means).cumsum()]))
             speedup = float((tokens / self.costs.fixed_seconds(num_reqs, self.max_length)).max()) / off
         return max(speedup, 1.0) * off
@@ -126,8 +122,9 @@ class CostAwareRule:
                 limits = np.minimum(limits, self.start.probe_length)
             elif trial is not None:
                 limits, held, probe = np.minimum(limits, trial), trial, True
-        round_ = CostAwareRound(self, list(request_ids), limits, allowed, rate, held is not None, probe)
-        round_.caps = caps
+        price = 0.0 if probe or held is not None else rate
+        round_ = CostAwareRound(self, list(request_ids), limits, allowed, price)
+        round_.caps, round_.rate, round_.held, round_.probe = caps, rate, held is not None, probe
         return round_
 
     def _should_time_off(self, num_reqs: int) -> bool:
@@ -254,15 +251,12 @@ class CostAwareRule:
                 position -= 1
             x.append(float(columns[position - 1][i]) if position else math.nan)
             positions.append(position)
-        if len(index) > _FEW:
-            walks = model.walk_many(np.array(x), np.array(positions), num).tolist()
-        else:
-            walks = [model.walk(score, position, num) for score, position in zip(x, positions, strict=True)]
+        walks = model.walk_many(np.array(x), np.array(positions, dtype=np.int64), num).tolist()
         out = np.empty((len(index), self.max_length))
         for row, i in enumerate(index):
             ahead = lengths[i] - positions[row]
             if ahead < 0:
-                out[row] = [model.accept_one(x[row], positions[row]), *walks[row]][: self.max_length]
+                out[row] = [float(model.accept(np.array(x[row]), positions[row])), *walks[row]][: self.max_length]
             else:
                 out[row] = walks[row][ahead : ahead + self.max_length]
         return out

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.plan import Mask
+from vllm_specdecpp.decision.cost_aware.logistic import Mask
 
 Array = NDArray[np.float64]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.costs.model import CostCache
+from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.decision.cost_aware.catch_up import CatchUp
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
-from vllm_specdecpp.decision.estimator import Estimator
-from vllm_specdecpp.decision.round import CostAwareState
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
+from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.engine.v1.inputs import RowState
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -35,8 +35,8 @@ class CostAwareDrafting:
 
     Args:
         rule: None on ranks that follow rank 0.
-        estimator: scores the candidates.
-        cache: where the costs are kept; None keeps them nowhere.
+        tail: decides in the rounds.
+        file: where the costs are kept; None keeps them nowhere.
         agree: rank 0's tensor on every rank.
         device: of the draft model.
         measured: the costs are those of single passes: attention, sampling and scheduling are to be added once seen.
@@ -45,13 +45,13 @@ class CostAwareDrafting:
     def __init__(
         self,
         rule: CostAwareRule | None,
-        estimator: Estimator,
-        cache: CostCache | None,
+        tail: CostAwareTail,
+        file: CostFile | None,
         agree: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
         measured: bool = False,
     ) -> None:
-        self.rule, self.estimator, self.cache = rule, estimator, cache
+        self.rule, self.tail, self.file = rule, tail, file
         self.drafting = True
         """Whether the last round with a request that could draft did draft."""
         self.reliability = ReliabilityLog()
@@ -61,6 +61,7 @@ class CostAwareDrafting:
         self._overheads: list[float] | None = [] if measured else None
         self._agree, self._device = agree, device
         self._round: CostAwareRound | None = None
+        self._state: DraftRound | None = None  # the same round, while it is drafted
         self._step: Mapping[str, Any] = {}  # of the last round, as RoundLog.step fills it
         self._num_rounds = 0
 
@@ -73,14 +74,14 @@ class CostAwareDrafting:
         since_last_seconds: float | None,
         first_missing: Sequence[int],
         room: Sequence[int],
-    ) -> CostAwareState:
+    ) -> DraftRound:
         """Learn from the round that was just verified, and choose who drafts now.
 
         Args:
             rows: the batch.
             outcomes: row -> candidates verified and accepted, of the requests that were in the last round.
             max_lengths: upper bounds on the candidate lengths.
-            stop_token_ids: as in :class:`RoundState`.
+            stop_token_ids: as in :class:`DraftRound`.
             since_last_seconds: from the end of the last round's drafting to now.
             first_missing: first position of each request whose draft KV is not right.
             room: tokens that each request may emit after its next token.
@@ -92,13 +93,13 @@ class CostAwareDrafting:
             self._round = self.rule.begin([row.request_id for row in rows], max_lengths)
             self._output_lengths.update({row.request_id: row.next_position for row in rows})
             self._leave_out(self._round, rows, _reading(rows, first_missing), room)
-        state = CostAwareState(
-            self._round, self.estimator, self.estimator.needs, len(rows), stop_token_ids=stop_token_ids,
-            agree=self._agree, device=self._device,
-        )  # fmt: skip
+            self._round.load(self.tail.params)
+        self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
+        longest = torch.tensor(max_lengths, dtype=torch.int32, device=self._device)  # [num_reqs]
+        self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
         if any(max_lengths):
-            self.drafting = state.any_running()
-        return state
+            self.drafting = self._state.goes_on()
+        return self._state
 
     def _leave_out(
         self,
@@ -156,6 +157,10 @@ class CostAwareDrafting:
     def timed(self, step: Mapping[str, Any]) -> None:
         """The round's drafting has ended; ``step`` is what :meth:`RoundLog.step` says of it."""
         self._step = step
+        if self._round is not None and self._state is not None:
+            num_reqs, state = len(self._round.request_ids), self._state
+            report = self.tail.report(num_reqs, state.max_lengths, state.lengths).cpu()
+            self._round.fill(Report.of(report, num_reqs, len(self.tail.widths)))
 
     def finish(
         self,
@@ -169,7 +174,7 @@ class CostAwareDrafting:
 
         Args:
             round_: as it was drafted.
-            step: ``draft_seconds``, and ``caught_up``: above 0 if its first pass was no usual one.
+            step: ``draft_seconds``, and ``read``: tokens of each pass that read, if more than the usual two a request.
             outcomes: request id -> candidates verified and accepted.
             num_reqs: in the step that verified it.
             since_last_seconds: from the end of the round's drafting to the start of the next one's.
@@ -181,7 +186,10 @@ class CostAwareDrafting:
             outcome is not None and outcome[0] == length
             for outcome, length in zip(known, round_.lengths.tolist(), strict=True)
         )
-        drafted = step["draft_seconds"] if whole and step.get("caught_up", 0) <= 0 else None
+        read = step.get("read", ())
+        if read:
+            self.rule.costs.observe_reading_round(round_.widths, step["draft_seconds"], read)
+        drafted = step["draft_seconds"] if whole and not read else None
         verified = [None if outcome is None else outcome[0] for outcome in known]
         accepted = [0 if outcome is None else outcome[1] for outcome in known]
         self.reliability.verified(round_, verified, accepted)
@@ -205,12 +213,13 @@ class CostAwareDrafting:
         if len(self._overheads) == OVERHEAD_ROUNDS:
             costs.verify = costs.verify.raised(max(statistics.median(self._overheads), 0.0))
             self._overheads = None
+            self.save()
         return None
 
     def save(self) -> None:
         """Keep the costs for the next start; those of single passes alone are measured anew."""
-        if self.rule is not None and self.cache is not None and self._overheads is None:
-            self.cache.save(self.rule.costs.points())
+        if self.rule is not None and self.file is not None and self._overheads is None:
+            self.file.save(self.rule.costs.points())
 
     def stats(self) -> dict[str, Any]:
         """``rho`` by batch size (tokens/s), the calibration in force and how its estimates came true since the start

@@ -106,7 +106,7 @@ class RoundLog:
         Each has ``num_reqs``, ``rows`` and ``num_new`` (see :meth:`step`), ``passes`` (of the draft model),
         ``draft_seconds`` (the drafting), and ``since_last_seconds`` from the end of the drafting before to the start of
         this one: scheduling, the target's pass and sampling, and idle time if there was any; None for the first step.
-        A step with a first pass has ``caught_up`` as well: tokens that it read beyond the usual two a request.
+        A step with a first pass has ``read`` as well: tokens of each pass that read, if more than two a request.
         """
         out = list(self._step_times)
         if clear:

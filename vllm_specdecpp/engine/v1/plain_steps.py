@@ -23,7 +23,27 @@ def sample_plainly(runner: Any) -> None:
     original = getattr(runner, _METHOD)
 
     def sample(logits: Any, spec_decode_metadata: Any) -> Any:
-        nothing = spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens)
-        return original(logits, None if nothing else spec_decode_metadata)
+        batch = runner.input_batch
+        if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+            output = original(logits, spec_decode_metadata)
+        else:
+            batch.update_async_output_token_ids()
+            # With speculation the thinking budget counts one row a request for a bonus token alone.
+            output = runner.sampler(
+                logits=logits, sampling_metadata=batch.sampling_metadata, predict_bonus_token=True
+            )  # fmt: skip
+        _unforce(batch.thinking_budget_state_holder, runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0])
+        return output
 
     setattr(runner, _METHOD, sample)
+
+
+def _unforce(holder: Any, thrown_away: Any) -> None:
+    """Let the end of a request's thinking be forced in its next step, where this step's token is thrown away.
+
+    After a chunk of a prompt vLLM would take the bonus token that it forced for emitted, and not force another
+    (``ThinkingBudgetStateHolder``, None without a reasoning parser).
+    """
+    for row in thrown_away if holder is not None else ():
+        if (state := holder._state.get(int(row))) is not None:
+            state["bonus_token_forced"] = False

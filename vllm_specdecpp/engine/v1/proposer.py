@@ -8,6 +8,7 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +22,18 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
-from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.round import DraftRound, RoundState
-from vllm_specdecpp.decision.rules import StopRule, make_estimator, make_rule
-from vllm_specdecpp.engine.shared import cost_file
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.rules import StopRule, make_estimator
+from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
+from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
+from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
@@ -53,6 +58,7 @@ class SpecDecPPProposer(DraftModelProposer):
     """
 
     num_speculative_tokens: int
+    validate_same_kv_cache_group = draft_layers.worded(DraftModelProposer.validate_same_kv_cache_group)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, runner)
@@ -64,16 +70,18 @@ class SpecDecPPProposer(DraftModelProposer):
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
-        self.requests = RunnerRequests(runner, self.max_model_len)
+        self.draft_limit = draft_limit(vllm_config)
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
         self.pass_widths = RowWidths()
         self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
-        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in the last round
+        self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,
@@ -100,20 +108,14 @@ class SpecDecPPProposer(DraftModelProposer):
         """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
         if self.cost_aware is not None:
             return self.cost_aware
-        scheduler = self.vllm_config.scheduler_config
-        estimator, leads = make_estimator(self.head), get_tp_group().rank_in_group == 0
-        cache = cost_file.cost_cache(self.vllm_config, self.device)
-        points = cache.load() if leads else None
-        measured = not bool(self.agree(torch.tensor([points is not None])))
-        if measured:
-            points = timing.measure(SinglePasses(self), scheduler, self._max_num_speculative_tokens, self.agree)
-        rule = None
-        if leads and points is not None:
-            most = min(scheduler.max_num_batched_tokens, timing.MAX_TOKENS)
-            model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most)
-            bound, adapt = self._max_num_speculative_tokens, self.config.online_calibration
-            rule = CostAwareRule(model, bound, lag=estimator.lag, adapt=adapt)
-        self.cost_aware = CostAwareDrafting(rule, estimator, cache, self.agree, self.device, measured)
+        scheduler, bound = self.vllm_config.scheduler_config, self._max_num_speculative_tokens
+        estimator, file = make_estimator(self.head), cost_file.cost_file(self.vllm_config, self.device)
+        rule, measured = cost_file.start_rule(
+            file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
+            bound, lag=estimator.lag, adapt=self.config.online_calibration,
+        )  # fmt: skip
+        tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
+        self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
         return self.cost_aware
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
@@ -172,6 +174,8 @@ class SpecDecPPProposer(DraftModelProposer):
         with self.log.step(num_reqs, query_starts[-1]) as step:
             rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
             rows = self.requests.rows(query_starts, rejected)
+            if any(row.next_position >= self.draft_limit for row in rows):
+                warn_of_end(self.draft_limit)
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
             step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
@@ -195,7 +199,8 @@ class SpecDecPPProposer(DraftModelProposer):
                     lambda row, start, end: self.requests.token_ids(fed[row], start, end),
                     self.max_num_tokens,
                 )
-                step["caught_up"] = sum(len(p.token_ids) for p in passes) - 2 * len(fed)
+                read = [len(p.token_ids) for p in passes]
+                step["read"] = read if sum(read) > 2 * len(fed) else []
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
                 candidates, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
                 if self.recorder is not None and trace is not None:
@@ -218,7 +223,7 @@ class SpecDecPPProposer(DraftModelProposer):
         prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
         stop_token_ids = self.requests.stop_token_ids(rows)
         if self.rule is not None:
-            state: DraftRound = RoundState(
+            state = DraftRound(
                 self.rule,
                 torch.tensor(max_lengths, device=self.device),
                 min_length=self.config.min_speculative_tokens,
@@ -238,8 +243,14 @@ class SpecDecPPProposer(DraftModelProposer):
         return state, [
             index
             for index, row in enumerate(rows)
-            if drafts[index] or (keep_up and prompts[index] and self.requests.will_go_on(row, index))
+            if drafts[index]
+            or ((keep_up and prompts[index] or not self.can_catch_up) and self.requests.will_go_on(row, index))
         ]
+
+    @cached_property
+    def can_catch_up(self) -> bool:
+        """Whether the draft model may leave a request's tokens for later; else it reads them in every round."""
+        return keeps_all_blocks(self.runner.kv_cache_config, self._draft_attn_layer_names)
 
     def _draft(
         self,
@@ -274,7 +285,7 @@ class SpecDecPPProposer(DraftModelProposer):
         probabilities: list[torch.Tensor] = []  # per step: [num_reqs, vocab_size]
         needs = state.needs if trace is None else state.needs | trace.needs
 
-        while state.any_running():
+        while state.goes_on():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
             logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
@@ -286,27 +297,23 @@ class SpecDecPPProposer(DraftModelProposer):
                 margin="margin" in needs,
             )
             state.observe(features, running)
-            draws = state.drawing[running]  # [num_running]
-            if not bool(draws.all()):
-                running, logits, hidden_states = running[draws], logits[draws], hidden_states[draws]
-                features = features.select(draws)
-                if not len(running):
-                    break
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
+            column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
+            submits = column[running] >= 0  # [num_running]
             if trace is not None:
-                trace.step(running, features, drawn_logprobs)
-            drawn.append(scatter(token_ids, running, num_reqs, fill=-1))
+                logprobs_of = None if drawn_logprobs is None else drawn_logprobs[submits]
+                trace.step(running[submits], features.select(submits), logprobs_of)
+            drawn.append(column)
             if probs is not None:
                 probabilities.append(scatter(probs, running, num_reqs, fill=0))
-            state.append(token_ids, running, drawn_logprobs)
-            if not state.any_running():
+            if not state.goes_on():
                 break
-            keep = state.running[running]  # [num_running]
+            keep = state.running[running] > 0  # [num_running]
             fed_rows = running[keep]
             fed_blocks = block_table[fed_rows]
             positions = next_positions[fed_rows] + len(drawn) - 1
@@ -322,16 +329,22 @@ class SpecDecPPProposer(DraftModelProposer):
     def _log_verified(
         self, rows: list[RowState], query_starts: list[int], rejected: list[int], next_token_ids: torch.Tensor
     ) -> dict[int, tuple[int, int]]:
-        """Account for the rounds that were just verified: row -> candidates verified, accepted."""
+        """Account for the rounds that were just verified: row -> candidates verified, accepted.
+
+        A round may be verified some steps late, where the scheduler had no room for the request in between; it is
+        counted, but is no outcome of the last round.
+        """
         next_tokens = next_token_ids.tolist()
         outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
-            if row.request_id not in self._candidates or not self.draft_kv.continues(row):
+            position, candidates = self._candidates.get(row.request_id, (-1, []))
+            if position != row.first_query_position:
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
-            candidates = self._candidates[row.request_id][:num_verified]
-            outcomes[index] = num_verified, num_verified - rejected[index]
-            self.log.verified(row.request_id, candidates, num_verified - rejected[index], next_tokens[index])
+            num_accepted = num_verified - rejected[index]
+            if self.draft_kv.continues(row):
+                outcomes[index] = num_verified, num_accepted
+            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index])
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
@@ -394,6 +407,8 @@ class SpecDecPPProposer(DraftModelProposer):
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
         num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
         self.draft_kv.replace(rows, num_right, blocks)
-        self._candidates = {
-            row.request_id: tokens for row, tokens, p in zip(rows, candidates, prefilling, strict=True) if not p
+        held = {name: drafted for name, drafted in self._candidates.items() if name in self.runner.requests}
+        self._candidates = held | {
+            row.request_id: (-1 if p else row.next_position, tokens)
+            for row, tokens, p in zip(rows, candidates, prefilling, strict=True)
         }

@@ -16,12 +16,12 @@ class RunnerRequests:
 
     Args:
         runner: read only: ``input_batch``, ``requests``, ``discard_request_mask``.
-        max_model_len: of the target, in tokens.
+        longest: how long a sequence may become while it is drafted for, in tokens (``draft_limit.longest_drafted``).
     """
 
-    def __init__(self, runner: Any, max_model_len: int) -> None:
+    def __init__(self, runner: Any, longest: int) -> None:
         self._runner = runner
-        self._max_model_len = max_model_len
+        self._longest = longest
 
     def rows(self, query_starts: list[int], rejected: list[int]) -> list[RowState]:
         """Where each request stands after verification.
@@ -50,13 +50,13 @@ class RunnerRequests:
         return bool(self._runner.discard_request_mask.np[index])
 
     def remaining(self, row: RowState) -> int:
-        """How many tokens the request may still emit after its next token."""
+        """How many tokens the request may still emit, or be drafted for, after its next token."""
         request = self._runner.requests[row.request_id]
-        remaining = self._max_model_len - 1 - row.next_position
+        remaining = self._longest - 1 - row.next_position
         if request.sampling_params is not None and request.sampling_params.max_tokens is not None:
             num_emitted = row.next_position + 1 - request.num_prompt_tokens
             remaining = min(remaining, request.sampling_params.max_tokens - num_emitted)
-        return int(remaining)
+        return max(int(remaining), 0)
 
     def max_length(self, row: RowState, index: int, bound: int) -> int:
         """The request's own upper bound on its candidate length: one token of every round is the target's."""
@@ -74,7 +74,12 @@ class RunnerRequests:
 
     def will_go_on(self, row: RowState, index: int) -> bool:
         """Whether the request can need the draft model again, so that its KV must be kept right."""
-        return self.options(row).bound(1) > 0 and (self.is_prefilling(index) or self.remaining(row) > 1)
+        if self.is_prefilling(index):
+            num_prompt_tokens = self._runner.requests[row.request_id].num_prompt_tokens
+            room = self._longest - 1 - max(num_prompt_tokens, row.next_position)
+        else:
+            room = self.remaining(row)
+        return self.options(row).bound(1) > 0 and room > 1
 
     def stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
         """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""

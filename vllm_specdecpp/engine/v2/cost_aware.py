@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.decision.cost_aware.logistic import NUM_BUCKETS
+from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.v1.inputs import RowState
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail, Report
 from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 
@@ -65,10 +64,9 @@ class _Begun:
     """A round that the rule has begun, and what has come back of it so far."""
 
     round_: CostAwareRound
-    set_apart: float  # seconds that the device may spend on candidates that do not pay
     start: Any  # mark
     end: Any = None
-    is_usual: bool = False  # its first pass, if any, read the usual two tokens a request, and nothing was caught up
+    read: Sequence[int] = ()  # tokens of each pass that read, if that was more than the usual two a request
     report: HostCopy | None = None
     # Of the next step:
     next_start: Any = None
@@ -82,13 +80,11 @@ class DeviceCostAware(CostAwareDrafting):
     :meth:`verified`, :meth:`begin_round`, drafting, :meth:`drafted`.
 
     Args:
-        rule, estimator, cache, agree, device, measured: as in :class:`CostAwareDrafting`.
-        tail: decides on the device.
+        rule, tail, file, agree, device, measured: as in :class:`CostAwareDrafting`.
     """
 
-    def __init__(self, *args: Any, tail: CostAwareTail, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tail = tail
         self._clock = StreamClock(self._device)
         self._begun: deque[_Begun] = deque()
         self._start: Any = None
@@ -160,7 +156,8 @@ class DeviceCostAware(CostAwareDrafting):
             plan = self._plan(round_, bool(wanted.any()))
             if any(max_lengths):
                 self.drafting = bool(plan.drafts)
-            self._load(round_)
+            round_.load(self.tail.params)
+            self._begun.append(_Begun(round_, self._start))
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
         return plan
 
@@ -173,26 +170,11 @@ class DeviceCostAware(CostAwareDrafting):
         reads = bool(drafts) or (self.rule.start.drafting and not was_wanted and not round_.held)
         return Plan(int(limits.max(initial=0)), drafts, reads)
 
-    def _load(self, round_: CostAwareRound) -> None:
-        """Give the device what it decides by in this round."""
-        assert self.rule is not None
-        params, acceptance, costs = self.tail.params, self.rule.acceptance, self.rule.costs
-        # It comes back with the round's report, less what was spent: two rounds in flight must not spend it twice.
-        set_apart, self.rule.explore_seconds = self.rule.explore_seconds, 0.0
-        params.load(
-            limits=np.where(round_.drafts, round_.limits, 0), held=round_.held, probe=round_.probe, rate=round_.rate,
-            explore_seconds=set_apart, this=acceptance.this.theta, next=acceptance.next.theta,
-            means=acceptance.mean(np.arange(NUM_BUCKETS)),
-            step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
-            verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
-        )  # fmt: skip
-        self._begun.append(_Begun(round_, set_apart, self._start))
-
-    def drafted(self, is_usual: bool, num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
+    def drafted(self, read: Sequence[int], num_reqs: int, max_lengths: torch.Tensor, lengths: torch.Tensor) -> None:
         """The round that was begun last has been drafted, or what drafts it is queued.
 
         Args:
-            is_usual: whether its first pass, if there was one, was like most: its time tells of others.
+            read: tokens of each pass that read, if that was more than the usual two a request, else empty.
             num_reqs: in the batch.
             max_lengths: [>= num_reqs] int32, what each request had room for.
             lengths: [>= num_reqs] int32, candidates submitted.
@@ -200,14 +182,12 @@ class DeviceCostAware(CostAwareDrafting):
         if self.rule is None:
             return
         last = self._begun[-1]
-        last.is_usual, last.end = is_usual, self._clock.mark()
+        last.read, last.end = read, self._clock.mark()
         last.report = HostCopy(self.tail.report(num_reqs, max_lengths, lengths))
 
     def drop_round(self) -> None:
         """Another rule drafts from now on: what comes back is of no round that was begun here."""
         super().drop_round()
-        if self.rule is not None:
-            self.rule.explore_seconds += sum(begun.set_apart for begun in self._begun)
         self._begun.clear()
 
     def stats(self) -> dict[str, Any]:
@@ -218,26 +198,13 @@ class DeviceCostAware(CostAwareDrafting):
     def _learn_from(self, begun: _Begun) -> None:
         assert self.rule is not None and begun.report is not None and begun.outcomes is not None
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
-        report = Report.of(begun.report.tensor, num_reqs, len(self.tail.widths))
-        _fill(round_, report)
-        self.rule.explore_seconds += report.explore_seconds
+        round_.fill(Report.of(begun.report.tensor, num_reqs, len(self.tail.widths)))
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
-            "caught_up": 0 if begun.is_usual else 1,
+            "read": begun.read,
         }
         rest = self._clock.seconds(begun.end, begun.next_start)
         self.finish(round_, step, _outcomes(begun), len(begun.request_ids), rest)
-
-
-def _fill(round_: CostAwareRound, report: Report) -> None:
-    """What :meth:`CostAwareRound.step` would have left in the round."""
-    room = report.max_lengths.numpy()
-    round_.caps, round_.limits = np.minimum(round_.caps, room), report.limits.numpy()
-    round_.drafts = report.drafts.numpy() > 0
-    round_.widths = [width for width in report.widths.tolist() if width]  # nobody looks again once nobody has
-    round_.scores = list(report.scores[: len(round_.widths)].double().numpy())
-    round_.lengths, round_.expected = report.lengths.numpy(), report.expected.double().numpy()
-    round_.running = np.zeros(len(room), dtype=np.bool_)
 
 
 def _outcomes(begun: _Begun) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_specs
 
+from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 Span = tuple[int, int]
@@ -66,11 +66,9 @@ class DraftKVGaps:
     @cached_property
     def can_catch_up(self) -> bool:
         """Whether rounds may do without a draft pass: a request keeps all of its blocks, and each rank holds all
-        positions of a block. Else a row of the block table may name blocks that are another's by now."""
-        speculator, names = self._speculator, self._speculator.draft_attn_layer_names
-        groups = [group for group in speculator.kv_cache_config.kv_cache_groups if names & set(group.layer_names)]
-        specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
-        plain = all(isinstance(spec, FullAttentionSpec) and not isinstance(spec, RSWASpec) for spec in specs)
+        positions of a block."""
+        speculator = self._speculator
+        plain = keeps_all_blocks(speculator.kv_cache_config, speculator.draft_attn_layer_names)
         return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
 
     def arrive(self, input_batch: Any, new: Collection[str]) -> None:
@@ -128,7 +126,7 @@ class DraftKVGaps:
         self._mark(input_batch, self._first_stale(input_batch, rows, begins) < begins)
         self._grow(input_batch, behind)
 
-    def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> int:
+    def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> list[int]:
         """Read what these requests lack. Waits for the device if there is any.
 
         Args:
@@ -137,11 +135,11 @@ class DraftKVGaps:
             ends: [num_reqs] int64, positions up to which to read: the first pass reads on from there.
 
         Returns:
-            How many passes that took.
+            Tokens of each pass that this took.
         """
         rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
         if not rows or self._stale is None:
-            return 0
+            return []
         index = self._speculator.on_device(rows)
         upto = ends[index].clamp(min=0)  # [num_rows]
         starts = self._first_stale(input_batch, index, upto)
@@ -157,7 +155,7 @@ class DraftKVGaps:
         for row in rows:
             self._behind.pop(input_batch.req_ids[row])
             self._right.pop(input_batch.req_ids[row], None)
-        return len(passes)
+        return [sum(max(end - start, 1) for start, end in taken) for taken in passes]
 
     def _grow(self, input_batch: Any, names: Collection[str]) -> None:
         """These requests lack this step's tokens, too: a whole chunk of a prompt, else the one that was emitted."""

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm_specdecpp.engine.shared.draft_limit import draft_limit
 from vllm_specdecpp.engine.v2.kv import Span
 from vllm_specdecpp.engine.v2.round import DeviceRound
 
@@ -37,6 +38,7 @@ class DraftPasses(StandaloneARSpeculator):
     Attributes:
         round: what is known of each request of the batch.
         runner: the ``GPUModelRunner`` that owns this speculator.
+        draft_limit: positions that the draft model has.
     """
 
     runner: Any
@@ -44,6 +46,7 @@ class DraftPasses(StandaloneARSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
         super().__init__(vllm_config, device)
+        self.draft_limit = draft_limit(vllm_config)
         # Our own estimates size the verification, where vLLM would fit a model of its own.
         self.use_acceptance_estimator = False
         confidences = self.draft_token_confidence_probs if self.enable_adaptive_verification else None
@@ -164,6 +167,20 @@ class DraftPasses(StandaloneARSpeculator):
         """A copy on the draft model's device that is not waited for."""
         return torch_utils.async_tensor_h2d(np.asarray(array), device=self.device)
 
+    def _run_model(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any, slot_mappings: Any, *args: Any
+    ) -> torch.Tensor:
+        """As vLLM's, but never at a position that the draft model does not have: what a request has beyond is read at
+        the last one, of no use to anybody, and its KV goes nowhere. [num_tokens, hidden_size]"""
+        if self.draft_limit < self.max_model_len:
+            beyond = positions >= self.draft_limit  # [num_tokens]
+            # The layers of a group share a tensor with their attention metadata, hence in place.
+            for slots in {id(s): s for s in (slot_mappings or {}).values()}.values():
+                slots[: len(beyond)].masked_fill_(beyond, -1)
+            positions = positions.clamp(max=self.draft_limit - 1)
+        hidden_states: torch.Tensor = super()._run_model(input_ids, positions, attn_metadata, slot_mappings, *args)
+        return hidden_states
+
     def _run_pass(self, num_reqs: int, query_len: int, metadata: Any, slot_mappings: Any) -> None:
         """The model over the loaded tokens, and the draw of candidate ``_step`` after each request's last one."""
         buffers, num_tokens = self.input_buffers, num_reqs * query_len
@@ -184,13 +201,13 @@ class DraftPasses(StandaloneARSpeculator):
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         """The draft's logits [num_reqs, vocab_size]; the rule scores them here, before anything is drawn from them."""
         self._logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        self.round.observe(self._step, self._logits, hidden_states)
+        self.round.observe_pass(self._step, self._logits, hidden_states)
         return self._logits
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
         token_ids = self.agree(super().sample_draft(*args, **kwargs).long())
-        return self.round.append(self._step, token_ids, self._logits)
+        return self.round.append_drawn(token_ids, self._logits)
 
     def agree(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""

@@ -76,16 +76,18 @@ class BatchRequests:
         """Whether every one of them switched speculation off: then the draft model has nothing to do for them."""
         return all(request_id in self._rows and self._rows[request_id][0] == 0 for request_id in request_ids)
 
-    def table(self, request_ids: Sequence[str], bound: int, max_model_len: int) -> np.ndarray:
+    def table(self, request_ids: Sequence[str], bound: int, longest: int) -> np.ndarray:
         """One row a request: [num_reqs, COLUMNS] int64.
 
         Args:
             request_ids: in the order of the batch; unknown ones (vLLM's dummy runs) have no limits of their own.
             bound: the engine's upper bound on the candidate length in this round.
-            max_model_len: in tokens.
+            longest: how long a sequence may become while it is drafted for, in tokens
+                (``draft_limit.longest_drafted``).
 
         Returns:
-            Column 0: the upper bound on the candidate length. Column 1: how long the request's sequence may become.
+            Column 0: the upper bound on the candidate length. Column 1: how long the request's sequence may become,
+            or be drafted for.
             The others: its stop tokens, padded with -1.
         """
         rows = np.full((len(request_ids), COLUMNS), -1, dtype=np.int64)
@@ -94,5 +96,5 @@ class BatchRequests:
             if (row := self._rows.get(request_id)) is not None:
                 rows[index] = row
         np.minimum(rows[:, 0], bound, out=rows[:, 0])
-        np.minimum(rows[:, 1], max_model_len, out=rows[:, 1])
+        np.minimum(rows[:, 1], longest, out=rows[:, 1])
         return rows

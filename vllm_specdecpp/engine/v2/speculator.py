@@ -25,16 +25,22 @@ from vllm.utils import torch_utils
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision.rules import make_estimator, make_rule
+from vllm_specdecpp.costs.timing import most_tokens
+from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.rules import make_estimator
+from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.engine.v2.requests import BatchRequests
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.kernels.cost_aware_tail import MAX_REQS, cost_aware_tail
 from vllm_specdecpp.provenance import model_label
 
 logger = init_logger("vllm.specdecpp")
@@ -66,11 +72,14 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
+        self._longest = longest_drafted(vllm_config)
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        vocabulary.fit_buffers(self)
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,
@@ -91,9 +100,10 @@ class SpecDecPPSpeculator(CapturedRounds):
             self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
             return
         if self._tail is None:
-            most = timing.most_tokens(self.scheduler_config)
+            most = most_tokens(self.scheduler_config)
+            launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
             self._tail = CostAwareTail(
-                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device
+                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device, launch
             )
         self.round.set_rule(self._tail, 1)
 
@@ -162,7 +172,9 @@ class SpecDecPPSpeculator(CapturedRounds):
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         # vLLM's warm-up needs every kernel once, not K_max equal passes.
         bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
-        limits = self.requests.table(request_ids, bound, self.max_model_len)
+        limits = self.requests.table(request_ids, bound, self._longest)
+        beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
+        limits[beyond, 0] = 0
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
@@ -173,7 +185,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             return self.draft_tokens[:num_reqs].clamp(min=0)
         self.gaps.arrive(input_batch, self.requests.take_arrived())
         num_passes: int | torch.Tensor = 0
-        if self.requests.all_off(request_ids):
+        if self.requests.all_off(name for name, is_beyond in zip(request_ids, beyond, strict=True) if not is_beyond):
             self.gaps.leave_out(input_batch)
         else:
             num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
@@ -181,6 +193,15 @@ class SpecDecPPSpeculator(CapturedRounds):
         self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
         # -1 is no row of an embedding table: see engine.v2.sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
+
+    def _beyond(self, input_batch: Any) -> np.ndarray:
+        """[num_reqs] bool: the requests that the host knows to be beyond the draft's last position for good."""
+        num_reqs, most_in_flight = input_batch.num_reqs, 3 * (1 + self.num_speculative_steps)
+        least = input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy() - most_in_flight
+        beyond: np.ndarray = np.maximum(least, input_batch.prefill_len_np[:num_reqs]) >= self.draft_limit
+        if beyond.any():
+            warn_of_end(self.draft_limit)
+        return beyond
 
     def _costs_in_force(self, dummy_run: bool) -> DeviceCostAware | None:
         """The host side of the rule that this step begins a round of; None while there is no such rule, or no costs."""
@@ -198,17 +219,20 @@ class SpecDecPPSpeculator(CapturedRounds):
         num_reqs = input_batch.num_reqs
         plan = self._plan(costs, input_batch, limits)
         num_passes: int | torch.Tensor = 0
-        is_usual = True
+        read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
-            num_read = self._catch_up(input_batch, plan.drafts)
-            is_usual = self._can_read_short(input_batch) and not num_read
+            read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
-            num_passes = num_read + (self.round.num_passes if drafted is None else drafted)
+            num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
+            if not self._can_read_short(input_batch):
+                read.append(input_batch.num_tokens + num_reqs)  # and each one's next token
+            elif read:
+                read.append(SHORT * num_reqs)
             self.gaps.read(input_batch)
         else:
             self.gaps.leave_out(input_batch)
         if costs is not None:
-            costs.drafted(is_usual, num_reqs, self.round.max_lengths, self.round.lengths)
+            costs.drafted(read, num_reqs, self.round.max_lengths, self.round.lengths)
         return num_passes
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
@@ -246,8 +270,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         assert told is not None
         return told
 
-    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> int:
-        """Read what these requests' draft KV lacks before the first pass; returns how many passes that took."""
+    def _catch_up(self, input_batch: Any, rows: Sequence[int]) -> list[int]:
+        """Read what these requests' draft KV lacks before the first pass; returns the tokens of each pass."""
         if self._can_read_short(input_batch):
             ends = self.round.next_positions[: input_batch.num_reqs] - 1
         else:  # vLLM's first pass reads this step's tokens anew

@@ -10,24 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_tp_group
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
-from vllm_specdecpp.costs.model import CostCache
-from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.costs.file import CostFile
+from vllm_specdecpp.costs.model import Points
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.shared import cost_file
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
-from vllm_specdecpp.engine.v2.cost_tail import CostAwareTail
 
 Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4
 """Further passes of a captured round whose mean is taken for one."""
-
-
-def most_tokens(scheduler_config: Any) -> int:
-    """Widest verification that is kept apart."""
-    return min(scheduler_config.max_num_batched_tokens, costs.MAX_TOKENS)
 
 
 def start(
@@ -41,38 +35,31 @@ def start(
         config: our options.
         agree: rank 0's tensor on every rank.
     """
-    scheduler, leads = speculator.scheduler_config, get_tp_group().rank_in_group == 0
-    cache = _cache(speculator)
 
     def told(values: torch.Tensor) -> torch.Tensor:
         """Rank 0's values, of a tensor on the host; not every backend can send bools."""
         dtype = torch.uint8 if values.dtype == torch.bool else values.dtype
         return agree(values.to(speculator.device, dtype)).to(values.device, values.dtype)
 
-    points = cache.load() if leads else None
-    measured = not bool(told(torch.tensor([points is not None])))
-    if measured:
-        points = measure(speculator, told)
-    rule = None
-    if leads and points is not None:
-        model = CostModel(**points, max_reqs=scheduler.max_num_seqs, max_tokens=most_tokens(scheduler))
-        bound = speculator.num_speculative_steps
-        rule = CostAwareRule(model, bound, lag=tail.estimator.lag, adapt=config.online_calibration)
-    return DeviceCostAware(rule, tail.estimator, cache, agree, speculator.device, measured, tail=tail)
+    file = _file(speculator)
+    rule, measured = cost_file.start_rule(
+        file, lambda: measure(speculator, told), told, speculator.scheduler_config, speculator.num_speculative_steps,
+        lag=tail.estimator.lag, adapt=config.online_calibration,
+    )  # fmt: skip
+    return DeviceCostAware(rule, tail, file, agree, speculator.device, measured)
 
 
-def _cache(speculator: Any) -> CostCache:
+def _file(speculator: Any) -> CostFile:
     """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
-    v1 = cost_file.cost_cache(speculator.vllm_config, speculator.device)
     mode, is_async = speculator.how_rounds_run()[0], speculator.scheduler_config.async_scheduling
     lora = speculator.vllm_config.lora_config
     ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
     if lora is not None:
         ours["lora"] = f"{lora.max_loras} of rank {lora.max_lora_rank}"
-    return CostCache(v1.path.parent, {**v1.key, **ours})
+    return cost_file.cost_file(speculator.vllm_config, speculator.device, **ours)
 
 
-def measure(speculator: Any, agree: Agree) -> costs.Points:
+def measure(speculator: Any, agree: Agree) -> Points:
     """Time both models as they will run; see :func:`vllm_specdecpp.costs.timing.measure`."""
     passes = V2Passes(speculator)
     with passes.adapters():
@@ -152,7 +139,7 @@ class V2Passes:
             torch.cuda.synchronize(self._speculator.device)
 
 
-def _captured(speculator: Any, passes: V2Passes, agree: Agree) -> costs.Points:
+def _captured(speculator: Any, passes: V2Passes, agree: Agree) -> Points:
     """First and further passes as they are replayed, by captured batch size."""
     captured = speculator.graphs
     assert captured is not None

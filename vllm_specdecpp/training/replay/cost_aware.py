@@ -16,11 +16,10 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains
-from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
 
 
-def cost_aware_lengths(chains: Chains, costs: Costs, head: AcceptanceHead | None, max_length: int) -> Lengths:
+def cost_aware_lengths(chains: Chains, costs: CostModel, head: AcceptanceHead | None, max_length: int) -> Lengths:
     """What the rule drafts at the starts that its own rounds reach; nothing at the others.
 
     Args:
@@ -31,7 +30,8 @@ def cost_aware_lengths(chains: Chains, costs: Costs, head: AcceptanceHead | None
     """
     source = step_source("confidence" if head is None else "threshold", chains, head)
     lag = source.estimator.lag
-    rule = CostAwareRule(cost_model(costs, max_length), max_length, lag=lag)
+    own = CostModel(**costs.points(), max_reqs=1, max_tokens=max_length + 1)
+    rule = CostAwareRule(own, max_length, lag=lag)
     scores = _scores(chains, source, lag, max_length)  # [num_starts, max_length + 1]
     bound = chains.available.clamp(max=max_length).tolist()
     run, ends = chains.run.tolist(), chains.prompt_starts.tolist()
@@ -43,21 +43,14 @@ def cost_aware_lengths(chains: Chains, costs: Costs, head: AcceptanceHead | None
                 num_drawn = len(round_.widths)
                 round_.step(None if num_drawn < lag else scores[here, num_drawn : num_drawn + 1])
             length, num_passes = int(round_.lengths[0]), len(round_.widths)
+            seconds = costs.draft_seconds(round_.widths), costs.verify.at(length + 1)
             accepted = min(length, run[here])
             candidates[here], passes[here] = length, num_passes
-            rule.finish(round_, [length], [accepted], costs.draft(num_passes), costs.verify(length + 1))
+            rule.finish(round_, [length], [accepted], *seconds)
             here += accepted + 1
     # A round that would have ended just there counts too: the rule does not say which.
     cut = (candidates == chains.available) & (candidates < max_length) & ~chains.limited
     return Lengths(candidates, cut, passes)
-
-
-def cost_model(costs: Costs, max_length: int) -> CostModel:
-    """The costs in the rule's own terms: a first draft pass, a further one, and the verification by tokens."""
-    longest = max(costs.max_length, 2)
-    step = (costs.draft(longest) - costs.draft(1)) / (longest - 1)
-    verify = {n: costs.verify(n) for n in range(1, max_length + 2)}
-    return CostModel({1: costs.draft(1)}, {1: max(step, 1e-6)}, verify, max_reqs=1, max_tokens=max_length + 1)
 
 
 def _scores(chains: Chains, source: StepSource, lag: int, max_length: int) -> NDArray[np.float64]:

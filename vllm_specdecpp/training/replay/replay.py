@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays recorded rounds under any stop rule: what it would have drafted, and how long that would have taken.
 
-The rule's own code (:class:`RoundState`) runs once over every start of the chains as one batch; walking the chains with
+The rule's own code (:class:`DraftRound`) runs once over every start of the chains as one batch; walking the chains with
 the lengths that come out is arithmetic. A rule meets the recorded features of a start's steps in order, as in the
 engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
 
@@ -16,18 +16,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision import (
     ConfidenceEstimator,
-    EntropyEstimator,
+    DraftRound,
     Estimator,
-    RoundState,
+    FixedRule,
     StepFeatures,
     StopRule,
     ThresholdRule,
 )
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.rule_registry import find_rule
 from vllm_specdecpp.training.replay.chains import Chains
-from vllm_specdecpp.training.replay.costs import Costs
 
 CUT_RATE_WARNING = 0.02
 """Above this share of rounds that outrun the record, the rounds should be recorded with more candidates."""
@@ -139,16 +140,19 @@ def step_source(rule: str, chains: Chains, head: AcceptanceHead | None) -> StepS
     """The source of a rule's estimates.
 
     Args:
-        rule: "threshold", "confidence" or "entropy".
-        chains: loaded with ``head`` for "threshold".
+        rule: one with estimates (``rule_registry.RULES``); the cost-aware one reads those of one of the others.
+        chains: loaded with ``head`` for a rule that needs one.
 
     Raises:
-        ValueError: the rule needs a head.
+        ValueError: an unknown rule, one without estimates, or one that needs a head.
     """
-    if rule != "threshold":
-        return ScalarSource(ConfidenceEstimator() if rule == "confidence" else EntropyEstimator())
+    entry = find_rule(rule)
+    if entry.estimator is None:
+        raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
+    if not entry.needs_head:
+        return ScalarSource(entry.estimator(None))
     if head is None or chains.head_logits is None:
-        raise ValueError("specdecpp: rule='threshold' needs a head; name its folder, or leave the rule out")
+        raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
     return RecordedHead(head, chains.head_logits)
 
 
@@ -158,20 +162,21 @@ def run_rule(chains: Chains, rule: StopRule, source: StepSource, max_length: int
     Returns:
         Lengths, and the survival before each candidate, [num_starts, max_length] float32 (as long as a start runs).
     """
-    state = RoundState(rule, chains.available.clamp(max=max_length))
+    state = DraftRound(rule, chains.available.clamp(max=max_length))
     survival = torch.ones(chains.num_starts, max_length)
     stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
     drawn_logprob = chains.scalars["drawn_logprob"]
     for k in range(max_length):
-        if not state.any_running():
+        if not state.goes_on():
             break
-        rows = state.running.nonzero().squeeze(1)  # [num_rows]
+        ran = state.running.bool()
+        rows = ran.nonzero().squeeze(1)  # [num_rows]
         steps = chains.first_step[rows] + k
         state.observe(source.features(chains, steps), rows)
-        survival[:, k] = state.survival
-        stopped |= state.running & rule.should_stop(state.survival, k)
         state.append(chains.token_ids[steps], rows, drawn_logprob[steps])
-    return _with_cut(chains, state.lengths, stopped, max_length), survival
+        survival[:, k] = state.survival
+        stopped |= ran & rule.should_stop(state.survival, k)
+    return _with_cut(chains, state.lengths.long(), stopped, max_length), survival
 
 
 def survivals(chains: Chains, source: StepSource, max_length: int) -> Tensor:
@@ -204,7 +209,7 @@ def fixed_lengths(chains: Chains, num_candidates: int) -> Lengths:
     return _with_cut(chains, lengths, torch.zeros_like(known), num_candidates)
 
 
-def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
+def oracle_lengths(chains: Chains, costs: CostModel, max_length: int) -> Lengths:
     """The best that any policy with 0 to ``max_length`` candidates can do, knowing every outcome.
 
     All policies emit the same tokens, so the highest long-run rate is the least time: a shortest path through each
@@ -212,7 +217,7 @@ def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
     """
     choices = torch.arange(max_length + 1)  # [num_choices]
     bound = fixed_lengths(chains, max_length).candidates  # [num_starts]
-    seconds = _round_seconds(costs, max_length)  # [max_length + 1]
+    seconds = torch.from_numpy(costs.fixed_seconds(1, max_length))  # [max_length + 1]
     ends, sizes = chains.prompt_starts[1:], chains.prompt_starts.diff()
     to_go = torch.zeros(chains.num_starts + 1, dtype=torch.float64)  # seconds from a start to its prompt's end
     best = torch.zeros(chains.num_starts, dtype=torch.int64)
@@ -227,7 +232,7 @@ def oracle_lengths(chains: Chains, costs: Costs, max_length: int) -> Lengths:
     return Lengths(best, torch.zeros_like(chains.limited))
 
 
-def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
+def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
     """Run every prompt from its first start to its end with the policy's lengths."""
     accepted = torch.minimum(lengths.candidates, chains.run)  # [num_starts]
     prompt = chains.prompt_of_start
@@ -242,9 +247,8 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
     candidates = lengths.candidates[rounds]
     passes = candidates if lengths.passes is None else lengths.passes[rounds]
     longest = max(int(lengths.candidates.max()), int(passes.max()))
-    draft, verify = (
-        torch.tensor([f(k) for k in range(longest + 2)], dtype=torch.float64) for f in (costs.draft, costs.verify)
-    )
+    draft = torch.tensor([costs.draft_seconds([1] * k) for k in range(longest + 1)], dtype=torch.float64)
+    verify = torch.tensor([costs.verify.at(n) for n in range(longest + 2)], dtype=torch.float64)
 
     def total(values: Tensor) -> Tensor:
         sums = torch.zeros(len(chains.prompts), dtype=torch.float64)
@@ -261,32 +265,13 @@ def walk(chains: Chains, lengths: Lengths, costs: Costs) -> Walk:
     )
 
 
-def best_fixed(chains: Chains, costs: Costs, max_length: int, chosen: Tensor | None = None) -> tuple[int, Walk]:
-    """The fixed candidate length with the most tokens per second on the chosen prompts ([num_prompts] bool)."""
-    walks = {k: walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
-    best = max(walks, key=lambda k: walks[k].tokens_per_second(chosen))
-    return best, walks[best]
-
-
-class _NeverStop:
+class _NeverStop(FixedRule):
     """Asks its estimator and goes on."""
 
-    name = "never"
-    depends_on = "nothing"
-
     def __init__(self, estimator: Estimator) -> None:
-        self.estimator: Estimator | None = estimator
-        self.needs = estimator.needs
-
-    def should_stop(self, survival: Tensor, num_drawn: int) -> Tensor:
-        return torch.zeros_like(survival, dtype=torch.bool)  # [num_reqs]
+        self.estimator, self.needs = estimator, estimator.needs
 
 
 def _with_cut(chains: Chains, lengths: Tensor, stopped: Tensor, max_length: int) -> Lengths:
     cut = ~stopped & (lengths == chains.available) & (lengths < max_length) & ~chains.limited
     return Lengths(lengths, cut)
-
-
-def _round_seconds(costs: Costs, max_length: int) -> Tensor:
-    """[max_length + 1] float64, by candidate length."""
-    return torch.tensor([costs.round(k) for k in range(max_length + 1)], dtype=torch.float64)

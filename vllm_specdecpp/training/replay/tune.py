@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from vllm_specdecpp.costs import file as cost_file
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.overlap import refuse_overlap
 from vllm_specdecpp.training.replay.replay import (
     fixed_lengths,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset
     from vllm_specdecpp.head.model import AcceptanceHead
 
-RULES = ("threshold", "confidence", "entropy")
+TUNED = tuple(entry.name for entry in RULES.values() if entry.threshold is not None)
 FILES = ("rows.jsonl", "tune.md", "pareto.png")
 _BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 
@@ -69,7 +71,7 @@ class TuneOptions(CommandOptions):
     """Datasets to report on, with other prompts than the data; by default the data, which favours the rules."""
 
     costs: Path
-    """Step costs of this machine: of vllm-specdecpp measure, or the engine's own file in VLLM_CACHE_ROOT/specdecpp."""
+    """What passes cost on this machine: the file of an engine whose rule was cost_aware; its log says where."""
 
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
@@ -106,7 +108,8 @@ def run(options: TuneOptions) -> int:
         ValueError: one line: a bad option, unreadable or unfit data, prompts in both data and evaluation.
     """
     _check(options)
-    costs = Costs.load(options.costs)
+    kept = cost_file.read(options.costs)
+    costs, machine = CostModel(**kept.curves, max_reqs=1, max_tokens=1024), kept.setting.get("device", "")
     datasets = open_rounds([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
     sets = options.sets or None
@@ -136,15 +139,15 @@ def run(options: TuneOptions) -> int:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
-    _write_results(options, rows, markdown(rows, choices, costs, data_of, judged), pair_of(manifest))
+    _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), pair_of(manifest))
     if head is not None and options.write and "threshold" in choices:
-        _write_rule(options, choices["threshold"], costs, data, datasets[: len(options.data)])
+        _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
     return 0
 
 
 def choose(
     chains: Chains,
-    costs: Costs,
+    costs: CostModel,
     rule: str,
     head: AcceptanceHead | None,
     thresholds: Sequence[float],
@@ -164,7 +167,7 @@ def choose(
 
 def _walks(
     chains: Chains,
-    costs: Costs,
+    costs: CostModel,
     head: AcceptanceHead | None,
     choices: dict[str, Choice],
     thresholds: Sequence[float],
@@ -231,7 +234,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
     if options.head is None:
         if "threshold" in options.rules:
             raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
-        return None, list(dict.fromkeys(options.rules)) or [rule for rule in RULES if rule != "threshold"]
+        return None, list(dict.fromkeys(options.rules)) or [rule for rule in TUNED if not RULES[rule].needs_head]
     from vllm_specdecpp.head.model import AcceptanceHead
 
     if not options.head.is_dir():
@@ -244,7 +247,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
             f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
             "add --force to replace it, or --no-write to leave it"
         )
-    return head, list(dict.fromkeys(options.rules)) or list(RULES)
+    return head, list(dict.fromkeys(options.rules)) or list(TUNED)
 
 
 def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
@@ -258,18 +261,17 @@ def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
     return sorted(set(options.lengths)) or [k for k in _BOUNDS if k < recorded_length] + [recorded_length]
 
 
-def _write_rule(options: TuneOptions, choice: Choice, costs: Costs, data: Chains, datasets: Sequence[Dataset]) -> None:
+def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains, datasets: Sequence[Dataset]) -> None:
     from vllm_specdecpp.head.model import update_config
 
     names = ", ".join(dataset.folder.name for dataset in datasets)
     temperatures = sorted({str(dataset.manifest.sampling.get("temperature", "unknown")) for dataset in datasets})
-    where = f" on {costs.machine}" if costs.machine else ""
+    where = f" on {machine}" if machine else ""
     rule = {
         "rule": choice.rule,
         "threshold": choice.threshold,
         "num_speculative_tokens": choice.num_speculative_tokens,
-        "tuned_on": f"{len(data.prompts)} prompts of {names}, temperature {', '.join(temperatures)}{where}, "
-        f"batch {costs.batch}",
+        "tuned_on": f"{len(data.prompts)} prompts of {names}, temperature {', '.join(temperatures)}{where}",
     }
     update_config(str(options.head), rule=rule)
     print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)

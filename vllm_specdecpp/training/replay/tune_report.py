@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.provenance import command_line
 from vllm_specdecpp.training.replay.chains import Chains
-from vllm_specdecpp.training.replay.costs import Costs
 from vllm_specdecpp.training.replay.replay import CUT_RATE_WARNING, Walk
 
 COST_AWARE, COST_AWARE_HEAD = "cost_aware", "cost_aware with the head"
@@ -41,7 +41,7 @@ Walks = dict[tuple[str, float, int], Walk]
 
 
 def table_rows(
-    name: str, walks: Walks, chosen: Tensor, choices: Mapping[str, Choice], costs: Costs, resamples: int, seed: int
+    name: str, walks: Walks, chosen: Tensor, choices: Mapping[str, Choice], costs: CostModel, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """The rows of one set: every policy with its predicted rate, its ratios, its interval and the paper's rates.
 
@@ -81,7 +81,7 @@ def table_rows(
                 "tokens_per_second": rate,
                 "tokens_per_second_low": low,
                 "tokens_per_second_high": high,
-                "over_off": rate * costs.off_seconds,
+                "over_off": rate * costs.verify.at(1),
                 "best_fixed_k": base_key[2],
                 "over_best_fixed": rate / base_rate,
                 "over_best_fixed_low": over_low,
@@ -99,12 +99,12 @@ def _interval(samples: Tensor) -> tuple[float, float]:
 
 
 def markdown(
-    rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], costs: Costs, data_of: Mapping[str, Chains],
-    judged: Chains,
-) -> str:  # fmt: skip
+    rows: Sequence[Mapping[str, Any]], costs: CostModel, machine: str, data_of: Mapping[str, Chains], judged: Chains
+) -> str:
     """The table of the chosen policies, with what it rests on and what to doubt.
 
     Args:
+        machine: that the costs are of.
         data_of: rule → what its threshold was chosen on.
         judged: what the rows are of.
     """
@@ -118,8 +118,7 @@ def markdown(
     lines = ["# Predicted tokens/s of the stop rules", ""]
     lines += [
         f"* Command: `{command_line()}`",
-        f"* Step costs: {costs.machine or 'machine unknown'}, batch {costs.batch}, "
-        f"{1 / costs.off_seconds:.2f} tok/s without speculation",
+        f"* Costs of {machine or 'an unknown machine'}; {1 / costs.verify.at(1):.2f} tok/s without speculation",
         f"* {tuned_on}; judged on "
         + ("the same ones, which favours the rules." if same else f"{len(judged.prompts)} others."),
         "* Best K is chosen on the very set it is judged by, which favours it. Prefill is left out.",
@@ -170,7 +169,7 @@ def pareto_points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def warnings(rows: Sequence[Mapping[str, Any]], costs: Costs) -> list[str]:
+def warnings(rows: Sequence[Mapping[str, Any]], costs: CostModel) -> list[str]:
     """What makes the prediction doubtful, one line each."""
     found = []
     told = [row for row in rows if row["set"] == ALL and (row["chosen"] or row["policy"] in _UNTUNED)]
@@ -181,12 +180,9 @@ def warnings(rows: Sequence[Mapping[str, Any]], costs: Costs) -> list[str]:
                 "collect with more --candidates."
             )
     longest = max(row["num_speculative_tokens"] for row in told)
-    if longest > costs.max_length:
-        found.append(f"Warning: costs were measured up to {costs.max_length} candidates and extrapolated to {longest}.")
-    if costs.batch != 1:
-        found.append(f"Warning: costs are of batch {costs.batch}; the replay runs each request by itself.")
-    mend = "measure them with nothing else running"
-    return found + [f"Warning: unsteady costs: {doubt}; {mend}." for doubt in costs.doubts()]
+    if longest >= (measured := costs.verify.widths[-1]):
+        found.append(f"Warning: costs were measured up to {measured - 1} candidates and extrapolated to {longest}.")
+    return found
 
 
 def _label(row: Mapping[str, Any]) -> str:

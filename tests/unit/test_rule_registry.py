@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of stop rules: unknown names are errors everywhere, and a rule is one class and one entry."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast, get_args
+
+import pytest
+import torch
+
+from tests.toy_rule import Alternate, registered
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.rules import NEVER, FixedRule, ThresholdRule, tail_threshold
+from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.rule_registry import RULES, RuleEntry, find_rule, register
+from vllm_specdecpp.training.replay import tune
+from vllm_specdecpp.training.replay.replay import step_source
+
+
+def test_an_unknown_rule_is_an_error_wherever_rules_are_made():
+    names = ", ".join(map(repr, RULES))
+    with pytest.raises(ValueError, match=f"rule='nonsense' must be one of {names}"):
+        SpecDecPPConfig.from_additional_config({"model": "d", "rule": "nonsense"})
+    with pytest.raises(ValueError, match="^specdecpp: rule='nonsense' must be one of"):
+        make_rule(cast(Any, SimpleNamespace(resolved_rule="nonsense", resolved_threshold=0.5, threshold=None)), None)
+    with pytest.raises(ValueError, match="^specdecpp: rule='nonsense' must be one of"):
+        step_source("nonsense", cast(Any, None), None)
+
+
+@pytest.mark.parametrize("name", ["fixed"])
+def test_a_rule_without_estimates_cannot_be_replayed(name):
+    with pytest.raises(ValueError, match=f"rule='{name}' makes no estimates"):
+        step_source(name, cast(Any, None), None)
+
+
+def test_every_entry_makes_its_rule_and_the_device_decides_as_it_says():
+    head = AcceptanceHead(4)
+    for entry in RULES.values():
+        if entry.make is None:
+            continue
+        rule = entry.make(head, entry.threshold)
+        assert rule.name == entry.name
+        assert (rule.estimator is None) == (entry.estimator is None)
+        assert tail_threshold(rule) == (NEVER if entry.threshold is None else entry.threshold)
+    assert [name for name, entry in RULES.items() if entry.make is None] == ["cost_aware"] == list(RULES)[:1]
+
+
+def test_tune_offers_every_rule_with_a_threshold():
+    assert get_args(get_args(tune.TuneOptions.model_fields["rules"].annotation)[0]) == tune.TUNED
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="there is a rule 'fixed' already"):
+        register(RuleEntry("fixed", "Never."))
+
+
+def test_a_registered_rule_is_an_option(monkeypatch):
+    registered(monkeypatch)
+    config = SpecDecPPConfig.from_additional_config({"model": "d", "rule": "alternate"})
+    rule = make_rule(config, None)
+    assert rule.name == Alternate.name
+    state = DraftRound(rule, torch.tensor([5, 1]))
+    with pytest.raises(ValueError, match="threshold=0.5 has no meaning with rule='alternate'"):
+        SpecDecPPConfig.from_additional_config({"model": "d", "rule": "alternate", "threshold": 0.5})
+    for _ in range(2):
+        state.observe(cast(Any, None))
+        state.append(torch.zeros(2, dtype=torch.int64))
+    assert state.lengths.tolist() == [2, 1] and not state.goes_on()
+    assert find_rule("alternate").device_tail is False
+
+
+@pytest.mark.parametrize("base", [FixedRule, ThresholdRule])
+def test_a_subclass_with_logic_of_its_own_has_no_device_tail(base: Any) -> None:
+    """Its entry may say otherwise: the kernel would never ask it."""
+
+    class Own(base):
+        name = "own"
+
+        def __init__(self):
+            self.threshold = 0.5
+
+        def should_stop(self, survival, num_drawn):
+            return survival < 2
+
+    assert tail_threshold(Own()) is None

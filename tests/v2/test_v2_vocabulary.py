@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output layers of different widths on Model Runner V2: V1's tests on the other runner, with fewer samples."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine import test_vocabulary as v1
+from tests.engine.test_vocabulary import same_tokens, test_greedy_output_is_unchanged, wider
+
+__all__ = ["same_tokens", "test_greedy_output_is_unchanged", "wider"]
+
+
+@pytest.mark.parametrize("which", ["target wider", "draft wider"])
+def test_sampled_output_keeps_its_law(tiny, wider, which):
+    v1.test_sampled_output_keeps_its_law(tiny, wider, which, num_samples=768)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the draft model's context ends, if that is before the target's.
+
+vLLM stops drafting for the whole batch once a request gets near that end, and lets the target verify zeros. Here such a
+request alone drafts no further: candidate k of a request whose last token stands at position p is drawn from a pass
+that reads position p + k - 1, which must lie before the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.specdecpp")
+
+
+def draft_limit(vllm_config: Any) -> int:
+    """Positions that the draft model has, at most ``max_model_len``; also ``max_model_len`` of the speculative config,
+    which vLLM puts there (``SpeculativeConfig._maybe_override_draft_max_model_len``)."""
+    limit = min(
+        vllm_config.model_config.max_model_len, vllm_config.speculative_config.draft_model_config.max_model_len
+    )  # fmt: skip
+    return int(limit)
+
+
+def longest_drafted(vllm_config: Any) -> int:
+    """How long a sequence may become while it is drafted for: one token of every round is the target's, and the last
+    candidate of a round is never read by the draft model."""
+    return min(int(vllm_config.model_config.max_model_len), draft_limit(vllm_config) + 2)
+
+
+def warn_of_end(limit: int) -> None:
+    """Say, once, that a request goes on without drafts."""
+    logger.warning_once(
+        "specdecpp: a request has got beyond the draft model's %d positions and goes on without speculation; a draft "
+        "model with a longer context would go on drafting",
+        limit,
+    )
