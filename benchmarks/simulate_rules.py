@@ -103,9 +103,17 @@ class _Nothing:
         self.running, self.lengths, self.drafts, self.widths = running, lengths, drafts, widths
 
 
-def informed_run(server: Server, acceptance: AcceptanceModel, rho: float) -> Run:
-    """The informed rule's; ``rho``: what the best rule without learning brings, hardly less than this one."""
-    return server.play(Informed(true_costs(server.setting), acceptance, rho), 0)
+def informed_run(server: Server, acceptance: AcceptanceModel, fixed: float, known: float) -> Run:
+    """The informed rule's, with the rate of the best fixed K as its rho, or what that brought.
+
+    Too high a rho makes it stop where only longer drafts would pay. A second run is made where the first brought less
+    than is ``known`` to be possible.
+    """
+    costs = true_costs(server.setting)
+    run = server.play(Informed(costs, acceptance, fixed), 0)
+    if run.rate >= known:
+        return run
+    return max(run, server.play(Informed(costs, acceptance, run.rate), 0), key=lambda one: one.rate)
 
 
 def calibrated(streams: Sequence[Stream]) -> AcceptanceModel:

@@ -119,8 +119,8 @@ def test_the_informed_rule_is_the_better_for_what_it_knows():
     costs = true_costs(server.setting)
     assert costs.round_seconds([1, 1], 3) == pytest.approx(server.setting.round([1, 1], 3))
     fixed = server.planned(np.full(len(server.run), 2))
-    rate = informed_run(server, calibrated([make("overconfident", 4000, 99)]), fixed).rate
-    assert rate > 1.02 * informed_run(server, AcceptanceModel(), fixed).rate
+    rate = informed_run(server, calibrated([make("overconfident", 4000, 99)]), fixed, fixed).rate
+    assert rate > 1.02 * informed_run(server, AcceptanceModel(), fixed, fixed).rate
     assert rate > fixed
 
 
