@@ -11,7 +11,7 @@ state that a warm one kept). The rules that know the costs:
 
 * fixed candidate lengths, and thresholds on the score or on the product of scores, the best of each chosen afterwards;
 * ``informed``: cost_aware's own comparison with the true costs, a calibration learnt beforehand on other text
-  (``--train``), and rho found by trying: it drafts in every round, learns nothing and wastes nothing on learning;
+  (``--train``), and rho from a run before: it drafts in every round, learns nothing and wastes nothing;
 * ``chosen`` (batch 1): the same, but each request is drafted for or not, whichever was the faster: no rule can know.
 
 ``oracle`` drafts just what will be accepted, up to the bound that is best. No rule can, either. Regret is against the
@@ -114,7 +114,8 @@ def measure(cost_name: str, name: str, options: argparse.Namespace) -> list[dict
         everywhere = np.full(len(server.run), 1)
         fixed = [server.planned(k * everywhere) for k in FIXED_KS]
         known = [[server.planned(threshold_lengths(server, h, c)) for c in (True, False)] for h in THRESHOLDS]
-        informed, off = informed_run(server, acceptance, max(fixed)), off_run(server)
+        informed = informed_run(server, acceptance, max(fixed), float(np.max(known)))
+        off = off_run(server)
         oracle = max(server.planned(np.minimum(server.run, most)) for most in FIXED_KS)
         rivals.append((np.array(fixed), np.array(known), informed.rate, chosen(server, informed), oracle))
         best = max(off, informed, key=lambda run: run.rate)

@@ -27,7 +27,6 @@ from benchmarks.simulate_rules import Engine
 from benchmarks.simulate_server import Server
 from benchmarks.simulate_settings import SETTINGS, cost_model
 from benchmarks.simulated_streams import STREAMS
-from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 WORTH = 0.005
@@ -38,7 +37,7 @@ SIGMAS = 2.5
 
 def has_acted(rule: CostAwareRule) -> set[str]:
     """A set that will hold the mechanisms that changed a decision of this rule: without the others it decides alike."""
-    acted = {"drop_last", "calibration"}
+    acted = {"calibration"}
 
     def watch(owner: object, method: str, name: str) -> None:
         inner = getattr(owner, method)
@@ -55,7 +54,7 @@ def has_acted(rule: CostAwareRule) -> set[str]:
     watch(rule, "_should_time_off", "time_off")
     if rule.guard is not None:
         watch(rule.guard, "tick", "guard")
-    notice, begin = rule.start._notice_change, rule.begin
+    notice = rule.start._notice_change
 
     def watched_notice(*args: Any) -> None:
         before = rule.start._accepted
@@ -63,13 +62,7 @@ def has_acted(rule: CostAwareRule) -> set[str]:
         if rule.start._accepted != before:
             acted.add("change")
 
-    def watched_begin(*args: Any) -> CostAwareRound:
-        round_ = begin(*args)
-        watch(round_, "_explores", "explore")
-        return round_
-
-    for owner, method, outer in ((rule.start, "_notice_change", watched_notice), (rule, "begin", watched_begin)):
-        setattr(owner, method, outer)
+    setattr(rule.start, "_notice_change", watched_notice)  # noqa: B010
     return acted
 
 
@@ -78,34 +71,19 @@ def _never_judge(rule: CostAwareRule) -> None:
         setattr(rule.guard, "_judge", lambda rate: None)  # noqa: B010
 
 
-def _never_explore(rule: CostAwareRule) -> None:
-    begin = rule.begin
-
-    def begin_without(*args: Any) -> CostAwareRound:
-        round_ = begin(*args)
-        setattr(round_, "_explores", lambda: False)  # noqa: B010
-        return round_
-
-    setattr(rule, "begin", begin_without)  # noqa: B010
-
-
 ABLATIONS: dict[str, Callable[[CostAwareRule], None]] = {
     "guard": _never_judge,
     "trials": lambda rule: setattr(rule, "_trial", lambda limits, drafts: None),
-    "drop_last": lambda rule: setattr(rule, "drop_last", False),
     "calibration": lambda rule: setattr(rule, "adapt", False),
     "change": lambda rule: setattr(rule.start, "_notice_change", lambda mean, num, step, probe: None),
-    "explore": _never_explore,
     "time_off": lambda rule: setattr(rule, "_should_time_off", lambda num_reqs: False),
 }
 """Name -> takes just that mechanism out of a rule that has not served yet."""
 WHAT = {
     "guard": "the watch that yields to a fixed length never judges (trial rounds go on)",
     "trials": "no round with the watch's best fixed length for the sake of its time",
-    "drop_last": "the candidate looked at last is always submitted",
     "calibration": "scores are taken for probabilities, as they come",
     "change": "the gate's means start anew at no change of the workload",
-    "explore": "no candidate that does not pay is drawn to learn what follows low scores",
     "time_off": "no round without drafting for the sake of its time",
 }
 
@@ -161,7 +139,15 @@ def cell_text(values: Sequence[float]) -> str:
     return f"**{text}**" if abs(ratio - 1) >= WORTH and abs(math.log(ratio)) > SIGMAS * spread else text
 
 
-def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
+def write(rows: Sequence[Mapping[str, Any]], out: Path, command: str) -> None:
+    """``out`` (JSONL), and beside it the page (.md)."""
+    origin = {"command": command, "versions": versions(), "git": git_state()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows), encoding="utf-8")
+    out.with_suffix(".md").write_text(page(rows, command), encoding="utf-8")
+
+
+def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     """The table, and what each column says over all cells."""
     names = list(rows[0]["without"])
     seeds = len(rows[0]["rates"])
@@ -193,7 +179,8 @@ def page(rows: Sequence[Mapping[str, Any]], command: str, origin: str) -> str:
         loses = [f"{c} {s}" for (c, s), values in ordered[::-1] if "**" in cell_text(values) and geometric(values) > 1]
         lines.append(f"| {name} | {mean:.4f} | {least:.4f} | {most:.4f} | {_few(earns)} | {_few(loses)} |")
     lines += ["", *(f"* −{name}: {WHAT[name]}." for name in names if name in WHAT)]
-    return "\n".join([*lines, "", f"`{command}`", "", origin, ""])
+    known = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return "\n".join([*lines, "", f"`{command}`", "", f"{known}; git {git_state()}", ""])
 
 
 def _row(row: Mapping[str, Any]) -> str:
@@ -265,17 +252,12 @@ def main(argv: list[str] | None = None) -> int:
                     "without": {n: c.round(4).tolist() for n, c in zip(options.without, columns[1:], strict=True)},
                 })  # fmt: skip
                 print(_row(rows[-1]), flush=True)
+                if options.out is not None:  # after each: a long run that is ended leaves what it has
+                    write(rows, options.out, command)
     except ValueError as problem:
         print(f"benchmarks.simulate_ablation: {problem}", file=sys.stderr)
         return 2
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = page(rows, command, f"{known}; git {git_state()}")
-    print(text)
-    if options.out is not None:
-        origin = {"command": command, "versions": versions(), "git": git_state()}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows), encoding="utf-8")
-        options.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(page(rows, command))
     return 0
 
 

@@ -17,9 +17,6 @@ from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
-INFORMED_TRIES = 2
-"""Runs of the informed rule, each with the rate of the one before as its rho; they hardly move after the first."""
-
 
 RULES: dict[str, Callable[[CostModel], Any]] = {"cost_aware": lambda costs: CostAwareRule(costs, DEPTH)}
 """Name -> a rule for an engine that starts with these measured costs."""
@@ -60,13 +57,17 @@ class _Nothing:
         self.trial = False
 
 
-def informed_run(server: Server, acceptance: AcceptanceModel, start: float, lag: int = 0) -> Run:
-    """The informed rule's, the best of a few rho from ``start`` tokens per second on."""
-    costs, runs, rho = true_costs(server.setting), [], start
-    for _ in range(INFORMED_TRIES):
-        runs.append(server.play(Informed(costs, acceptance, rho, lag), 0))
-        rho = runs[-1].rate
-    return max(runs, key=lambda run: run.rate)
+def informed_run(server: Server, acceptance: AcceptanceModel, fixed: float, known: float) -> Run:
+    """The informed rule's, with the rate of the best fixed K as its rho, or what that brought.
+
+    Too high a rho makes it stop where only longer drafts would pay. A second run is made where the first brought less
+    than is ``known`` to be possible.
+    """
+    costs = true_costs(server.setting)
+    run = server.play(Informed(costs, acceptance, fixed), 0)
+    if run.rate >= known:
+        return run
+    return max(run, server.play(Informed(costs, acceptance, run.rate), 0), key=lambda one: one.rate)
 
 
 def calibrated(streams: Sequence[Stream]) -> AcceptanceModel:

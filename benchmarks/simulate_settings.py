@@ -57,6 +57,9 @@ class Setting:
         return self.draft(widths, read) + self.verify(tokens)
 
 
+READ_WIDTHS = (16, 64, 256)
+"""Tokens of the draft passes that start-up times for what reading takes."""
+
 CPU_ROWS = [1, 2, 3, 4, 5, 6, 9, 17]
 CPU_SECONDS = [0.156, 0.165, 0.132, 0.130, 0.127, 0.129, 0.170, 0.219]
 ONE_CORE_ROWS = [1, 6, 7, 16, 21]
