@@ -55,7 +55,7 @@ def model_config(size: int, **options: Any) -> Any:
 def test_without_tokenizers_the_sizes_decide(monkeypatch, tmp_path, skip):
     nowhere = {"tokenizer": str(tmp_path), "model": str(tmp_path), "skip_tokenizer_init": skip}
     vocabulary.check(model_config(512, **nowhere), model_config(512, **nowhere))
-    with pytest.raises(ValueError, match="512 token ids, the draft 500.*choose a draft model of the target's family"):
+    with pytest.raises(ValueError, match="512 rows, the draft's 500.*choose a draft model of the target's family"):
         vocabulary.check(model_config(512, **nowhere), model_config(500, **nowhere))
 
 

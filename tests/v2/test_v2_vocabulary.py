@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine import test_vocabulary as v1
-from tests.engine.test_vocabulary import same_tokens, test_greedy_output_is_unchanged, wider
+from tests.engine.test_vocabulary import check_law, same_tokens, test_greedy_output_is_unchanged, wider
 
 __all__ = ["same_tokens", "test_greedy_output_is_unchanged", "wider"]
 
 
 @pytest.mark.parametrize("which", ["target wider", "draft wider"])
 def test_sampled_output_keeps_its_law(tiny, wider, which):
-    v1.test_sampled_output_keeps_its_law(tiny, wider, which, num_samples=768)
+    """Of the second token alone, which is a round's first candidate: few samples are enough for that."""
+    check_law(tiny, wider, which, 96, slice(1, 2))

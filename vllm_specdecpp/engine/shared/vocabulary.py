@@ -73,8 +73,8 @@ def check(target: Any, draft: Any) -> None:
     if tokenizers is None:
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"the target has {sizes[0]} token ids, the draft {sizes[1]}, and their tokenizers cannot be compared "
-                f"(skip_tokenizer_init, or files are missing); put both tokenizers beside the models, or {ADVICE}"
+                f"the target's vocabulary has {sizes[0]} rows, the draft's {sizes[1]}, and their tokenizers cannot be "
+                f"compared (skip_tokenizer_init, or files are missing); put both beside the models, or {ADVICE}"
             )
         return
     (target_tokens, target_added), (draft_tokens, draft_added) = tokenizers
