@@ -17,7 +17,6 @@ from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
-
 RULES: dict[str, Callable[[CostModel], Any]] = {"cost_aware": lambda costs: CostAwareRule(costs, DEPTH)}
 """Name -> a rule for an engine that starts with these measured costs."""
 

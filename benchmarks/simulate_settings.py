@@ -11,8 +11,6 @@ import numpy as np
 from benchmarks.simulated_streams import DEPTH
 from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
-READ_WIDTHS = (1, 16, 64, 256)
-"""Tokens of the draft passes that are timed at start-up for what reading takes."""
 READING = 0.0385
 """A token that a draft pass reads beyond its usual ones, as a share of a pass over one request, on the CPUs: one over
 144 tokens takes 6.5 times as long as one over a single token."""
@@ -57,7 +55,7 @@ class Setting:
         return self.draft(widths, read) + self.verify(tokens)
 
 
-READ_WIDTHS = (16, 64, 256)
+READ_WIDTHS = (2, 16, 64, 256)
 """Tokens of the draft passes that start-up times for what reading takes."""
 
 CPU_ROWS = [1, 2, 3, 4, 5, 6, 9, 17]

@@ -75,10 +75,10 @@ class Admission:
     where reading is what the draft model has yet to read of the n requests, spread over the tokens that they are
     expected to emit: at least as many as they have emitted, so a request that goes on is read in time (ski rental). The
     best n and K are compared with a round without drafting. The stop rule does better than the best K, or the text is
-    not that even: how much faster drafted rounds were than this is expected of the next ones.
+    not that even: how much faster drafted rounds were than the formula says is expected of the next ones.
 
-    What is not expected to pay is tried where it would pay if the acceptance were higher by a few standard errors, while
-    the purse pays for what the trial will lose. Before anything is known, everything is a trial.
+    What is not expected to pay is tried where it would pay if the requests were easy, while the purse pays for what the
+    trial will lose. Before anything is known, everything is a trial.
 
     A request that has to be read is judged in the batch that is usual, if that is larger: others are about to join.
 
