@@ -117,7 +117,7 @@ class Admission:
         debts = np.array([costs.extra_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
         charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
 
-        def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
+        def best(accept: Array) -> tuple[float, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
             among = np.arange(len(mine))
             if usual > num_reqs and debts.any():
