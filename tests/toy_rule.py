@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.rule_registry import RULES, RuleEntry, register
 
 
@@ -16,7 +17,7 @@ class Alternate:
 
     name = "alternate"
     depends_on = "nothing"
-    estimator = None
+    estimator: Estimator | None = None
     needs: frozenset[str] = frozenset()
 
     def should_stop(self, survival: Tensor, num_drawn: int) -> Tensor:
