@@ -35,8 +35,8 @@ class Records:
     A look is a candidate whose chance was estimated, whether or not it was submitted. What was observed of it counts as
     it is, the rest as estimated. So a rule that leaves out what looks poor does not make its text look better.
 
-    A request is like all the others, or easy. By its own looks the one or the other becomes more likely (Bayes), and its
-    own acceptance is drawn to that of the one or the other.
+    A request is like all the others, or easy. By its own looks the one or the other becomes more likely (Bayes), and
+    its own acceptance is drawn to that of the one or the other.
 
     Args:
         max_requests: how many requests are remembered; the one seen longest ago is forgotten.
