@@ -33,7 +33,7 @@ from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
-from vllm_specdecpp.engine.v1.proposer.passes import DraftPasses
+from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
