@@ -167,18 +167,14 @@ class DraftPasses(StandaloneARSpeculator):
         """A copy on the draft model's device that is not waited for."""
         return torch_utils.async_tensor_h2d(np.asarray(array), device=self.device)
 
-    def _run_model(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any, slot_mappings: Any, *args: Any
-    ) -> torch.Tensor:
-        """As vLLM's, but never at a position that the draft model does not have: what a request has beyond is read at
-        the last one, of no use to anybody, and its KV goes nowhere. [num_tokens, hidden_size]"""
+    def _run_model(self, input_ids: torch.Tensor, positions: torch.Tensor, *args: Any) -> torch.Tensor:
+        """As vLLM's, but never at a position that the draft model does not have: [num_tokens, hidden_size].
+
+        What a request has beyond is read at the last one. Its KV goes where no request that drafts looks.
+        """
         if self.draft_limit < self.max_model_len:
-            beyond = positions >= self.draft_limit  # [num_tokens]
-            # The layers of a group share a tensor with their attention metadata, hence in place.
-            for slots in {id(s): s for s in (slot_mappings or {}).values()}.values():
-                slots[: len(beyond)].masked_fill_(beyond, -1)
             positions = positions.clamp(max=self.draft_limit - 1)
-        hidden_states: torch.Tensor = super()._run_model(input_ids, positions, attn_metadata, slot_mappings, *args)
+        hidden_states: torch.Tensor = super()._run_model(input_ids, positions, *args)
         return hidden_states
 
     def _run_pass(self, num_reqs: int, query_len: int, metadata: Any, slot_mappings: Any) -> None:
