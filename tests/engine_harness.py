@@ -109,10 +109,23 @@ def verified_rounds(llm: Any) -> Iterator[list[dict[str, Any]]]:
 
 def set_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
     """Give the cost-aware rule these costs for good: real times teach it nothing. Returns the rule."""
+    cost_aware = proposer(llm).cost_aware
+    fix_costs(cost_aware, curves)
+    return cost_aware.rule
+
+
+def fix_costs(cost_aware: Any, curves: dict[str, dict[int, float]]) -> None:
+    """As :func:`set_costs`, of the rule's host side."""
     from vllm_specdecpp.decision.cost_aware import CostModel
 
-    rule = proposer(llm).cost_aware.rule
-    rule.costs = CostModel(**curves, max_reqs=64, max_tokens=512)
-    rule.costs.observe = rule.costs.observe_reading_round = lambda *args: None
-    rule.costs.verify.freshness = lambda width: 99.0
-    return rule
+    model: Any = CostModel(**curves, max_reqs=64, max_tokens=512)
+    model.observe = model.observe_reading_round = model.verify.observe = lambda *args: None
+    cost_aware.rule.costs, cost_aware._overheads = model, None
+
+
+def forget(rule: Any) -> None:
+    """Let the cost-aware rule begin as if it had never seen a round."""
+    from vllm_specdecpp.decision.cost_aware import CostAwareRule
+
+    fresh = CostAwareRule(rule.costs, rule.max_length)
+    rule.admission, rule.purse, rule.acceptance = fresh.admission, fresh.purse, fresh.acceptance

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import engine_harness as harness
+from tests.reference_loop import Rule, generate
 from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 
@@ -19,6 +20,8 @@ CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
 """Seconds: drafting is well worth it."""
 DEAR = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 64: 60e-3}}
 """Seconds: drafting never is."""
+LONG = {"first": {1: 40e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}, "read": {1: 40e-3}}
+"""Seconds: one candidate is not worth its pass, many are if the draft is mostly right."""
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +43,14 @@ def baseline(tiny):
 class _Scripted:
     """In place of ``CostAwareDrafting``: drafts for the requests that ``plan`` names, as far as ``random`` says."""
 
-    drafting = True
-
     def __init__(self, plan: Any, seed: int) -> None:
         self._plan, self._random = plan, random.Random(seed)
 
-    def begin(self, rows: Any, outcomes: Any, max_lengths: list[int], stop_token_ids: Any, *times: Any) -> Any:
-        pairs = zip(rows, max_lengths, strict=True)
-        limits = [n if n > 0 and self._plan(row.request_id) else 0 for row, n in pairs]
-        tail = CostAwareTail(ConfidenceEstimator(), len(rows), MAX_LENGTH, 64, "cpu", self._tail)
+    def begin(self, batch: Any, outcomes: Any, stop_token_ids: Any, *times: Any) -> Any:
+        limits = [s.limit if s.limit > 0 and self._plan(s.request_id) else 0 for s in batch]
+        tail = CostAwareTail(ConfidenceEstimator(), len(batch), MAX_LENGTH, 64, "cpu", self._tail)
         tail.open()
-        state = DraftRound(tail, torch.tensor(limits), stop_token_ids=stop_token_ids)
-        if any(max_lengths):
-            self.drafting = state.goes_on()
-        return state
+        return DraftRound(tail, torch.tensor(limits), stop_token_ids=stop_token_ids)
 
     def timed(self, step: Any) -> None:
         pass
@@ -91,7 +88,7 @@ def _stretches(rng: random.Random) -> Any:
 def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseline, reference, monkeypatch, plan):
     """Whatever was skipped: a wrong or missing KV entry of the draft would show as a candidate that is not its own.
 
-    Prompts are read in chunks, some of them from the prefix cache, while nothing is drafted.
+    A prompt is read when its request is first drafted for, in several passes; some come from the prefix cache.
     """
     llm.reset_prefix_cache()
     monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(PLANS[plan](random.Random(5)), seed=6))
@@ -116,9 +113,47 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
                 emitted += accepted + 1
                 assert emitted > len(tokens) or tokens[emitted - 1] == next_token
     assert checked > 100 and bin(lengths).count("1") >= 5
+    read = [step["read"] for step in llm.collective_rpc("specdecpp_step_times")[0] if step.get("read")]
+    assert max(map(len, read)) > 1  # more than one pass can read
+
+
+def test_a_prompt_is_read_when_its_request_is_first_drafted_for(llm, reference, monkeypatch):
+    llm.reset_prefix_cache()
+    prompt, seen = PROMPTS[0] * 2, []
+
+    def from_the_third_round_on(request_id: str) -> bool:
+        seen.append(request_id)
+        return len(seen) >= 3
+
+    monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(from_the_third_round_on, seed=1))
+    draft, rule = reference("draft_good"), Rule("fixed", max_length=1)
+    _, tokens = generate(
+        reference("target"), draft, prompt, rule, max_tokens=24, max_model_len=harness.MAX_MODEL_LEN
+    )  # fmt: skip
+    harness.take_rounds(llm)
+    llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
+    outputs = harness.generate(llm, [prompt], max_tokens=24, ignore_eos=True)
+    assert harness.token_ids(outputs) == [tokens]
     steps = llm.collective_rpc("specdecpp_step_times")[0]
-    read = [step["read"] for step in steps if step.get("read")]
-    assert (max(map(len, read)) > 1) == (plan != "all rounds")  # more than one pass can read
+    first = next(i for i, step in enumerate(steps) if step["passes"])
+    assert first == -(-len(prompt) // 24) + 1 and steps[first]["read"][:-1] == [24] * (len(steps[first]["read"]) - 1)
+    assert sum(steps[first]["read"]) == len(prompt) + 3  # and what it has emitted
+    assert not any(step.get("read") for i, step in enumerate(steps) if i != first)
+    (rounds,) = harness.rounds_of(outputs, harness.take_rounds(llm))
+    assert [len(candidates) for candidates, *_ in rounds[:2]] == [0, 0] and any(len(r[0]) > 1 for r in rounds)
+    context = [*prompt, tokens[0]]
+    for candidates, accepted, next_token in rounds:
+        assert candidates == [draft.steps([*context, *candidates[:k]])[0].token for k in range(len(candidates))]
+        context += [*candidates[:accepted], next_token]
+
+
+def test_a_cold_engine_drafts_where_only_long_drafts_pay(llm, baseline):
+    """Nobody knows yet how often the draft is right: that is tried at once, and as long as it has to be."""
+    harness.forget(harness.set_costs(llm, LONG))
+    harness.take_rounds(llm)
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    first = harness.take_rounds(llm)[:8]
+    assert max(len(r["candidates"]) for r in first) >= 4
 
 
 def test_drafts_where_it_pays(llm, baseline, monkeypatch):
@@ -130,7 +165,9 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
     assert stats["candidates"] > 2 * stats["rounds"] and stats["accepted"] > 0.5 * stats["candidates"]
     assert len(stats["lengths"]) == MAX_LENGTH + 1
     told = stats["cost_aware"]
-    assert told["rho"]["1"] > 1.5 / CHEAP["verify"][1]
+    admission = told["admission"]
+    assert admission["rho"] > 1.5 / CHEAP["verify"][1] and admission["speedup"] > 1.5
+    assert 0.5 < admission["acceptance"] < 1 and admission["looks"] > 100 and admission["purse_seconds"] >= 0
     assert told["calibration"]["slope"] > 0 and told["costs"]["step"] == {"1": 1e-3}
 
 

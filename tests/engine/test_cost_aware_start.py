@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -35,23 +37,32 @@ def test_sampled_output_follows_the_exact_law(tiny, reference, method):
     assert p_value(samples, joint_law(reference("small_target").model, prompt, length, 1.0)) > 1e-4
 
 
-def test_costs_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch):
+def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     config = {"method": "specdecpp", "model": tiny.draft_rand, "num_speculative_tokens": 3}
     with harness.engine(tiny.target, config) as llm:
-        harness.generate(llm, harness.prompts(4))
-        model = harness.proposer(llm).cost_aware.rule.costs
+        cost_aware = harness.proposer(llm).cost_aware
+        while cost_aware._overheads is not None or cost_aware.rule.admission.records.known < 12:
+            harness.generate(llm, harness.prompts(4))
+        model = cost_aware.rule.costs
         for _ in range(8):
             model.verify.nudge(1, 0.3)
-        learnt = model.points()
+        learnt, records = model.points(), cost_aware.rule.admission.records
+        state = cost_aware.rule.state()
     (path,) = (tmp_path / "specdecpp").glob("costs-*.json")
-    assert "draft_rand" in path.read_text()
+    kept = json.loads(path.read_text())
+    assert "draft_rand" in kept["setting"]["draft"] and kept["learnt"] == json.loads(json.dumps(state))
 
     def measure(*args: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(timing, "measure", measure)
+    assert "going on with what was learnt" not in caplog.text
     with harness.engine(tiny.target, config) as llm:
-        found = harness.proposer(llm).cost_aware.rule.costs.points()
+        rule = harness.proposer(llm).cost_aware.rule
+        found = rule.costs.points()
+    assert "going on with what was learnt" in caplog.text
+    assert rule.admission.records.mean == pytest.approx(records.mean)
+    assert rule.admission.records.known == pytest.approx(records.known, rel=0.05)  # a little older
     assert {n: list(c) for n, c in found.items()} == {n: list(c) for n, c in learnt.items()}
     assert all(found[name] == pytest.approx(learnt[name], rel=1e-6) for name in learnt)

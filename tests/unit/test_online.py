@@ -166,19 +166,6 @@ def test_the_short_solve_is_the_newton_step(n):
     assert np.abs(theta - prior).max() > 0.2  # it moved
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_guards_look_ahead_is_the_tails(seed):
-    rng = np.random.default_rng(seed)
-    model = AcceptanceModel()
-    # Slopes far apart: the chain runs into its bounds.
-    model.this.theta = np.concatenate([[rng.uniform(0, 2)], rng.normal(0, 1, 9)])
-    model.next.theta = np.concatenate([[rng.uniform(0, 4)], rng.normal(0, 1, 9)])
-    x = np.append(rng.uniform(-8, 8, 6), np.nan)
-    for position in (0, 1, 3, 14):
-        many = model.walk_many(x, np.full(7, position), 7)
-        assert many == pytest.approx(following(model, x, position, 7), rel=1e-5)
-
-
 def test_one_request_and_a_batch_teach_the_same():
     rng = np.random.default_rng(0)
     one, batch = AcceptanceModel(), AcceptanceModel()

@@ -17,7 +17,7 @@ CHEAP = ({1: 1e-6, 4: 1e-6}, {1: 1e-6, 4: 1e-6}, {1: 0.1, 64: 0.1})
 
 def drafted(lag: int, scores: list[list[float]]) -> CostAwareRound:
     """A round whose steps saw ``scores`` [num_steps][num_reqs]; its log-odds are put there as the rule keeps them."""
-    rule = CostAwareRule(CostModel(*CHEAP), 8, lag=lag, guarded=False)
+    rule = CostAwareRule(CostModel(*CHEAP), 8, lag=lag)
     round_ = rule.begin(standings([f"r{i}" for i in range(len(scores[0]))], [8] * len(scores[0])))
     for column in scores:
         p = np.array(column)

@@ -142,7 +142,7 @@ class TestOneLoop:
     @pytest.mark.parametrize("name", POLICIES)
     @pytest.mark.parametrize("num_candidates", [3, RECORDED])
     def test_sweep_equals_the_rules_own_loop(self, name: str, num_candidates: int) -> None:
-        """Lengths from survivals computed once are those of RoundState, for each threshold and bound."""
+        """Lengths from survivals computed once are those of DraftRound, for each threshold and bound."""
         rule, head = policy(name)
         chains = chains_of(recorded(num_candidates), num_candidates, head)
         source = step_source(rule, chains, head)

@@ -76,13 +76,6 @@ def test_a_registered_rule_is_an_option(monkeypatch):
 def test_a_subclass_with_logic_of_its_own_has_no_device_tail(base: Any) -> None:
     """Its entry may say otherwise: the kernel would never ask it."""
 
-    class Own(base):
-        name = "own"
-
-        def __init__(self):
-            self.threshold = 0.5
-
-        def should_stop(self, survival, num_drawn):
-            return survival < 2
-
-    assert tail_threshold(Own()) is None
+    members = {"name": "own", "threshold": 0.5, "should_stop": lambda self, survival, num_drawn: survival < 2}
+    own = type("Own", (base,), {**members, "__init__": lambda self: None})()
+    assert tail_threshold(own) is None

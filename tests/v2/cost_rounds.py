@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.v2.oracle import Stops, predict
 from tests.v2.play import Play
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.admission import Admitted, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.engine.v2.passes import SHORT
 
@@ -31,7 +33,7 @@ class Told:
     draft_seconds: float | None
     verify_seconds: float | None
     read: list[int]
-    """Tokens of each pass that read, of a round that the rule learnt reading from."""
+    """Tokens of each pass that read, if that was more than the usual two a request."""
 
 
 class Script(CostAwareRule):
@@ -46,27 +48,23 @@ class Script(CostAwareRule):
         self._random = np.random.default_rng(seed)
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
-        self._read: list[int] = []
-        self.costs.observe_reading_round = self._observe_reading  # type: ignore[method-assign]
+        self.begun_with: list[list[Standing]] = []
 
-    def _observe_reading(self, widths: Any, draft_seconds: float, passes: Any) -> None:
-        assert draft_seconds > 0
-        self._read = list(passes)
+    def begin(self, batch: Sequence[Standing]) -> CostAwareRound:
+        names = [s.request_id for s in batch]
+        most = np.array([min(s.limit, MAX_LENGTH) for s in batch], dtype=np.int64)
+        limits = np.minimum(most, self._random.integers(0, MAX_LENGTH + 1, len(batch)))
+        drafts = (limits > 0) & (self._random.random(len(batch)) < 0.8) & (self._random.random() < 0.7)
+        self.begun_with.append(list(batch))
+        self.plans.append(dict(zip(names, np.where(drafts, limits, 0).tolist(), strict=True)))
+        return CostAwareRound(self, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
 
-    def begin(self, request_ids: Any, max_lengths: Any) -> CostAwareRound:
-        caps = np.minimum(np.asarray(max_lengths, dtype=np.int64), MAX_LENGTH)
-        limits = np.minimum(caps, self._random.integers(0, MAX_LENGTH + 1, len(caps)))
-        drafts = (limits > 0) & (self._random.random(len(caps)) < 0.8) & (self._random.random() < 0.7)
-        self.plans.append(dict(zip(request_ids, np.where(drafts, limits, 0).tolist(), strict=True)))
-        round_ = CostAwareRound(self, list(request_ids), limits, drafts, 0.0)
-        round_.caps, round_.rate, round_.held = caps, 1.0, True
-        return round_
-
-    def finish(self, round_: CostAwareRound, verified: Any, accepted: Any, *seconds: Any) -> None:
-        drafting, verifying = seconds
-        self.told.append(Told(round_, list(verified), list(accepted), drafting, verifying, self._read))
-        self._read = []
-        super().finish(round_, verified, accepted, *seconds)
+    def finish(
+        self, round_: CostAwareRound, verified: Any, accepted: Any, draft_seconds: Any = None,
+        verify_seconds: Any = None, read: Any = (),
+    ) -> None:  # fmt: skip
+        self.told.append(Told(round_, list(verified), list(accepted), draft_seconds, verify_seconds, list(read)))
+        super().finish(round_, verified, accepted, draft_seconds, verify_seconds, read)
 
 
 @dataclass
@@ -166,7 +164,7 @@ def check(told: Told, truth: Truth) -> None:
     assert wins == [outcome[1] for outcome in known if outcome is not None]
     whole = told.verified == drafted and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
-    assert (told.draft_seconds is not None) == (whole and not truth.read)
+    assert (told.draft_seconds is not None) == (whole or bool(truth.read))
     assert told.read == truth.read
 
 
@@ -177,7 +175,6 @@ def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script |
     tail = speculator._tail
     rule = Script(seed, speculator.max_num_reqs) if leads else None
     speculator.cost_aware = DeviceCostAware(rule, tail, None, speculator.agree, speculator.device)
-    speculator.cost_aware._leave_out = lambda *args, **kwargs: None  # the script has the last word
     return rule
 
 

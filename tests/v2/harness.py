@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests import engine_harness
 from tests.v2 import oracle
 
 
@@ -46,12 +47,7 @@ def speculator(
 
 def fix_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
     """Give an engine's cost-aware rule these costs for good: real times teach it nothing. Returns its host side."""
-    from vllm_specdecpp.decision.cost_aware import CostModel
-
     worker = llm.llm_engine.model_executor.driver_worker.worker
     cost_aware = worker.model_runner.speculator.cost_aware
-    model: Any = CostModel(**curves, max_reqs=64, max_tokens=512)
-    model.observe = model.observe_reading_round = lambda *args: None
-    model.verify.freshness = lambda width: 99.0
-    cost_aware.rule.costs, cost_aware._overheads = model, None
+    engine_harness.fix_costs(cost_aware, curves)
     return cost_aware

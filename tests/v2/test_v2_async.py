@@ -100,7 +100,7 @@ def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous
     # The last step's outcome is still on its way.
     assert len(logged) - len(PROMPTS) <= len(known) <= len(logged)
     assert not Counter(known) - Counter(logged)
-    assert len({n for n, _ in logged}) >= 4 and stats["cost_aware"]["rho"]["1"] > 0
+    assert len({n for n, _ in logged}) >= 4 and stats["cost_aware"]["admission"]["rho"] > 0
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -19,6 +19,8 @@ CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
 """Seconds: drafting is well worth it."""
 DEAR = {"first": {1: 1e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 2: 60e-3, 64: 2.0}}
 """Seconds: drafting never is."""
+LONG = {"first": {1: 40e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}, "read": {1: 40e-3}}
+"""Seconds: one candidate is not worth its pass, many are if the draft is mostly right."""
 
 
 def _speculator(llm: Any) -> Any:
@@ -69,7 +71,7 @@ def _run(llm: Any, wanted: Any, reference: Any) -> list[Any]:
     return [len(candidates) for mine in rounds for candidates, *_ in mine]
 
 
-def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference):
+def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference, caplog):
     speculator = _speculator(llm)
     cost_aware = speculator.cost_aware
     points = cost_aware.rule.costs.points()
@@ -78,7 +80,7 @@ def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference):
     for _ in range(2):
         _run(llm, wanted, reference)  # real times
     told = json.loads(json.dumps(llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]))["cost_aware"]
-    assert told["rho"]["1"] > 0 and told["costs"].keys() == {"first", "step", "verify", "read"}
+    assert told["admission"]["looks"] > 0 and told["costs"].keys() == {"first", "step", "verify", "read"}
     assert sum(told["calibration"]["reliability"]["num"]) > 0
     assert cost_aware._overheads is None  # what the passes did not show is known by now
     cost_aware.save()
@@ -86,6 +88,9 @@ def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference):
     speculator.cost_aware = None
     speculator.start_cost_aware()  # from the file: nothing may be measured again
     assert speculator.cost_aware is not cost_aware
+    assert "going on with what was learnt" in caplog.text
+    mine, theirs = (made.rule.admission.records for made in (speculator.cost_aware, cost_aware))
+    assert (mine.mean, mine.known) == pytest.approx((theirs.mean, theirs.known), rel=0.01) and mine.known > 0
     for name, curve in speculator.cost_aware.rule.costs.points().items():
         assert curve == pytest.approx(cost_aware.rule.costs.points()[name]), name
 
@@ -104,6 +109,15 @@ def test_drafts_where_it_pays_and_next_to_nothing_where_it_does_not(llm, wanted,
     v2_harness.fix_costs(llm, CHEAP)
     lengths = _run(llm, wanted, reference)
     assert sum(lengths) > len(lengths)
+
+
+def test_a_cold_engine_drafts_where_only_long_drafts_pay(llm, wanted, reference):
+    """Nobody knows yet how often the draft is right: that is tried at once, and as long as it has to be."""
+    harness.forget(v2_harness.fix_costs(llm, LONG).rule)
+    harness.take_rounds(llm)
+    outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+    assert harness.token_ids(outputs) == wanted
+    assert max(len(r["candidates"]) for r in harness.take_rounds(llm)[:8]) >= 4
 
 
 def test_another_rule_and_back(llm, wanted, reference):

@@ -15,6 +15,7 @@ from tests.v2.kernels.cost_aware_cases import Case, make_round, oracle_of
 from tests.v2.test_v2_round import HIDDEN, VOCAB, _head
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostModel
+from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
 from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
@@ -49,7 +50,7 @@ class _Twins:
         costs = rule.costs
         tokens = len(costs.verify.table()) - 1
         rule.costs = CostModel(**costs.points(), max_reqs=self.most, max_tokens=tokens)
-        begun.caps = begun.limits
+        begun.admitted = Admitted(begun.drafts, begun.price, 1.0, 1.0, expected=1.0)
         self.host = copy.deepcopy(begun)
         self.estimator = _estimator(case.lag)
         rule.begin = lambda *args: begun
@@ -66,8 +67,9 @@ class _Twins:
         room = torch.from_numpy(self.rng.integers(0, 2 * case.max_length, self.most)).clamp(max=case.max_length)
         device.limits[:, 0], device.limits[:, 1], device.limits[:, 2:] = room, 1000, -1
         device.limits[::2, 5] = STOP
-        self.host.limits = self.host.caps = np.minimum(self.host.limits, room[: self.n].numpy())
-        self.host.leave_out(self.host.limits == 0)
+        self.host.limits = np.minimum(self.host.limits, room[: self.n].numpy())
+        self.host.drafts = self.host.drafts & (self.host.limits > 0)
+        self.host.running = self.host.drafts.copy()
         self.oracle = oracle_of(self.host)
 
     def start(self) -> None:
@@ -131,7 +133,7 @@ class _Twins:
         rule = host.rule
         assert round_.widths == [width for width in host.widths if width]
         assert (round_.lengths == host.lengths).all() and (round_.drafts == host.drafts).all()
-        assert (round_.limits == np.where(host.drafts, host.limits, 0)).all() and (round_.caps == host.caps).all()
+        assert (round_.limits == np.where(host.drafts, host.limits, 0)).all()
         np.testing.assert_allclose(round_.expected, host.expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(
             np.reshape(round_.scores, (-1, self.n)), np.reshape(host.scores[: len(round_.widths)], (-1, self.n)),
@@ -144,7 +146,12 @@ class _Twins:
         for name in ("this", "next"):
             mine, theirs = (getattr(model.acceptance, name).theta for model in (learnt, rule))
             np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-4)
-        assert learnt.tokens_per_second(self.n) == pytest.approx(rule.tokens_per_second(self.n), rel=1e-4)
+        mine, theirs = learnt.admission, rule.admission
+        for one, other in zip(mine.records.of(host.request_ids), theirs.records.of(host.request_ids), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4)
+        assert mine.records.known == pytest.approx(theirs.records.known, rel=1e-4)
+        assert mine.correction == pytest.approx(theirs.correction, rel=1e-4)
+        assert learnt.purse.balance == pytest.approx(rule.purse.balance, rel=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

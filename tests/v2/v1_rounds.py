@@ -32,7 +32,7 @@ def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
     from vllm_specdecpp.costs import timing
 
     measure = timing.measure
-    timing.measure = lambda *args: {"first": {1: FIRST}, **CURVES}
+    timing.measure = lambda *args: {"first": {1: FIRST}, "read": {1: FIRST}, **CURVES}
     found = []
     with engine_harness.engine(tiny_models.ensure().target, config, block_size=32, **options) as llm:
         for changes in CHANGES:
@@ -46,9 +46,9 @@ def rounds(config: dict[str, Any], **options: Any) -> list[Any]:
 
 
 def _fix_costs(llm: Any) -> None:
-    """The same prices on both runners, whatever the clock says; and what is missing is read at once: V1 reads prompts
-    with the first pass that drafts, V2 with the target."""
-    curves = {"first": {1: FIRST}, **CURVES}
+    """The same prices on both runners, whatever the clock says and an earlier start has learnt; and reading is free: V1
+    reads prompts with the first pass that drafts, V2 with the target."""
+    curves = {"first": {1: FIRST}, "read": {1: FIRST}, **CURVES}
     if conftest.os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
         from tests.v2 import harness
 
@@ -56,8 +56,7 @@ def _fix_costs(llm: Any) -> None:
     else:
         engine_harness.set_costs(llm, curves)
         cost_aware = engine_harness.proposer(llm).cost_aware
-        cost_aware._overheads = None
-    cost_aware._leave_out = lambda *args, **kwargs: None
+    engine_harness.forget(cost_aware.rule)
 
 
 if __name__ == "__main__":

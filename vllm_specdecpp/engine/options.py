@@ -59,7 +59,7 @@ def _is_mistyped(method: Any) -> bool:
     return bool(difflib.get_close_matches(method.lower(), [METHOD], cutoff=0.75))
 
 
-def _mistyped(method: str) -> str:
+def _mistyped(method: Any) -> str:
     return f"unknown speculative method {method!r}; did you mean {METHOD!r}?"
 
 

@@ -120,7 +120,7 @@ class Admission:
                 debts[i] = costs.extra_seconds(s.behind) + s.apart
                 charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room), 1.0)
 
-        def best(accept: Array) -> tuple[float, Array, NDArray[np.int64], int]:
+        def best(accept: Array) -> tuple[float, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
             among = np.arange(len(mine))
             if usual > num_reqs and debts.any():

@@ -36,7 +36,7 @@ class Records:
     it is, the rest as estimated. So a rule that leaves out what looks poor does not make its text look better.
 
     A request is like all the others, or easy. By its own looks the one or the other becomes more likely (Bayes), and
-    within "like the others" its own acceptance is drawn to the common mean.
+    its own acceptance is drawn to that of the one or the other.
 
     Args:
         max_requests: how many requests are remembered; the one seen longest ago is forgotten.
@@ -59,14 +59,13 @@ class Records:
         looks, won, seen = np.array(found, dtype=np.float64).reshape(-1, 3).T
         keep = _FADE ** (self._round - seen)
         looks, won = keep * looks, keep * won
-        mean = (won + _OWN * self.mean) / (looks + _OWN)
         usual = min(self.mean, _SURE)
         odds = math.log(_SHARE / (1 - _SHARE)) + won * math.log(EASY / usual)
         odds += (looks - won) * math.log((1 - EASY) / (1 - usual))
         easy = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
         # Before its first look a request is expected to be like the others, and hoped to be easy.
-        mean += easy * looks / (looks + 1) * np.maximum(EASY - mean, 0.0)
-        mean = np.minimum(mean, _SURE)
+        start = usual + easy * looks / (looks + 1) * max(EASY - usual, 0.0)
+        mean = np.minimum((won + _OWN * start) / (looks + _OWN), _SURE)
         return mean, np.where(easy > _HOPE, np.maximum(mean, EASY), mean)
 
     def update(self, request_ids: Sequence[str], looks: Sequence[float], accepted: Sequence[float]) -> None:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -33,9 +31,9 @@ from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
-from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
+from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.specdecpp")
 
 
-class SpecDecPPProposer(DraftModelProposer):
+class SpecDecPPProposer(DraftPasses):
     """Drafts with a candidate length per sequence (``vllm.v1.spec_decode.draft_model.DraftModelProposer``).
 
     Args:
@@ -73,8 +71,6 @@ class SpecDecPPProposer(DraftModelProposer):
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
         self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
-        self.pass_widths = RowWidths()
-        self.logits_widths = RowWidths()
         self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
@@ -94,17 +90,6 @@ class SpecDecPPProposer(DraftModelProposer):
         if self.config.resolved_rule != "cost_aware":
             self.rule = make_rule(self.config, self.head)
 
-    def measure_widths(self) -> None:
-        """Time the draft model's passes at small widths; call once the model is compiled. GPUs pad to their graphs."""
-        if self.device.type != "cpu":
-            return
-        passes, most = SinglePasses(self), min(MAX_ROWS, self.max_num_tokens)
-        times = [measure(passes.draft, most), measure(passes.draft_logits, most)]
-        tables = self.agree(torch.tensor(times, dtype=torch.float64))  # ranks that pad differently would not meet
-        self.pass_widths, self.logits_widths = (RowWidths(table) for table in tables.tolist())
-        chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
-        logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
-
     def start_cost_aware(self) -> CostAwareDrafting:
         """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
         if self.cost_aware is not None:
@@ -118,14 +103,6 @@ class SpecDecPPProposer(DraftModelProposer):
         tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
         self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
         return self.cost_aware
-
-    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
-        """One pass instead of vLLM's K_max equal ones: at K_max 20 those take minutes of every start on a CPU."""
-        kept, self.num_speculative_tokens = self.num_speculative_tokens, 1
-        try:
-            super().dummy_run(*args, **kwargs)
-        finally:
-            self.num_speculative_tokens = kept
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
         """Check ``changes`` against the options and put them in force.
@@ -357,57 +334,6 @@ class SpecDecPPProposer(DraftModelProposer):
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
-
-    def _run_draft_model(self, inputs: DraftInputs, block_table: torch.Tensor, draft_index: int) -> torch.Tensor:
-        """One forward pass; returns the last hidden states, after the final norm: [num_tokens, hidden_size]."""
-        num_tokens = inputs.token_ids.shape[0]
-        self.input_ids[:num_tokens] = inputs.token_ids
-        self.positions[:num_tokens] = inputs.positions
-        lengths = inputs.query_start_loc.diff()
-        metadata = CommonAttentionMetadata(
-            query_start_loc=inputs.query_start_loc.to(self.device),
-            query_start_loc_cpu=inputs.query_start_loc,
-            seq_lens=inputs.seq_lens.to(self.device),
-            seq_lens_cpu_upper_bound=inputs.seq_lens,
-            num_reqs=len(lengths),
-            num_actual_tokens=num_tokens,
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(inputs.seq_lens.max()),
-            block_table_tensor=block_table,
-            slot_mapping=inputs.slot_mapping,
-        )
-        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(
-            self.pass_widths.cheapest(num_tokens)
-        )
-        _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=draft_index)
-        model_kwargs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
-        with set_forward_context(
-            per_layer,
-            self.vllm_config,
-            num_tokens=num_input_tokens,
-            num_tokens_across_dp=num_tokens_across_dp,
-            cudagraph_runtime_mode=mode,
-            slot_mapping=self._get_slot_mapping(slot_mapping_size, metadata.slot_mapping),
-        ):
-            hidden_states = self.model(**model_kwargs)
-        self.log.draft_pass()
-        return hidden_states[:num_tokens]
-
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The draft's logits [num_rows, vocab_size] from its hidden states [num_rows, hidden_size]."""
-        num_rows = hidden_states.shape[0]
-        if (width := self.logits_widths.cheapest(num_rows)) > num_rows:
-            padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])
-            hidden_states = torch.cat([hidden_states, padding])
-        return self.model.compute_logits(hidden_states)[:num_rows]
-
-    def agree(self, decision: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return decision
-        message = decision.to(self.device, torch.uint8 if decision.dtype == torch.bool else decision.dtype)
-        return group.broadcast(message.contiguous(), src=0).to(decision.device, decision.dtype)
 
     def _finish_round(
         self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks]
