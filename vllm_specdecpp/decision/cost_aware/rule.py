@@ -131,7 +131,7 @@ class CostAwareRule:
         self.purse.earn(seconds + admitted.reading)
         if round_.widths:
             if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (num_reqs + sum(wins)) / admitted.baseline)
+                self.purse.settle(seconds + admitted.reading - (num_reqs + int(wins.sum())) / admitted.baseline)
             self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
