@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         options.tokens, options.warm_tokens = min(options.tokens, 3000), min(options.warm_tokens, 2000)
         options.costs = [name for name in options.costs if name in QUICK] or options.costs
     rows: list[dict[str, Any]] = []
+    command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate")
     try:
         if options.out is not None:
             simulate_report.check_free(options.out, options.force)
@@ -268,12 +269,13 @@ def main(argv: list[str] | None = None) -> int:
                 rows += cells
                 for row in cells:
                     print(simulate_report.line(row), flush=True)
+                if options.out is not None:  # after each: a long run that is ended leaves what it has
+                    simulate_report.write(rows, options.out, command, plots=False)
     except ValueError as error:
         print(f"benchmarks.simulate: {error}", file=sys.stderr)
         return 2
     print("\n".join(simulate_report.summary(rows)))
     if options.out is not None:
-        command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate")
         simulate_report.write(rows, options.out, command)
     return 0
 

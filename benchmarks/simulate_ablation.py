@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each mechanism of the cost-aware rule earns: simulated with all of them, and without one at a time.
+"""What each mechanism and each constant of who drafts earns: simulated with and without, or halved and doubled.
 
-    python -m benchmarks.simulate_ablation --streams markov shift --seeds 8 --out benchmarks/results/x.jsonl
+    python -m benchmarks.simulate_ablation --streams markov shift --seeds 4 --out benchmarks/results/x.jsonl
 
-Each cell is served by the whole rule and by each ablated one, on the same text, with the same noise in what they
-observe and in what start-up measured. A ratio below 1 is what the mechanism earns, one above 1 is what it costs.
+Each cell is served by the rule as it is and by each changed one, on the same requests, with the same noise in what they
+observe and in what start-up measured. A ratio below 1 says that the change costs, one above 1 that it earns.
 """
 
 from __future__ import annotations
@@ -13,114 +13,117 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from benchmarks import simulate
 from benchmarks.provenance import command_line, git_state, versions
-from benchmarks.simulate_rules import Engine
-from benchmarks.simulate_server import Server
+from benchmarks.simulate_server import Run, Server
 from benchmarks.simulate_settings import SETTINGS, cost_model
-from benchmarks.simulated_streams import STREAMS
+from benchmarks.simulated_streams import DEPTH, STREAMS
+from vllm_specdecpp.decision.cost_aware import admission, output_lengths, purse, records
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 WORTH = 0.005
-"""A mechanism that earns less than this in every cell is to go."""
+"""Less than this in every cell is not worth a mechanism."""
 SIGMAS = 2.5
 """Standard errors that a difference must exceed besides."""
 
 
-def has_acted(rule: CostAwareRule) -> set[str]:
-    """A set that will hold the mechanisms that changed a decision of this rule: without the others it decides alike."""
-    acted = {"calibration"}
-
-    def watch(owner: object, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def outer(*args: Any) -> Any:
-            found = inner(*args)
-            if found is not None and found is not False:
-                acted.add(name)
-            return found
-
-        setattr(owner, method, outer)
-
-    watch(rule, "_trial", "trials")
-    watch(rule, "_should_time_off", "time_off")
-    if rule.guard is not None:
-        watch(rule.guard, "tick", "guard")
-    notice = rule.start._notice_change
-
-    def watched_notice(*args: Any) -> None:
-        before = rule.start._accepted
-        notice(*args)
-        if rule.start._accepted != before:
-            acted.add("change")
-
-    setattr(rule.start, "_notice_change", watched_notice)  # noqa: B010
-    return acted
+def _all_alike(rule: CostAwareRule) -> None:
+    of = rule.admission.records.of
+    setattr(rule.admission.records, "of", lambda names: of([""] * len(names)))  # noqa: B010
 
 
-def _never_judge(rule: CostAwareRule) -> None:
-    if rule.guard is not None:  # it goes on counting: trial rounds read its best fixed length
-        setattr(rule.guard, "_judge", lambda rate: None)  # noqa: B010
-
-
-ABLATIONS: dict[str, Callable[[CostAwareRule], None]] = {
-    "guard": _never_judge,
-    "trials": lambda rule: setattr(rule, "_trial", lambda limits, drafts: None),
-    "calibration": lambda rule: setattr(rule, "adapt", False),
-    "change": lambda rule: setattr(rule.start, "_notice_change", lambda mean, num, step, probe: None),
-    "time_off": lambda rule: setattr(rule, "_should_time_off", lambda num_reqs: False),
+MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
+    "own": ("every request is like one of which nothing is known", _all_alike),
+    "easy": ("no request is hoped to be easier than the others", lambda rule: None),
+    "purse": ("nothing is earned for trials after the opening sum", lambda rule: setattr(rule.purse, "_share", 0.0)),
+    "correction": (
+        "rounds are taken to be as fast as the formula says",
+        lambda rule: setattr(rule.admission, "learn", lambda *outcome: None),
+    ),
+    "usual": ("a request is judged in the batch as it is now", lambda rule: None),
+    "spread": (
+        "reading is spread over all that a request may emit",
+        lambda rule: setattr(rule.admission.lengths, "remaining", lambda name, room: room),
+    ),
+    "calibration": ("scores are taken for probabilities, as they come", lambda rule: setattr(rule, "adapt", False)),
 }
-"""Name -> takes just that mechanism out of a rule that has not served yet."""
-WHAT = {
-    "guard": "the watch that yields to a fixed length never judges (trial rounds go on)",
-    "trials": "no round with the watch's best fixed length for the sake of its time",
-    "calibration": "scores are taken for probabilities, as they come",
-    "change": "the gate's means start anew at no change of the workload",
-    "time_off": "no round without drafting for the sake of its time",
-}
+"""Name -> what is then so, and what takes it out of a rule that has not served yet."""
+_BY_CONSTANT: dict[str, dict[str, float]] = {
+    "easy": {"records._SHARE": 1e-300}, "usual": {"admission._BATCH_MEMORY": 1.0}
+}  # fmt: skip
+"""Mechanisms that a constant's value takes out."""
+CONSTANTS = (
+    "admission._ENOUGH", "admission._BATCH_MEMORY", "admission._FIT_MEMORY", "records._MEAN", "records._WEIGHT",
+    "records._MEMORY", "records._OWN", "records._OWN_MEMORY", "records._FADE", "records.EASY", "records._SHARE",
+    "records._HOPE", "records._SURE", "purse._SHARE", "purse._OPENING", "output_lengths._MEAN",
+    "output_lengths._MEMORY",
+)  # fmt: skip
+_NEAR_ONE = ("records._MEAN", "records._FADE", "records.EASY", "records._SURE")
+"""Of these the distance to 1 is halved and doubled."""
+_MODULES = {"admission": admission, "records": records, "purse": purse, "output_lengths": output_lengths}
 
 
-def without(rule: CostAwareRule, names: Sequence[str]) -> CostAwareRule:
-    """The rule, with these mechanisms taken out of it."""
-    for name in names:
-        ABLATIONS[name](rule)
-    return rule
+def where(constant: str) -> tuple[ModuleType, str]:
+    """The module that reads a constant, and its name there."""
+    module, _, name = constant.partition(".")
+    return _MODULES[module], name
+
+
+@contextmanager
+def changed(names: Sequence[str]) -> Iterator[None]:
+    """Constants are other ones for a while; mechanisms that are no constant's are left alone."""
+    before: list[tuple[ModuleType, str, float]] = []
+
+    def put(constant: str, value: float) -> None:
+        module, name = where(constant)
+        for user in (module, admission) if constant == "records.EASY" else (module,):  # admission imports it
+            before.append((user, name, getattr(user, name)))
+            setattr(user, name, value)
+
+    try:
+        for change in names:
+            for constant, value in _BY_CONSTANT.get(change, {}).items():
+                put(constant, value)
+            if change not in MECHANISMS:
+                constant, factor = change[:-2], 2.0 if change.endswith("*2") else 0.5
+                now = getattr(*where(constant))
+                put(constant, 1 - (1 - now) * factor if constant in _NEAR_ONE else now * factor)
+        yield
+    finally:
+        for module, name, value in reversed(before):
+            setattr(module, name, value)
+
+
+def play(server: Server, seed: int, names: Sequence[str]) -> Run:
+    """Served by a cold rule with these changes: mechanisms taken out, constants halved ("/2") or doubled ("*2")."""
+    with changed(names):
+        rule = CostAwareRule(cost_model(server.setting, seed), DEPTH)
+        rule.purse = purse.Purse(purse._SHARE, purse._OPENING)  # its defaults are those of the import
+        for name in names:
+            if name in MECHANISMS:
+                MECHANISMS[name][1](rule)
+        return server.play(rule, seed)
 
 
 def serve(
-    cell: tuple[str, str, int], options: argparse.Namespace, sets: Sequence[tuple[str, ...]]
+    cell: tuple[str, str, int], options: argparse.Namespace, changes: Sequence[tuple[str, ...]]
 ) -> tuple[list[float], float]:
-    """Tokens per second of the rule without each of ``sets``, for (costs, stream, seed); and those of K = 0."""
+    """Tokens per second of the rule with each of ``changes``, for (costs, stream, seed); and those of K = 0."""
     costs, stream, seed = cell
     setting = SETTINGS[costs]
     streams = simulate.streams_of(stream, setting, options, seed)
-    server = Server(setting, streams, simulate.tokens_of(setting, options.tokens), reads=not options.no_reading)
-    rates: list[float] = []
-    acted: set[str] = set()
-    for names in sets:
-        played = Engine(cost_model(setting, seed))
-        without(played.rule, names)
-        if not names:
-            acted = has_acted(played.rule)
-        elif not acted & set(names):
-            rates.append(rates[0])
-            continue
-        rates.append(server.play(played, seed).rate)
-    return rates, setting.batch / setting.verify(setting.batch)
-
-
-def summary(ratios: Mapping[tuple[str, str], Sequence[float]]) -> tuple[float, tuple[float, float]]:
-    """Mean of the log-ratios as a ratio, and of the cells' means the least and greatest."""
-    means = [geometric(values) for values in ratios.values()]
-    return geometric(means), (min(means), max(means))
+    server = Server(setting, streams, simulate.tokens_of(setting, options.tokens))
+    return [play(server, seed, names).rate for names in changes], setting.batch / setting.verify(setting.batch)
 
 
 def geometric(values: Sequence[float]) -> float:
@@ -132,10 +135,10 @@ def error(values: Sequence[float]) -> float:
     return float(np.std(np.log(values), ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-def cell_text(values: Sequence[float]) -> str:
+def ratio_text(values: Sequence[float]) -> str:
     """A ratio; bold where it is a difference worth naming."""
     ratio, spread = geometric(values), error(values)
-    text = f"{ratio:.4f}"
+    text = f"{ratio:.3f}"
     return f"**{text}**" if abs(ratio - 1) >= WORTH and abs(math.log(ratio)) > SIGMAS * spread else text
 
 
@@ -148,53 +151,53 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path, command: str) -> None:
 
 
 def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
-    """The table, and what each column says over all cells."""
-    names = list(rows[0]["without"])
+    """Mechanisms by cell, and what mechanisms and constants say over all cells."""
+    names = [name for name in rows[0]["changed"] if name in MECHANISMS]
+    constants = [name[:-2] for name in rows[0]["changed"] if name.endswith("/2")]
     seeds = len(rows[0]["rates"])
     lines = [
-        "Tokens/s of `cost_aware`, simulated, and the ratio to it of the same rule without one mechanism. Below 1: the",
-        f"mechanism earns that much; above 1: it costs. Means over {seeds} seeds, the same text and the same noise for",
-        f"each column. Bold: {WORTH:.1%} or more, and beyond {SIGMAS} standard errors.",
-        *([] if rows[0]["reads"] else ["The draft model knows every prompt for nothing: the stop rule is judged."]),
-        "",
-        f"| costs | batch | stream | /off | cost_aware | {' | '.join(f'−{name}' for name in names)} | noise |",
-        "|---" * (6 + len(names)) + "|",
+        "Tokens/s of `cost_aware`, simulated, cold, and the ratio to it of the same rule without one mechanism, or with",
+        f"one constant halved or doubled. Below 1: the change costs. {seeds} seed(s), {rows[0]['tokens']} tokens (more",
+        "for batches), the same requests and the same noise for each.",
+        f"Bold: {WORTH:.1%} or more, and beyond {SIGMAS} standard errors over the seeds; below, over the cells.",
     ]
-    lines += map(_row, rows)
-    lines += [
-        "",
-        f"noise: the largest standard error in the row. Over all {len(rows)} cells:",
-        "",
-        "| without | geometric mean | least | greatest | cells it earns in | cells it costs in |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in names:
-        cells = {
-            (row["costs"], row["stream"]): (np.array(row["without"][name]) / np.array(row["rates"])).tolist()
-            for row in rows
-        }
-        mean, (least, most) = summary(cells)
-        ordered = sorted(cells.items(), key=lambda item: geometric(item[1]))
-        earns = [f"{c} {s}" for (c, s), values in ordered if "**" in cell_text(values) and geometric(values) < 1]
-        loses = [f"{c} {s}" for (c, s), values in ordered[::-1] if "**" in cell_text(values) and geometric(values) > 1]
-        lines.append(f"| {name} | {mean:.4f} | {least:.4f} | {most:.4f} | {_few(earns)} | {_few(loses)} |")
-    lines += ["", *(f"* −{name}: {WHAT[name]}." for name in names if name in WHAT)]
+    if names:
+        lines += ["", f"| costs | batch | stream | /off | cost_aware | {' | '.join(f'−{n}' for n in names)} |"]
+        lines += ["|---" * (5 + len(names)) + "|", *(_row(row, names) for row in rows)]
+        lines += ["", "| without | geometric mean | noise | least | greatest |", "|---|---|---|---|---|"]
+        lines += [f"| −{name} | {_over_all(rows, name)} |" for name in names]
+        lines += ["", *(f"* −{name}: {MECHANISMS[name][0]}." for name in names)]
+    if constants:
+        lines += ["", "Constants; of those marked ¹ the distance to 1 is halved and doubled.", ""]
+        lines += [f"| constant | is |{' geometric mean | noise | least | greatest |' * 2}", "|---" * 10 + "|"]
+        lines += [
+            f"| {name}{'¹' if name in _NEAR_ONE else ''} | {getattr(*where(name)):g} "
+            f"| halved: {_over_all(rows, name + '/2')} | doubled: {_over_all(rows, name + '*2')} |"
+            for name in constants
+        ]
+    lines += ["", f"{len(rows)} cells; noise: standard error of the mean over cells and seeds, as if all were alike."]
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     return "\n".join([*lines, "", f"`{command}`", "", f"{known}; git {git_state()}", ""])
 
 
-def _row(row: Mapping[str, Any]) -> str:
-    whole = np.array(row["rates"])
-    ratios = [(np.array(rates) / whole).tolist() for rates in row["without"].values()]
-    noise = max(error(values) for values in ratios)
-    return (
-        f"| {row['costs']} | {row['batch']} | {row['stream']} | {whole.mean() / np.mean(row['off']):.3f} "
-        f"| {whole.mean():.2f} | {' | '.join(map(cell_text, ratios))} | {noise:.4f} |"
-    )
+def _ratios(row: Mapping[str, Any], name: str) -> list[float]:
+    ratios: list[float] = (np.array(row["changed"][name]) / np.array(row["rates"])).tolist()
+    return ratios
 
 
-def _few(cells: Sequence[str], most: int = 4) -> str:
-    return f"{len(cells)}" + (f" ({', '.join(cells[:most])}{', …' if len(cells) > most else ''})" if cells else "")
+def _over_all(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    cells = {f"{row['costs']} {row['stream']}": _ratios(row, name) for row in rows}
+    every = [ratio for ratios in cells.values() for ratio in ratios]
+    ordered = sorted((geometric(ratios), cell) for cell, ratios in cells.items())
+    (least, low), (most, high) = ordered[0], ordered[-1]
+    return f"{ratio_text(every)} | {error(every):.4f} | {least:.3f} ({low}) | {most:.3f} ({high})"
+
+
+def _row(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    whole = float(np.mean(row["rates"]))
+    ratios = " | ".join(ratio_text(_ratios(row, name)) for name in names)
+    start = f"| {row['costs']} | {row['batch']} | {row['stream']} |"
+    return f"{start} {whole / row['off']:.3f} | {whole:.2f} | {ratios} |"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -203,15 +206,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate_ablation", description=summary)
     parser.add_argument("--costs", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--streams", nargs="+", default=list(STREAMS), help="as for benchmarks.simulate")
-    parser.add_argument(
-        "--without", nargs="+", default=list(ABLATIONS), metavar="NAME[+NAME...]",
-        help=f"one column each, mechanisms joined by + go together: {', '.join(ABLATIONS)}",
-    )  # fmt: skip
+    parser.add_argument("--without", nargs="*", default=list(MECHANISMS), metavar="NAME", help=", ".join(MECHANISMS))
+    parser.add_argument("--constants", nargs="*", default=[], metavar="NAME", help=f"all, or {', '.join(CONSTANTS)}")
     parser.add_argument("--record", type=Path, help="dataset folder of vllm-specdecpp collect, for recorded streams")
     parser.add_argument("--tokens", type=int, default=4000, help="tokens that each rule emits; more for batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--no-reading", action="store_true", help="the draft model knows every prompt for nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="result rows (JSONL), with a page (.md) beside them")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -221,15 +221,17 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; write it with ``--out``."""
     options = make_parser().parse_args(argv)
-    sets = [(), *(tuple(name.split("+")) for name in options.without)]
-    unknown = {name for names in sets for name in names} - ABLATIONS.keys()
+    constants = list(CONSTANTS) if options.constants == ["all"] else options.constants
+    names = [*options.without, *(name + factor for name in constants for factor in ("/2", "*2"))]
+    unknown = {*options.without} - MECHANISMS.keys() | {*constants} - {*CONSTANTS}
     command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate_ablation")
     cells = [(costs, stream) for costs in options.costs for stream in options.streams]
     seeds = range(options.seed, options.seed + options.seeds)
     rows: list[dict[str, Any]] = []
     try:
         if unknown:
-            raise ValueError(f"specdecpp: --without {', '.join(sorted(unknown))}; choose among {', '.join(ABLATIONS)}")
+            known = ", ".join([*MECHANISMS, *CONSTANTS])
+            raise ValueError(f"specdecpp: {', '.join(sorted(unknown))} is unknown; choose among {known}")
         if options.out is not None:
             for path in (options.out, options.out.with_suffix(".md")):
                 if path.exists() and not options.force:
@@ -238,20 +240,16 @@ def main(argv: list[str] | None = None) -> int:
             simulate.streams_of(stream, SETTINGS[options.costs[0]], options, options.seed)
         with ProcessPoolExecutor(options.jobs) as pool:
             todo = [(*cell, seed) for cell in cells for seed in seeds]
-            served = pool.map(partial(serve, options=options, sets=sets), todo)
+            served = pool.map(partial(serve, options=options, changes=[(), *((name,) for name in names)]), todo)
             for costs, stream in cells:
                 here = [next(served) for _ in seeds]
-                columns = np.array([rates for rates, _ in here]).T  # [1 + num_ablations, num_seeds]
+                columns = np.array([rates for rates, _ in here]).T  # [1 + num_changes, num_seeds]
                 rows.append({
-                    "costs": costs,
-                    "reads": not options.no_reading,
-                    "batch": SETTINGS[costs].batch,
-                    "stream": stream,
-                    "off": [round(off, 4) for _, off in here],
-                    "rates": columns[0].round(4).tolist(),
-                    "without": {n: c.round(4).tolist() for n, c in zip(options.without, columns[1:], strict=True)},
+                    "costs": costs, "batch": SETTINGS[costs].batch, "stream": stream, "tokens": options.tokens,
+                    "off": round(here[0][1], 4), "rates": columns[0].round(4).tolist(),
+                    "changed": {n: c.round(4).tolist() for n, c in zip(names, columns[1:], strict=True)},
                 })  # fmt: skip
-                print(_row(rows[-1]), flush=True)
+                print(_row(rows[-1], options.without), flush=True)
                 if options.out is not None:  # after each: a long run that is ended leaves what it has
                     write(rows, options.out, command)
     except ValueError as problem:

@@ -196,11 +196,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(rows: Sequence[Row], out: Path, command: str) -> None:
-    """``out`` (JSONL), and beside it the page (.md) and the plots (.png)."""
+def write(rows: Sequence[Row], out: Path, command: str, plots: bool = True) -> None:
+    """``out`` (JSONL), and beside it the page (.md) and, with ``plots``, the plots (.png)."""
     origin = {"command": command, "versions": versions(), "git": git_state()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows), encoding="utf-8")
     out.with_suffix(".md").write_text(page(rows, command), encoding="utf-8")
-    if "load" not in rows[0]:
+    if plots and "load" not in rows[0]:
         plot(rows, out.with_suffix(".png"))

@@ -114,8 +114,11 @@ class Admission:
         mine = [batch[i] for i in index.tolist()]
         mean, hoped = self.records.of([s.request_id for s in mine])
         limits = np.array([s.limit for s in mine])
-        debts = np.array([costs.extra_seconds(s.behind) + s.apart if s.behind > 0 else 0.0 for s in mine])
-        charges = debts / np.array([max(self.lengths.remaining(s.request_id, s.room), 1.0) for s in mine])
+        debts, charges = np.zeros(len(mine)), np.zeros(len(mine))
+        for i, s in enumerate(mine):
+            if s.behind > 0:
+                debts[i] = costs.extra_seconds(s.behind) + s.apart
+                charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room), 1.0)
 
         def best(accept: Array) -> tuple[float, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
@@ -141,10 +144,14 @@ class Admission:
         if rate > off_rate:
             out.drafts[index[chosen]] = True
             out.expected, out.price, out.baseline = rate / self.correction, rate, rate
-        rate_hoped, hopeful, length = best(hoped)
-        new = np.setdiff1d(hopeful, chosen) if out.expected else hopeful
+        others = np.ones(len(mine), dtype=np.bool_)
+        others[chosen] = not out.expected
+        rate_hoped, length, new = 0.0, 0, chosen[:0]
+        if others.any() and (hoped > mean).any():  # else there is nobody to try
+            rate_hoped, hopeful, length = best(hoped)
+            new = hopeful[others[hopeful]]
         if len(new) and rate_hoped > out.price:
-            new = new[np.argsort(debts[new], kind="stable")]
+            new = new[np.lexsort((new, debts[new]))]
             while len(new) and not out.trial:
                 everyone = np.concatenate([chosen, new]) if out.expected else new
                 # As expected, not as hoped, the stop rule ends a draft about where its first rejection is.

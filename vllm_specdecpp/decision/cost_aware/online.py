@@ -72,9 +72,9 @@ class AcceptanceModel:
         """Mean acceptance lately at these buckets, given that all before were accepted."""
         return self._mean[buckets]
 
-    def accept(self, x: Array, position: int) -> Array:
-        """[num_reqs] acceptance of the scored candidates at ``position``."""
-        b = int(BUCKET_OF[min(position, LAST)])
+    def accept(self, x: Array, position: NDArray[np.int64] | int) -> Array:
+        """[num_reqs] acceptance of the scored candidates at ``position``, one for all or one for each."""
+        b = bucket(position)
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
         return np.where(np.isnan(p), self._mean[b], p)
 

@@ -30,15 +30,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.admission import Admission, Standing
+from vllm_specdecpp.decision.cost_aware.admission import Admission, Mask, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
 
+Counts = NDArray[Any]
+"""Whole numbers."""
 
 _HALF_LIFE = 86400.0
 """Seconds after which what an earlier start has learnt counts half."""
@@ -52,7 +55,6 @@ class CostAwareRule:
         max_length: the most candidates of one request in a round.
         lag: 0: the score given at step k is of candidate k, about to be drawn. 1: of candidate k - 1 (none at step 1).
         acceptance: a calibration to start from.
-        drop_last: whether a request may leave out the candidate it just looked at.
         adapt: learn online; False freezes the calibration.
         scores: whose scores these are; what was learnt of others' is not taken up.
     """
@@ -70,7 +72,6 @@ class CostAwareRule:
         *,
         lag: int = 0,
         acceptance: AcceptanceModel | None = None,
-        drop_last: bool = True,
         adapt: bool = True,
         scores: str = "",
     ) -> None:
@@ -78,7 +79,7 @@ class CostAwareRule:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
         self.costs, self.max_length, self.lag = costs, max_length, lag
         self.acceptance = acceptance or AcceptanceModel()
-        self.drop_last, self.adapt, self.scores = drop_last, adapt, scores
+        self.adapt, self.scores = adapt, scores
         self.admission = Admission()
         self.purse = Purse()
 
@@ -116,22 +117,21 @@ class CostAwareRule:
         if not num_reqs:
             return
         costs = self.costs
-        known = [v is not None for v in verified]
-        submitted = round_.lengths.tolist()
-        lengths = [max(0, min(int(v or 0), most)) for v, most in zip(verified, submitted, strict=True)]
-        wins = [max(0, min(int(a), v)) if k else 0 for k, v, a in zip(known, lengths, accepted, strict=True)]
-        num_tokens = num_reqs + sum(submitted)
+        found = np.array([-1 if v is None else v for v in verified])  # [num_reqs]
+        known = found >= 0
+        lengths = np.minimum(np.maximum(found, 0), round_.lengths)
+        wins = np.where(known, np.minimum(np.maximum(accepted, 0), lengths), 0)
+        num_tokens = num_reqs + int(round_.lengths.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
         # An outcome that is not known counts as what was expected of it.
-        expected = round_.expected.tolist()
-        tokens = num_reqs + sum(won if k else e for k, won, e in zip(known, wins, expected, strict=True))
+        tokens = num_reqs + float(np.where(known, wins, round_.expected).sum())
         admitted = round_.admitted
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         if round_.widths:
             if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (num_reqs + sum(wins)) / admitted.baseline)
+                self.purse.settle(seconds + admitted.reading - (num_reqs + int(wins.sum())) / admitted.baseline)
             self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
@@ -145,37 +145,36 @@ class CostAwareRule:
             else:
                 costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
 
-    def _record(self, round_: CostAwareRound, known: list[bool], lengths: list[int], wins: list[int]) -> None:
+    def _record(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
         """How often the draft was right, of the candidates that were looked at."""
         columns = np.array(round_.scores[self.lag :]).reshape(-1, len(known))  # [num_looks, num_reqs]
         index = np.flatnonzero(round_.drafts)
-        looks, right = [], []
-        for i in index.tolist():
-            submitted = int(round_.lengths[i])
-            observed = min(wins[i] + 1, lengths[i]) if known[i] else 0
-            num, won = float(observed), float(wins[i]) if known[i] else 0.0
-            if (not known[i] or wins[i] == submitted) and submitted < len(columns):
-                x = float(columns[submitted][i])  # it was looked at, and dropped
-                if x == x:
-                    num, won = num + 1, won + float(self.acceptance.accept(np.array(x), submitted + 1))
-            looks.append(num)
-            right.append(won)
-        self.admission.records.update([round_.request_ids[i] for i in index.tolist()], looks, right)
+        submitted, accepted = round_.lengths[index], wins[index]
+        looks = np.where(known[index], np.minimum(accepted + 1, lengths[index]), 0).astype(np.float64)
+        right = accepted.astype(np.float64)
+        # The one that was looked at and dropped counts as estimated.
+        dropped = np.flatnonzero((~known[index] | (accepted == submitted)) & (submitted < len(columns)))
+        if len(dropped):
+            x = columns[submitted[dropped], index[dropped]].astype(np.float64)
+            seen = x == x
+            looks[dropped] += seen
+            right[dropped] += np.where(seen, self.acceptance.accept(x, submitted[dropped] + 1), 0.0)
+        names = [round_.request_ids[i] for i in index.tolist()]
+        self.admission.records.update(names, looks.tolist(), right.tolist())
 
-    def _learn(self, round_: CostAwareRound, known: list[bool], lengths: list[int], wins: list[int]) -> None:
+    def _learn(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
         """Labels for the calibration: of the accepted candidates and the first rejected one."""
-        depth = max(lengths)
+        depth = int(lengths.max())
         columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
         if len(known) == 1:
             x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
-            self.acceptance.update_run(x, wins[0], lengths[0])
+            self.acceptance.update_run(x, int(wins[0]), depth)
             return
         scores = np.full((depth, len(known)), np.nan)
         scores[: len(columns)] = np.reshape(columns, (len(columns), len(known)))
         positions = np.arange(1, depth + 1)[:, None]
-        accepted = np.array(wins)
-        seen = (positions <= np.minimum(accepted + 1, lengths)) & known
-        self.acceptance.update(scores, np.where(seen, np.where(positions <= accepted, 1.0, 0.0), np.nan))
+        seen = (positions <= np.minimum(wins + 1, lengths)) & known
+        self.acceptance.update(scores, np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan))
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""
