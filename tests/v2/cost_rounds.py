@@ -48,14 +48,12 @@ class Script(CostAwareRule):
         self._random = np.random.default_rng(seed)
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
-        self.begun_with: list[list[Standing]] = []
 
     def begin(self, batch: Sequence[Standing]) -> CostAwareRound:
         names = [s.request_id for s in batch]
         most = np.array([min(s.limit, MAX_LENGTH) for s in batch], dtype=np.int64)
         limits = np.minimum(most, self._random.integers(0, MAX_LENGTH + 1, len(batch)))
         drafts = (limits > 0) & (self._random.random(len(batch)) < 0.8) & (self._random.random() < 0.7)
-        self.begun_with.append(list(batch))
         self.plans.append(dict(zip(names, np.where(drafts, limits, 0).tolist(), strict=True)))
         return CostAwareRound(self, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
 

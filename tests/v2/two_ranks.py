@@ -57,7 +57,7 @@ def plant() -> None:
     timing.SECONDS_PER_CURVE = 0.1
     CostModel.observe = lambda *args: None  # type: ignore[method-assign]
     CostModel.observe_reading_round = lambda *args: None  # type: ignore[method-assign]
-    Curve.observe = lambda *args: None  # type: ignore[method-assign]
+    Curve.observe = lambda *args: False  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPSpeculator._planted = True
