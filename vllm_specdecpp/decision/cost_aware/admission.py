@@ -135,9 +135,10 @@ class Admission:
             speed, chosen, length = _best(costs, num_reqs, accept[among], limits[among], charges[among])
             return self.correction * speed, among[chosen], length
 
-        rate, chosen = 0.0, index[:0]
+        rate, chosen, hopes = 0.0, index[:0], True
         if self.records.known >= _ENOUGH:
             rate, chosen, _ = best(mean)
+            hopes = bool((hoped > mean).any())
         else:  # nothing says that any of them is not easy
             hoped = np.maximum(hoped, EASY)
         self.speedup = max(rate / off_rate, 1.0)
@@ -147,7 +148,7 @@ class Admission:
         others = np.ones(len(mine), dtype=np.bool_)
         others[chosen] = not out.expected
         rate_hoped, length, new = 0.0, 0, chosen[:0]
-        if others.any() and (hoped > mean).any():  # else there is nobody to try
+        if hopes and others.any():
             rate_hoped, hopeful, length = best(hoped)
             new = hopeful[others[hopeful]]
         if len(new) and rate_hoped > out.price:
