@@ -268,6 +268,18 @@ def test_a_second_start_is_warm() -> None:
     assert old.begin([standing()]).trial, "what is a month old says little"
 
 
+@pytest.mark.parametrize("damage", [{"fit": [0.0, 1.0]}, {"fit": []}, {"lengths": None}, {"records": {"mean": "x"}}])
+def test_a_damaged_state_leaves_the_rule_as_it_was(damage: dict[str, Any]) -> None:
+    rule = CostAwareRule(costs(0.044, 0.040, INT8), 20)
+    serve(rule, lambda n: 0.95, costs(0.044, 0.040, INT8), 30)
+    again = CostAwareRule(costs(0.044, 0.040, INT8), 20)
+    before, state = again.state(), rule.state()
+    state["admission"] |= damage
+    assert not again.restore(state) and again.state() == before
+    assert not again.restore(rule.state() | {"scores": "another head"}) and again.state() == before
+    assert again.restore(rule.state())
+
+
 class TestRecords:
     def test_a_request_is_drawn_to_all_others_and_away_from_them(self) -> None:
         records = Records()

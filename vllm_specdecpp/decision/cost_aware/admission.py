@@ -188,10 +188,17 @@ class Admission:
         }
 
     def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
-        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts."""
+        """Take up :meth:`state`; ``weight`` in [0, 1] says how much it still counts.
+
+        Raises:
+            ValueError: it is none.
+        """
         self.records.restore(state["records"], weight)
         self.lengths.restore(state["lengths"])
-        self._fit_seconds, self._fit_expected = (float(x) for x in state["fit"])
+        fit = [float(x) for x in state["fit"]]
+        if not (len(fit) == 2 and min(fit) > 0 and max(fit) < 1e9):
+            raise ValueError(f"specdecpp: a fit of {fit} is none")
+        self._fit_seconds, self._fit_expected = fit
 
 
 def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:
