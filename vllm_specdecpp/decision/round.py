@@ -189,7 +189,7 @@ class DraftRound:
         if self._scored:
             tails.take_scores(self.survival, self.scores, self.running.bool())
             self._scored = False  # once is enough
-        stops = self.agree(self.rule.should_stop(self.survival, self.num_drawn))  # [max_num_reqs]
+        stops = self.agree(self.rule.should_stop(self.survival.clone(), self.num_drawn))  # it may keep it
         if self.num_drawn + 1 >= self.min_length:
             self.max_lengths.copy_(torch.where(stops, self.lengths + 1, self.max_lengths))
 
