@@ -27,7 +27,10 @@ class Round(Protocol):
     lengths: Counts  # [num_reqs] candidates submitted
     drafts: NDArray[np.bool_]  # [num_reqs] chosen to draft
     widths: list[int]  # requests in each pass so far
-    trial: bool  # whether somebody drafts that is not expected to gain by it
+
+    @property
+    def trial(self) -> bool:
+        """Whether somebody drafts that is not expected to gain by it."""
 
     def step(self, scores: Array | None) -> Any:
         """A draft pass has shown these [num_reqs] scores."""
