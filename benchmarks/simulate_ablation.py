@@ -4,7 +4,8 @@
     python -m benchmarks.simulate_ablation --streams markov shift --seeds 4 --out benchmarks/results/x.jsonl
 
 Each cell is served by the rule as it is and by each changed one, on the same requests, with the same noise in what they
-observe and in what start-up measured. A ratio below 1 says that the change costs, one above 1 that it earns.
+observe and in what start-up measured. A ratio below 1 says that the change costs, one above 1 that it earns. The batch
+is always full, so what judges a request in the usual batch (``admission._BATCH_MEMORY``) cannot be seen here.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
         "rounds are taken to be as fast as the formula says",
         lambda rule: setattr(rule.admission, "learn", lambda *outcome: None),
     ),
-    "usual": ("a request is judged in the batch as it is now", lambda rule: None),
     "spread": (
         "reading is spread over all that a request may emit",
         lambda rule: setattr(rule.admission.lengths, "remaining", lambda name, room: room),
@@ -58,12 +58,8 @@ MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
     "calibration": ("scores are taken for probabilities, as they come", lambda rule: setattr(rule, "adapt", False)),
 }
 """Name -> what is then so, and what takes it out of a rule that has not served yet."""
-_BY_CONSTANT: dict[str, dict[str, float]] = {
-    "easy": {"records._SHARE": 1e-300}, "usual": {"admission._BATCH_MEMORY": 1.0}
-}  # fmt: skip
-"""Mechanisms that a constant's value takes out."""
 CONSTANTS = (
-    "admission._ENOUGH", "admission._BATCH_MEMORY", "admission._FIT_MEMORY", "records._MEAN", "records._WEIGHT",
+    "admission._ENOUGH", "admission._FIT_MEMORY", "records._MEAN", "records._WEIGHT",
     "records._MEMORY", "records._OWN", "records._OWN_MEMORY", "records._FADE", "records.EASY", "records._SHARE",
     "records._HOPE", "records._SURE", "purse._SHARE", "purse._OPENING", "output_lengths._MEAN",
     "output_lengths._MEMORY",
@@ -92,9 +88,9 @@ def changed(names: Sequence[str]) -> Iterator[None]:
 
     try:
         for change in names:
-            for constant, value in _BY_CONSTANT.get(change, {}).items():
-                put(constant, value)
-            if change not in MECHANISMS:
+            if change == "easy":
+                put("records._SHARE", 1e-300)
+            elif change not in MECHANISMS:
                 constant, factor = change[:-2], 2.0 if change.endswith("*2") else 0.5
                 now = getattr(*where(constant))
                 put(constant, 1 - (1 - now) * factor if constant in _NEAR_ONE else now * factor)
