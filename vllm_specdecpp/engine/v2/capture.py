@@ -11,6 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2 import graphs
 from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
 
@@ -29,8 +30,11 @@ class CapturedRounds(DraftPasses):
         self._mode = graphs.EAGER, "vLLM captured no graphs"
 
     def open(self) -> None:
-        """Let everybody draft as far as they may: while a round is captured or timed."""
-        raise NotImplementedError
+        """Let everybody draft as far as they may: warm-up and capture; other rules than the cost-aware one, and that one
+        until its costs are known."""
+        if isinstance(self.round.rule, CostAwareTail):
+            self.round.rule.open()
+        self.round.admit()
 
     @property
     def any_running(self) -> torch.Tensor:

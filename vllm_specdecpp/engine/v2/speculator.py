@@ -257,12 +257,6 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.round.admit()
         return self._tell(plan)
 
-    def open(self) -> None:
-        """Let everybody draft as far as they may: other rules, and the cost-aware one until its costs are known."""
-        if self._tail is not None:
-            self._tail.open()
-        self.round.admit()
-
     def _tell(self, plan: Plan | None) -> Plan:
         """Rank 0's plan on every rank, between the hosts: the device is not waited for."""
         told: Plan | None = plan if self._num_ranks == 1 else get_tp_group().broadcast_object(plan, src=0)
