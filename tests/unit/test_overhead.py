@@ -10,11 +10,11 @@ from benchmarks import overhead
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_deciding_takes_less_than_a_hundredth_of_a_round(batch):
+def test_deciding_takes_less_than_a_fiftieth_of_a_round(batch):
     spent, num_passes = overhead.measure(batch, 5, 60)
     assert num_passes.mean() > 3  # there was something to decide
     # Of the 250 ms that such a round takes on two cores; the lower decile, since other processes slow it down.
-    assert np.quantile(sum(spent.values()), 0.1) < 0.01 * 0.25
+    assert np.quantile(sum(spent.values()), 0.1) < 0.02 * 0.25
     assert all((part > 0).any() for part in spent.values())
 
 
