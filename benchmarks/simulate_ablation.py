@@ -152,8 +152,8 @@ def page(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     constants = [name[:-2] for name in rows[0]["changed"] if name.endswith("/2")]
     seeds = len(rows[0]["rates"])
     lines = [
-        "Tokens/s of `cost_aware`, simulated, cold, and the ratio to it of the same rule without one mechanism, or",
-        f"with one constant halved or doubled. Below 1: the change costs. {seeds} seed(s), {rows[0]['tokens']} tokens",
+        "Tokens/s of `cost_aware`, simulated, cold, and the ratio to it of the same rule without a mechanism, or with",
+        f"one constant halved or doubled. Below 1: the change costs. {seeds} seed(s), {rows[0]['tokens']} tokens",
         "(more for batches), the same requests and the same noise for each.",
         f"Bold: {WORTH:.1%} or more, and beyond {SIGMAS} standard errors over the seeds; below, over the cells.",
     ]
