@@ -30,8 +30,7 @@ class CapturedRounds(DraftPasses):
         self._mode = graphs.EAGER, "vLLM captured no graphs"
 
     def open(self) -> None:
-        """Let everybody draft as far as they may: in warm-up and capture, under other rules than the cost-aware one, and
-        under that one until its costs are known."""
+        """Let everybody draft as far as they may: for warm-up and capture, and while the costs are not known."""
         if isinstance(self.round.rule, CostAwareTail):
             self.round.rule.open()
         self.round.admit()
