@@ -131,7 +131,7 @@ def test_the_start_times_the_target_with_an_adapter(started):
     assert "maybe_dummy_run_with_lora" not in vars(runner)
     cost_aware = runner.speculator.cost_aware
     assert all(min(curve.values()) > 0 for curve in cost_aware.rule.costs.points().values())
-    assert cost_aware.cache.key["lora"] == "3 of rank 8"
+    assert cost_aware.file.setting["lora"] == "3 of rank 8"
 
 
 @pytest.mark.parametrize("rule", ["cost_aware", "confidence"])
@@ -156,7 +156,7 @@ def test_timing_between_requests_leaves_the_adapters_right(started, adapters, ex
     speculator = _runner(llm).speculator
     harness.configure(llm, rule="confidence", threshold=0.8)
     assert _answers(llm, PROMPTS[:3], adapters) == expected[:3]
-    speculator.cost_aware.cache.path.unlink(missing_ok=True)
+    speculator.cost_aware.file.path.unlink(missing_ok=True)
     speculator.cost_aware, timed = None, len(seen["mappings"])
     harness.configure(llm, rule="cost_aware")
     assert len(seen["mappings"]) > timed
