@@ -3,7 +3,7 @@
 
 One loop serves every adapter::
 
-    state = DraftRound(make_rule(config, head), max_lengths)
+    state = DraftRound(rule, max_lengths)  # from make_rule, or a CostAwareTail with its parameters loaded
     while state.goes_on():
         features = ...            # the draft's forward pass
         state.observe(features)   # what is decided by is settled, before the candidate exists

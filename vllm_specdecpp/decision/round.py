@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One drafting phase of a batch: survival, lengths, and who goes on; for both runners and the replay.
+"""One drafting phase of a batch: survival, lengths, and who goes on; for both runners, and replays of stop rules.
 
 Per step k = 1, 2, ...: :meth:`DraftRound.observe` the pass that yields candidate k's distribution, draw,
 :meth:`DraftRound.append`.

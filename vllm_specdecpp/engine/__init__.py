@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that touches vLLM: the ledger of its symbols (hooks), options, worker, proposer, metrics."""
+"""Everything that touches vLLM: the ledger of its symbols (hooks), options, Workers, drafters (v1, v2), recording."""

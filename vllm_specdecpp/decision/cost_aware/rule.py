@@ -14,9 +14,10 @@ verification. What this module adds to that comparison:
 
 Lossless: whether candidate j is submitted may depend on anything but Y_j and later ones. Proof. Let F_k be all that is
 known once every candidate of rounds past and of this round's steps 1..k-1 is drawn, for all requests, with costs, rho,
-calibration and who is admitted, which change between rounds only. :meth:`CostAwareRound.step` is called before any
-candidate of step k is drawn, with scores computed from F_k, so `submit` (whether Y_k is drawn, and drawn means
-submitted) and `go_on` are functions of F_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others do, since
+calibration and who is admitted, which change between rounds only. Step k's tail (:func:`.tails.cost_aware_tail`) reads
+the scores, which are computed from F_k, its state and the round's parameters. The token that it is given it only
+records, and compares with the stop tokens. So `submit` (whether Y_k is submitted) and `go_on` are functions of F_k, but
+for a stop token, which ends the draft behind Y_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others do, as
 requests draw independently. Candidate k of request r is submitted iff `go_on` was True at steps 1..k-1, r was chosen at
 the start, no candidate before was a stop token, and `submit` is True at step k: an event in F_k. Hence given that event
 Y_k still has law q, and rejection sampling turns it into the target's law, token by token. Clock times enter only
