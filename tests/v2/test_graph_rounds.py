@@ -165,3 +165,12 @@ def test_a_new_rule_gives_the_captured_rounds_up(tiny):
 def test_mode_of_this_machine(tiny):
     _, speculator = harness.speculator(tiny, rule="fixed", num_speculative_tokens=2)
     assert speculator.how_rounds_run() == ("eager", "CUDA graphs need an NVIDIA GPU")
+
+
+def test_graphs_of_another_kv_cache_are_given_up(tiny):
+    """vLLM captures once with a small KV cache, to measure memory, and then frees that cache."""
+    from vllm.config.compilation import CUDAGraphMode
+
+    play, _ = _play(tiny, [4], seed=1)
+    play.speculator.init_cudagraph_manager(CUDAGraphMode.NONE)
+    assert play.speculator.graphs is None

@@ -249,3 +249,20 @@ def test_without_a_bug_all_is_well(tiny, monkeypatch):
 def test_the_play_notices(tiny, monkeypatch, name):
     with pytest.raises((AssertionError, IndexError)):
         _mutant_play(tiny, monkeypatch, MUTATIONS[name])
+
+
+def test_every_round_draws_by_noise_of_its_own(tiny):
+    """By seed and position alone a token drawn anew would be the one that the rule has already learnt from."""
+    config, speculator, _ = scripted(tiny, seed=2)
+    used: list[tuple[int, ...]] = []
+    observe = speculator.round.observe_pass
+
+    def watched(step: int, *args: Any) -> None:
+        if step == 1:
+            used.append(tuple(speculator.seeds.tolist()))
+        observe(step, *args)
+
+    speculator.round.observe_pass = watched
+    ScriptedPlay(speculator, config, seed=11).run(num_steps=15)
+    assert len(used) >= 5
+    assert all(len(set(column)) == len(used) for column in zip(*used, strict=True))

@@ -136,7 +136,7 @@ def cost_aware_tail(
     impossible = (counts > num_running) | (more >= room.masked_fill(rests, 0).amax())
     gain = gain.masked_fill_(impossible, -torch.inf).flip(0).flatten()
     best = gain.argmax()  # of equals the most requests, then the fewest candidates
-    chosen = _first(order[:, best % HORIZON], num_reqs - best // HORIZON)
+    chosen = _first(order.index_select(1, best[None] % HORIZON)[:, 0], num_reqs - best // HORIZON)
     chosen &= ran & (room > 1) & (gain.take(best) >= 0)
 
     stops, submits = ran & ~chosen, ran

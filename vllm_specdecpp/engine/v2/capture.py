@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import graph_capture
+from vllm.distributed.parallel_state import get_tp_group, graph_capture
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
@@ -41,7 +41,11 @@ class CapturedRounds(DraftPasses):
         return self.round.any_running
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Note whether vLLM captures full graphs of decode steps; ours are captured with them."""
+        """Note whether vLLM captures full graphs of decode steps; ours are captured with them.
+
+        vLLM calls it anew for each KV cache: graphs captured for the last one, as when memory is profiled, are dropped.
+        """
+        self.graphs = None
         self._full_graphs = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
 
     def graph_mode(self) -> tuple[str, str]:
@@ -62,6 +66,7 @@ class CapturedRounds(DraftPasses):
     def capture(self) -> None:
         """Capture draft rounds if they can be (called by vLLM after the target's graphs)."""
         mode, reason = self.graph_mode()
+        self.graphs = None
         if mode != graphs.EAGER:
             sizes = graphs.batch_sizes(min(self.max_num_reqs, self.max_num_tokens // SHORT))
             captured = graphs.DraftGraphs(
@@ -70,10 +75,21 @@ class CapturedRounds(DraftPasses):
             try:
                 with graph_capture(device=self.device):  # a stream of its own, and all-reduces that can be captured
                     captured.capture()
-                self.graphs = captured
             except RuntimeError as error:  # the draft model runs as well without
                 mode, reason = graphs.EAGER, f"capture failed: {' '.join(str(error).split())}"
+            if self._all_ranks(mode != graphs.EAGER):
+                self.graphs = captured
+            elif mode != graphs.EAGER:
+                mode, reason = graphs.EAGER, "capture failed on another rank"
         self._mode = mode, reason
+
+    def _all_ranks(self, succeeded: bool) -> bool:
+        """Whether all ranks did: eager and captured rounds run different numbers of passes, hence of collectives."""
+        if self._num_ranks > 1:
+            flag = torch.tensor(int(succeeded))
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+            succeeded = bool(flag)
+        return succeeded
 
     def prepare_round(self, size: int, length: int) -> None:
         """Set up a round of ``size`` requests that write no KV and draft ``length`` candidates each, or what a

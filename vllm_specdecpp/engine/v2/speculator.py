@@ -35,6 +35,7 @@ from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_en
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
+from vllm_specdecpp.engine.v2.graphs import EAGER
 from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.engine.v2.passes import SHORT
@@ -44,6 +45,9 @@ from vllm_specdecpp.kernels.cost_aware_tail import MAX_REQS, cost_aware_tail
 from vllm_specdecpp.provenance import model_label
 
 logger = init_logger("vllm.specdecpp")
+
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Odd and large: no round's seeds are another request's of another round."""
 
 
 class SpecDecPPSpeculator(CapturedRounds):
@@ -73,6 +77,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
         self._longest = longest_drafted(vllm_config)
+        self._num_proposals = 0
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
 
@@ -131,7 +136,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         captured = (self.config.resolved_rule, self.config.min_speculative_tokens)
         if self.graphs is not None and captured != (config.resolved_rule, config.min_speculative_tokens):
             logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
-            self.graphs = None
+            self.graphs, self._mode = None, (EAGER, "the rule was changed")
         self.config = config
         if self.cost_aware is not None and self.round.rule is not before:
             self.cost_aware.drop_round()
@@ -177,6 +182,10 @@ class SpecDecPPSpeculator(CapturedRounds):
         limits[beyond, 0] = 0
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        if isinstance(self.round.rule, CostAwareTail):
+            # vLLM's noise goes by seed and position: a token drawn anew would be the one that the rule has learnt from.
+            self._num_proposals += 1
+            self.seeds.add_(self._num_proposals * _SEED_STEP % 2**63)
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
         if dummy_run:
             longest = int(limits[:, 0].max())
