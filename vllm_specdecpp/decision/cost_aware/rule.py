@@ -18,10 +18,11 @@ calibration and who is admitted, which change between rounds only. Step k's tail
 the scores, which are computed from F_k, its state and the round's parameters. The token that it is given it only
 records, and compares with the stop tokens. So `submit` (whether Y_k is submitted) and `go_on` are functions of F_k, but
 for a stop token, which ends the draft behind Y_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others do, as
-requests draw independently, and by fresh noise in each round (on V2 the speculator sees to it). Candidate k of request r is submitted iff `go_on` was True at steps 1..k-1, r was chosen at
-the start, no candidate before was a stop token, and `submit` is True at step k: an event in F_k. Hence given that event
-Y_k still has law q, and rejection sampling turns it into the target's law, token by token. Clock times enter only
-through the cost model's state from past rounds. The same holds for greedy drafts, where Y_k is a function of F_k.
+requests draw independently, and by fresh noise in each round (on V2 the speculator sees to it). Candidate k of request
+r is submitted iff `go_on` was True at steps 1..k-1, r was chosen at the start, no candidate before was a stop token,
+and `submit` is True at step k: an event in F_k. Hence given that event Y_k still has law q, and rejection sampling
+turns it into the target's law, token by token. Clock times enter only through the cost model's state from past rounds.
+The same holds for greedy drafts, where Y_k is a function of F_k.
 """
 
 from __future__ import annotations
