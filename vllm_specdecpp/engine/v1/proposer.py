@@ -20,14 +20,12 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.costs.model import Points
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.round import DraftRound
-from vllm_specdecpp.decision.rules import StopRule, make_estimator
-from vllm_specdecpp.engine.shared import cost_file, vocabulary
-from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
@@ -37,8 +35,6 @@ from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
-from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.provenance import model_label
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
@@ -60,70 +56,25 @@ class SpecDecPPProposer(DraftPasses):
     validate_same_kv_cache_group = draft_layers.worded(DraftModelProposer.validate_same_kv_cache_group)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
-        super().__init__(vllm_config, device, runner)
+        super().__init__(vllm_config, device, config, runner)
         self.runner = runner
-        self.config = config
-        self.head: AcceptanceHead | None = None
-        self.rule: StopRule | None = None  # None: the cost-aware one
-        self.cost_aware: CostAwareDrafting | None = None
+        self.rule: StopRule | CostAwareTail
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
         self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
-        self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
-        super().load_model(target_model)
-        vocabulary.fit_draft(self.model, self.speculative_config)
-        if self.config.head is not None:
-            self.head = AcceptanceHead.from_pretrained(
-                self.config.head,
-                revision=self.config.head_revision,
-                expected_hidden_size=self.hidden_size,
-                expected_draft=model_label(self.config.model),
-                device=self.device,
-            )
-        if self.config.resolved_rule != "cost_aware":
-            self.rule = make_rule(self.config, self.head)
+    def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
+        """See :meth:`Drafter.put_in_force`; each round takes the least length from the options."""
+        self.rule = rule
 
-    def start_cost_aware(self) -> CostAwareDrafting:
-        """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
-        if self.cost_aware is not None:
-            return self.cost_aware
-        scheduler, bound = self.vllm_config.scheduler_config, self._max_num_speculative_tokens
-        estimator, file = make_estimator(self.head), cost_file.cost_file(self.vllm_config, self.device)
-        rule, measured = cost_file.start_rule(
-            file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
-            bound, lag=estimator.lag, adapt=self.config.online_calibration, scores=self.config.head or estimator.name,
-        )  # fmt: skip
-        tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
-        self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
-        return self.cost_aware
-
-    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
-        """Check ``changes`` against the options and put them in force.
-
-        Raises:
-            ValueError: an unknown option, a bad value, or a bound above the start-up value.
-        """
-        config = self.config.with_changes(changes)
-        if config.num_speculative_tokens > self._max_num_speculative_tokens:
-            raise ValueError(
-                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
-                f"{self._max_num_speculative_tokens} given at start-up; restart with a larger one"
-            )
-        rule = None if config.resolved_rule == "cost_aware" else make_rule(config, self.head)
-        self.config, self.rule = config, rule
-        if self.cost_aware is not None:
-            self.cost_aware.drop_round()
-        if rule is None:
-            self.start_cost_aware().adapt(config.online_calibration)
-        self.log.resize(config.trace_rounds)
-        return config
+    def measure_costs(self) -> Points:
+        """See :meth:`Drafter.measure_costs`."""
+        scheduler, bound = self.vllm_config.scheduler_config, self.speculative_config.num_speculative_tokens
+        return timing.measure(SinglePasses(self), scheduler, bound, self.agree)
 
     @torch.inference_mode()
     def propose(
@@ -200,7 +151,7 @@ class SpecDecPPProposer(DraftPasses):
         max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
         prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
         stop_token_ids = self.requests.stop_token_ids(rows)
-        if self.rule is not None:
+        if not isinstance(self.rule, CostAwareTail):
             state = DraftRound(
                 self.rule,
                 torch.tensor(max_lengths, device=self.device),
@@ -211,7 +162,6 @@ class SpecDecPPProposer(DraftPasses):
             drafts = [length > 0 for length in max_lengths]
             keep_up = any(drafts) or not any(max_lengths)
         else:
-            assert self.cost_aware is not None
             batch = [
                 Standing(
                     row.request_id,
