@@ -253,7 +253,7 @@ def _unknown(name: str, value: object, known: list[str]) -> str:
 
 
 def options_table() -> str:
-    """The options as a Markdown table, from the schema; the README holds a copy that the tests compare."""
+    """The options as a Markdown table, from the schema; ``docs/options.md`` holds a copy that the tests compare."""
     rows = ["| option | default | what it does |", "|---|---|---|"]
     for name, field in SpecDecPPConfig.model_fields.items():
         default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
