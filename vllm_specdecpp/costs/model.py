@@ -27,9 +27,9 @@ class CostModel:
         step: requests that still draft -> seconds of one further draft pass with its draw.
         verify: tokens in the target's batch -> seconds of everything between two draft phases (the target's pass,
             sampling, scheduling), so that nothing of a round is left out.
-        read: tokens -> seconds of a draft pass that reads so many, of all requests together, and draws nothing: a
-            prompt, or what was emitted while nobody drafted. None: a token more takes, of a draft pass, what it takes
-            of a verification.
+        read: tokens, of all requests together -> seconds of a draft pass that reads them and draws nothing: a prompt,
+            or what was emitted while nobody drafted. None: ``verify``, scaled by the ratio of a draft pass to a
+            verification of one token.
         max_reqs: largest batch.
         max_tokens: most tokens of one verification.
 
@@ -89,8 +89,8 @@ class CostModel:
         expected = self.draft_seconds(widths)
         if expected <= 0 or not (math.isfinite(draft_seconds) and draft_seconds > 0):
             return
-        # Only the sum is timed: each pass gets the same share of what it is off by, in seconds. Rounds of different
-        # lengths then tell the first pass from the others, however wrong both are.
+        # Only the sum is timed. The difference from what was expected is split evenly over the passes, in seconds;
+        # rounds of different lengths then tell the first pass from the further ones.
         share = 1 / len(widths)
         excess = share * (draft_seconds - expected)
         first = self.first.at(widths[0])
@@ -134,7 +134,7 @@ class CostModel:
 
 
 def _log_ratio(excess: float, expected: float) -> float:
-    """Log of real over expected seconds; an excess that would leave next to nothing leaves a fifth."""
+    """Log of real over expected seconds, at least log(1/5)."""
     return math.log(max(1 + excess / expected, 0.2))
 
 
