@@ -15,7 +15,7 @@ from benchmarks.simulate_rules import Informed, Off, calibrated, informed_run
 from benchmarks.simulate_server import Run, Server
 from benchmarks.simulate_settings import SETTINGS, Setting, cost_model, true_costs
 from benchmarks.simulated_streams import DEPTH, make, requests
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
+from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 FLAT = Setting(lambda b: 0.1, lambda b: 0.1, lambda n: 1.0, 1, per_read=0.01)

@@ -35,9 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.admission import Admission, Mask, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
