@@ -31,7 +31,7 @@ _SHIFT = 10
 """This many outliers in a row, all too slow or all too fast, are the new level: in a row of all steps, that of all
 widths; in a row of one width's steps, that of this width."""
 _FURTHEST = 6.0
-"""The log of an estimate over the measured start is clipped to this, in case of a broken clock."""
+"""Log-ratio to the start's that a broken clock can bring about at most."""
 _FORGOTTEN = 1e-9
 """Weights below this become 0: denormal numbers are slow."""
 
