@@ -81,7 +81,7 @@ class CostAwareDrafting:
         return self._state
 
     def drop_round(self) -> None:
-        """Another rule drafts from now on: what comes back is not of the last round that was begun here."""
+        """Forget the last round: another rule drafts from now on."""
         self._round = None
 
     def adapt(self, on: bool) -> None:
@@ -135,8 +135,8 @@ class CostAwareDrafting:
     def _without_overhead(self, seconds: float, round_: CostAwareRound) -> float | None:
         """The time that the cost model may learn from; None while the overhead is not known.
 
-        It is the same for narrow and wide verifications, but the model would learn it as a factor on all of them, and
-        with it too steep a slope where no real round has been yet.
+        Sampling and scheduling were not timed at start-up, and take the same time at every width. The model learns
+        factors: with the overhead of narrow verifications it would also scale up the price of a row in wide ones.
         """
         if self._overheads is None:
             return seconds
@@ -155,10 +155,15 @@ class CostAwareDrafting:
             self.file.save(self.rule.costs.points(), self.rule.state())
 
     def stats(self) -> dict[str, Any]:
-        """The calibration in force and how its estimates came true since the start (:class:`ReliabilityLog`); what
-        admission reckons with (rho: tokens that a second of drafting must bring; speed-up over no drafting as last
-        expected; acceptance and the looks that it rests on; how much faster drafting was than expected; seconds in the
-        purse); and ``costs``: curve -> width -> seconds."""
+        """What the rule has learnt; empty on ranks that follow rank 0.
+
+        Returns:
+            ``calibration``: slope and intercepts in force, and how the estimates came true (:class:`ReliabilityLog`).
+            ``admission``: ``rho``, the tokens that a second of drafting must bring; ``speedup`` over no drafting, as
+            last expected; mean ``acceptance`` and the number of ``looks`` that it rests on; ``correction``, how much
+            faster drafting was than expected; ``purse_seconds``, the balance of the purse.
+            ``costs``: curve -> width -> seconds.
+        """
         if self.rule is None:
             return {}
         acceptance, admission = self.rule.acceptance, self.rule.admission
