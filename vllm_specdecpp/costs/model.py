@@ -89,8 +89,8 @@ class CostModel:
         expected = self.draft_seconds(widths)
         if expected <= 0 or not (math.isfinite(draft_seconds) and draft_seconds > 0):
             return
-        # Only the sum is timed. The difference from what was expected is split evenly over the passes, in seconds;
-        # rounds of different lengths then tell the first pass from the further ones.
+        # Only the sum is timed: each pass gets the same share of what it is off by, in seconds. Rounds of different
+        # lengths then tell the first pass from the others, however wrong both are.
         share = 1 / len(widths)
         excess = share * (draft_seconds - expected)
         first = self.first.at(widths[0])
@@ -134,7 +134,7 @@ class CostModel:
 
 
 def _log_ratio(excess: float, expected: float) -> float:
-    """Log of real over expected seconds, at least log(1/5)."""
+    """Log of real over expected seconds; an excess that would leave next to nothing leaves a fifth."""
     return math.log(max(1 + excess / expected, 0.2))
 
 
