@@ -111,7 +111,7 @@ class CostAwareRule:
             verified: candidates that were verified, at most those submitted; None where the outcome is not known (the
                 request ended or was preempted).
             accepted: candidates accepted; anything where ``verified`` is None.
-            draft_seconds: real time of the draft phase; None if it was no clean measurement.
+            draft_seconds: real time of the draft phase; None if it is not known.
             verify_seconds: real time from there to the next draft phase; None, too, if a prefill was in the step.
             read: tokens of each draft pass that read more than the usual two of a request; they are part of that phase.
         """
@@ -138,14 +138,11 @@ class CostAwareRule:
             self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, known, lengths, wins)
-        if read and draft_seconds is not None:
-            costs.observe_reading_round(round_.widths, draft_seconds, read)
         self.admission.records.served()
+        if draft_seconds is not None:
+            costs.observe_draft(round_.widths, draft_seconds, read)
         if verify_seconds is not None:
-            if read or draft_seconds is None:
-                costs.verify.observe(num_tokens, verify_seconds)
-            else:
-                costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
+            costs.verify.observe(num_tokens, verify_seconds)
 
     def _record(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
         """How often the draft was right, of the candidates that were looked at."""
