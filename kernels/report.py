@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cost_aware_tail, logits_summary, threshold_tail
+from . import cost_aware_tail, logits_summary, one_hot_rows, suffix_match, threshold_tail
 
 # Pointers from torch's allocator are 16-byte aligned, and Triton's run time tells the compiler so.
 _ALIGNED = [["tt.divisibility", 16]]
@@ -56,6 +56,7 @@ def variants() -> Iterator[Variant]:
     yield from _threshold_tail()
     yield from _cost_aware_tail()
     yield from _logits_summary()
+    yield from _runs()
 
 
 _ROUND = {
@@ -102,6 +103,20 @@ def _logits_summary() -> Iterator[Variant]:
         constants = {"BLOCK_PARTS": triton.next_power_of_2(module.num_parts(vocab_size))}
         name = f"logits_summary, combine, vocabulary {vocab_size}"
         yield Variant(name, module._combine_kernel, partials | outs, constants, module.COMBINE_OPTIONS)
+
+
+def _runs() -> Iterator[Variant]:
+    pointers = {
+        "tokens_ptr": "*i32", "last_ptr": "*i64", "limits_ptr": "*i32", "starts_ptr": "*i64", "matches_ptr": "*i32",
+    }  # fmt: skip
+    kernel = suffix_match._suffix_match_kernel
+    for states in ("i32", "i64"):
+        types = pointers | {"states_ptr": f"*{states}"}
+        yield Variant(f"suffix_match, {states} states", kernel, types, suffix_match.SIZES, suffix_match.OPTIONS)
+    for dtype, pointer in _DTYPES.items():
+        types = {"logits_ptr": pointer, "states_ptr": "*i32", "candidates_ptr": "*i64"}
+        kernel, constants = one_hot_rows._one_hot_rows_kernel, one_hot_rows.BLOCKS
+        yield Variant(f"one_hot_rows, {dtype}", kernel, types, constants, one_hot_rows.OPTIONS)
 
 
 def compile_variant(variant: Variant, capability: int) -> Usage:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DRAFT_MODEL = "draft_model"
 """The source that every engine has; what it proposes is drawn, step by step."""
+ON_DEVICE = ("suffix",)
+"""Sources of runs that Model Runner V2 has: it looks for them on the device (``kernels.suffix_match``)."""
 RUN_SOURCES: dict[str, Callable[[], RunSource]] = {}
 """Every source of runs, by name."""
 

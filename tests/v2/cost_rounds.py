@@ -18,6 +18,7 @@ from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.admission import Admitted, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.engine.v2.passes import SHORT
+from vllm_specdecpp.source_registry import make_sources
 
 MAX_LENGTH = 5
 CURVES = {"first": {1: 1e-3, 4: 2e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
@@ -41,10 +42,14 @@ class Script(CostAwareRule):
 
     Attributes:
         plans: request id -> length, of each round begun.
+        chance: that a request drafts in a round in which somebody may.
     """
 
-    def __init__(self, seed: int, max_reqs: int) -> None:
-        super().__init__(CostModel(**CURVES, max_reqs=max_reqs, max_tokens=256), MAX_LENGTH)
+    chance = 0.8
+
+    def __init__(self, seed: int, max_reqs: int, sources: Sequence[str] = (), **curves: dict[int, float]) -> None:
+        costs = CostModel(**(CURVES | curves), max_reqs=max_reqs, max_tokens=256)
+        super().__init__(costs, MAX_LENGTH, sources=make_sources(sources))
         self._random = np.random.default_rng(seed)
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
@@ -53,7 +58,7 @@ class Script(CostAwareRule):
         names = [s.request_id for s in batch]
         most = np.array([min(s.limit, MAX_LENGTH) for s in batch], dtype=np.int64)
         limits = np.minimum(most, self._random.integers(0, MAX_LENGTH + 1, len(batch)))
-        drafts = (limits > 0) & (self._random.random(len(batch)) < 0.8) & (self._random.random() < 0.7)
+        drafts = (limits > 0) & (self._random.random(len(batch)) < self.chance) & (self._random.random() < 0.7)
         self.plans.append(dict(zip(names, np.where(drafts, limits, 0).tolist(), strict=True)))
         return CostAwareRound(self, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
 
@@ -73,6 +78,7 @@ class Truth:
     is_short: bool
     read: list[int] = field(default_factory=list)  # tokens of each pass that read, if more than two a request
     drafts: list[list[float]] = field(default_factory=list)  # by row: the confidence of each candidate
+    runs: list[int] = field(default_factory=list)  # by row: candidates of a run
     outcomes: dict[str, tuple[int, int]] | None = None  # request id -> verified, accepted, in the next step
     next_names: list[str] = field(default_factory=list)
 
@@ -133,10 +139,11 @@ class ScriptedPlay(Play):
                 first = SHORT * len(names) if truth.is_short else self.model.num_tokens[self.caught_up]
                 truth.read = [*self.model.num_tokens[: self.caught_up], first]
             contexts = [self.requests[name].tokens for name in names]
-            self.truths[-1].drafts = [
+            truth.drafts = [
                 [predict([*context, *drafted[:k]])[1] for k in range(len(drafted))]
-                for context, drafted in zip(contexts, wanted, strict=True)
+                for context, drafted in zip(contexts, self._drawn(wanted), strict=True)
             ]
+            truth.runs = [len(all_) - len(mine) for all_, mine in zip(wanted, truth.drafts, strict=True)]
         if self._rule is not None:
             for index in range(self.num_checked, len(self._rule.told)):
                 check(self._rule.told[index], self.truths[index])
@@ -149,7 +156,7 @@ def check(told: Told, truth: Truth) -> None:
     names, round_ = list(truth.plan), told.round_
     assert round_.request_ids == names
     drafted = [len(confidences) for confidences in truth.drafts]
-    assert round_.lengths.tolist() == drafted
+    assert round_.lengths.tolist() == drafted and round_.free.lengths.tolist() == truth.runs
     assert round_.drafts.tolist() == [min(truth.plan[name], n) > 0 for name, n in zip(names, drafted, strict=True)]
     assert round_.widths == [sum(n >= k for n in drafted) for k in range(1, max(drafted) + 1)]
     scores = np.reshape(round_.scores, (len(round_.widths), len(names)))
@@ -160,25 +167,26 @@ def check(told: Told, truth: Truth) -> None:
     assert told.verified == [None if outcome is None else outcome[0] for outcome in known]
     wins = [a for a, outcome in zip(told.accepted, known, strict=True) if outcome is not None]
     assert wins == [outcome[1] for outcome in known if outcome is not None]
-    whole = told.verified == drafted and sorted(truth.next_names) == sorted(names)
+    whole = told.verified == [d + r for d, r in zip(drafted, truth.runs, strict=True)] and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
     assert (told.draft_seconds is not None) == (any(drafted) or bool(truth.read))
     assert told.read == truth.read
 
 
-def attach_script(speculator: Any, seed: int, *, leads: bool = True) -> Script | None:
+def attach_script(speculator: Any, seed: int, *, leads: bool = True, **curves: dict[int, float]) -> Script | None:
     """Put a script in the place of the cost-aware rule; on a rank that follows, nothing."""
     from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
 
     tail = speculator._tail
-    rule = Script(seed, speculator.max_num_reqs) if leads else None
+    rule = Script(seed, speculator.max_num_reqs, speculator.run_sources, **curves) if leads else None
     speculator.cost_aware = DeviceCostAware(rule, tail, None, speculator.agree, speculator.device)
     return rule
 
 
 def scripted(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tuple[Any, Any, Any]:
     """vLLM's configuration, a speculator over the oracle, and the script that says who drafts."""
-    options = {"rule": "cost_aware", "num_speculative_tokens": MAX_LENGTH, **options}
+    sources = ["draft_model"]
+    options = {"rule": "cost_aware", "num_speculative_tokens": MAX_LENGTH, "sources": sources, **options}
     config, speculator = harness.speculator(tiny, **options)
     speculator._tail._launch = tails.cost_aware_tail  # quicker than the interpreted kernel
     return config, speculator, attach_script(speculator, seed, leads=leads)

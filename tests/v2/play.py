@@ -66,7 +66,7 @@ class Play:
     def join(self) -> None:
         """A prompt comes in, with limits of its own."""
         self.num_joined += 1
-        request = Request(self.free_states.pop(), self.random.integers(0, VOCAB, self.random.integers(1, 90)).tolist())
+        request = Request(self.free_states.pop(), self._prompt())
         if self.cached and self.random.random() < 0.7:
             tokens, request.blocks = self.cached.pop()
             request.num_read = len(tokens)
@@ -79,6 +79,14 @@ class Play:
         name = f"request {self.num_joined}"
         self.requests[name] = request
         self._add(name, request)
+
+    def _prompt(self) -> list[int]:
+        prompt: list[int] = self.random.integers(0, VOCAB, self.random.integers(1, 90)).tolist()
+        return prompt
+
+    def _emitted(self, tokens: list[int]) -> int:
+        """The target's own token behind these."""
+        return int(self.random.integers(0, VOCAB))
 
     def _add(self, name: str, request: Request) -> None:
         extra_args = None if request.cap is None else {"specdecpp": {"num_speculative_tokens": request.cap}}
@@ -143,8 +151,9 @@ class Play:
                 accepted = self._accepted(request)
                 sampled.append(accepted + 1)
                 rejected.append(len(request.drafts) - accepted)
-                emitted = int(self.random.integers(0, VOCAB))
-                request.tokens += [*request.drafts[:accepted], emitted]
+                request.tokens += request.drafts[:accepted]
+                emitted = self._emitted(request.tokens)
+                request.tokens.append(emitted)
                 request.num_read = len(request.tokens) - 1
                 self.last_sampled[request.state] = emitted
             held = self.speculator.runner.req_states.all_token_ids.gpu[request.state]
@@ -211,6 +220,14 @@ class Play:
         """Whether the draft model has to read anything in this step."""
         return any(self.requests[name].cap != 0 for name in names)
 
+    def _drawn(self, wanted: list[list[int]]) -> list[list[int]]:
+        """The drafts among the candidates."""
+        return wanted
+
+    def _may_be_behind(self) -> bool:
+        """Whether the draft model may have something to catch up with."""
+        return self.num_left_out > 0
+
     def _compare(self, names: list[str], handed: torch.Tensor, wanted: list[list[int]]) -> None:
         got = self.speculator.draft_tokens[: len(names)].tolist()
         for row, (name, drafted) in enumerate(zip(names, wanted, strict=True)):
@@ -220,13 +237,14 @@ class Play:
             assert int(self.speculator.submitted[self.requests[name].state]) == len(drafted)
         assert self.speculator.log.candidates(names) == wanted
         self.caught_up = 0
+        wanted = self._drawn(wanted)
         if not self._reads(names):
             assert self.model.passes == [] and not any(wanted)
             self.num_left_out += 1
             return
         num_passes = max(1, *map(len, wanted), 1)
         self.caught_up = len(self.model.passes) - num_passes
-        assert 0 <= self.caught_up <= (self.num_left_out > 0) * 12
+        assert 0 <= self.caught_up <= self._may_be_behind() * 12
         self.num_caught_up += self.caught_up
         for index, wrote in enumerate(self.model.passes[self.caught_up + 1 :], 2):
             wants = [len(drafted) >= index for drafted in wanted]

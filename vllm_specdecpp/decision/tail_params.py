@@ -45,6 +45,9 @@ class CostAwareParams:
     """[max_reqs + 1] float32, of a draft step, by requests that draft."""
     verify_seconds: Tensor
     """[max_tokens + 1] float32, of a verification, by tokens; beyond its end the last slope goes on."""
+    run_odds: Tensor
+    """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position (``device_runs``).
+    The tail does not read it."""
     bucket_of: np.ndarray
     """[num_positions + 1] int64: the bucket whose intercepts and mean a position has."""
     packed: Tensor
@@ -74,7 +77,7 @@ class CostAwareParams:
         sizes = {
             "limits": max_reqs, "base": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
             "drift": num_positions, "means": num_positions, "step_seconds": max_reqs + 1,
-            "verify_seconds": max_tokens + 1,
+            "verify_seconds": max_tokens + 1, "run_odds": 1 + num_positions,
         }  # fmt: skip
         packed = torch.zeros(sum(sizes.values()), device=device)
         parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
@@ -83,7 +86,7 @@ class CostAwareParams:
 
     def load(
         self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any,
-        free_rows: int = 0,
+        free_rows: int = 0, runs: Any = None,
     ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
@@ -99,6 +102,7 @@ class CostAwareParams:
             step_seconds: [max_reqs + 1 or more].
             verify_seconds: [max_tokens + 1].
             free_rows: candidates of free runs, of all requests together.
+            runs: [2 + num_buckets] as ``this``, of a free run's candidates; None: there are none.
 
         Raises:
             ValueError: an array of another length.
@@ -118,6 +122,7 @@ class CostAwareParams:
                 f"{self.verify_seconds.numel()}; allocate with max_tokens={len(verify_seconds) - 1}"
             )
         fade = max(float(this[0]), MIN_SLOPE)
+        theta = np.zeros(2 + num_buckets) if runs is None else np.asarray(runs)
         own, after = this[1] + this[2:][self.bucket_of], next[1] + next[2:][self.bucket_of]  # [num_positions + 1]
         host = torch.empty(self.packed.shape, pin_memory=self.packed.is_cuda)
         values = host.numpy()
@@ -125,7 +130,7 @@ class CostAwareParams:
             [
                 np.zeros(max_reqs + 1), [price, this[0], next[0], next[0] / fade], own[:-1], after[:-1],
                 (after[:-1] - own[1:]) / fade, means[self.bucket_of[:-1]], step_seconds[: max_reqs + 1],
-                verify_seconds,
+                verify_seconds, theta[:1], theta[1] + theta[2:][self.bucket_of[:-1]],
             ],
             out=values, casting="same_kind",
         )  # fmt: skip
@@ -135,8 +140,9 @@ class CostAwareParams:
         self.packed.copy_(host, non_blocking=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name to view, of those on the device."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bucket_of", "packed")}
+        """Name to view, of those that the tail reads."""
+        others = ("run_odds", "bucket_of", "packed")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 
 _WHOLE = ("limits", "base")

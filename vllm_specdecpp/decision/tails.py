@@ -124,7 +124,7 @@ def cost_aware_tail(
 
     # Seconds of a verification of so many tokens more than those submitted before this step.
     tokens = torch.arange(num_reqs * (HORIZON + 1) + 1, device=scores.device)
-    verify = _seconds(params.verify_seconds, tokens + (params.base + lengths.sum()))
+    verify = seconds_at(params.verify_seconds, tokens + (params.base + lengths.sum()))
     more, counts = tokens[1 : HORIZON + 1], tokens[1 : num_reqs + 1, None]  # [HORIZON], [num_reqs, 1]
 
     room = params.limits[:num_reqs] - lengths  # candidate k included
@@ -182,7 +182,7 @@ def _known(accept: Tensor, mean: Tensor) -> Tensor:
     return torch.where(accept == accept, accept, mean)
 
 
-def _seconds(table: Tensor, index: Tensor) -> Tensor:
+def seconds_at(table: Tensor, index: Tensor) -> Tensor:
     """The table's entries; beyond its end the last slope goes on."""
     beyond = (index - (len(table) - 1)).clamp_min_(0)
     return table.take(index - beyond) + beyond * (table[-1] - table[-2])

@@ -25,6 +25,7 @@ from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.request_options import RequestOptions
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
+from vllm_specdecpp.source_registry import ON_DEVICE
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -126,8 +127,8 @@ def _needs_v1(config: SpecDecPPConfig) -> str | None:
         return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
     if not RULES[config.resolved_rule].device_tail:
         return no_device_tail(config.resolved_rule)
-    if config.sources is not None and config.run_sources:
-        return f"sources={config.sources}: Model Runner V2 has the draft model alone so far"
+    if config.sources is not None and (others := [name for name in config.run_sources if name not in ON_DEVICE]):
+        return f"sources={config.sources}: Model Runner V2 does not have {', '.join(map(repr, others))}"
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.v2.kernels import cost_aware_cases, device_cases, logits_cases, threshold_cases
+from tests.v2.kernels import cost_aware_cases, device_cases, logits_cases, runs_cases, threshold_cases
 from tests.v2.kernels.element_guard import OutOfBounds
 
 KERNELS = Path(__file__).resolve().parents[3] / "kernels"
@@ -43,9 +43,17 @@ def _logits(mutant: ModuleType) -> None:
         logits_cases.check(mutant.logits_summary, case, seeds=1)
 
 
+def _matches(mutant: ModuleType) -> None:
+    runs_cases.check_matches(mutant.suffix_match)
+
+
+def _rows(mutant: ModuleType) -> None:
+    runs_cases.check_rows(mutant.one_hot_rows)
+
+
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "threshold_tail": _threshold, "cost_aware_tail": _cost_aware, "cost_aware_device": _device,
-    "logits_summary": _logits,
+    "logits_summary": _logits, "suffix_match": _matches, "one_hot_rows": _rows,
 }  # fmt: skip
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "threshold_tail": [
@@ -110,6 +118,31 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("empty = (sums == 0) & (largest > float(\"-inf\"))", "empty = sums < 0"),
         ("tl.where(parts == winner, seconds, larges)", 'tl.where(parts == winner, float("-inf"), larges)'),
         ("tl.log(z) - t / z", "tl.log(z) - t"),
+    ],
+    "suffix_match": [
+        ("tl.where(asked, tl.load(last_ptr + req), 0)", "tl.load(last_ptr + req)"),
+        ("inside = where < last", "inside = where <= last"),
+        ("(last + BLOCK - 1) // BLOCK", "last // BLOCK"),
+        ("+ ones <= LATEST", "<= LATEST"),
+        ("num_places += total", "num_places = total"),
+        ("& (best < MAX_MATCH) &", "& (best < 1) &"),
+        ("while (back < MAX_MATCH)", "while (back <= MAX_MATCH)"),
+        ("same &= where >= back\n", "same &= where > back\n"),
+        ("tl.load(row + last - back)", "token"),
+        ("+ ones <= PLACES", "<= PLACES"),
+        ("(ones > 0) & (late == 0)", "ones < 0"),
+        ("num_sure += total", "num_sure = total"),
+        ("latest = tl.max(tl.where(lengths == longest, where, -1), axis=0)", "latest = start"),
+        ("longest > best", "longest >= best"),
+    ],
+    "one_hot_rows": [
+        ("token >= 0", "token > 0"),
+        ("tl.load(states_ptr + req)", "req"),
+        ("mask=columns < vocab_size", "mask=columns <= vocab_size"),
+        ("columns == token", "columns == token + 1"),
+        ('float("-inf")', "-9.0"),
+        ("tl.program_id(2) * BLOCK_VOCAB", "0"),
+        ("req * candidates_stride + step", "req * candidates_stride"),
     ],
 }
 

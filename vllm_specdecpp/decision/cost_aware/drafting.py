@@ -87,6 +87,7 @@ class CostAwareRound:
             this=acceptance.this.theta, next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
             step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
             verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
+            runs=self.rule.free_runs.theta,
         )  # fmt: skip
 
     def fill(self, report: Report) -> None:

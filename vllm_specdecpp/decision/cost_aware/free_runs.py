@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.logistic import Array, Mask, OnlineLogistic, bucket, sigmoid
 from vllm_specdecpp.decision.sources import Run, RunSource
+from vllm_specdecpp.decision.sources.suffix import x_of
 
 Counts = NDArray[np.int64]
 
@@ -58,6 +59,12 @@ class FreeRuns:
     def __init__(self, sources: Sequence[RunSource] = ()) -> None:
         self.models = {source.name: OnlineLogistic(*source.start, memory=_MEMORY) for source in sources}
         self.candidates, self.accepted = dict.fromkeys(self.models, 0), dict.fromkeys(self.models, 0)
+        self._promised: dict[str, tuple[int, float]] = {}  # request id -> rows and accepted ones of the last report
+
+    @property
+    def theta(self) -> Array | None:
+        """[2 + num_buckets] what a device estimates chances by: it has one source."""
+        return next((model.theta for model in self.models.values()), None)
 
     def take(self, runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel) -> Taken:
         """Choose for a round.
@@ -90,6 +97,31 @@ class FreeRuns:
         taken.lengths += np.bincount(owner[best_rows], minlength=num_reqs)
         taken.accepted += np.bincount(owner[best_rows], weights=chance[best_rows], minlength=num_reqs)
         return taken
+
+    def promised(self, request_ids: Sequence[str], limits: Counts) -> Taken:
+        """What is expected of runs that only a device will see: as much as of the last ones that were reported.
+
+        Args:
+            request_ids: of the batch.
+            limits: [num_reqs] candidates at most.
+        """
+        last = [self._promised.get(name, (0, 0.0)) for name in request_ids]
+        lengths = np.minimum([rows for rows, _ in last], limits)
+        return Taken([None] * len(last), lengths, np.minimum([accepted for _, accepted in last], lengths))
+
+    def reported(self, request_ids: Sequence[str], matches: Counts, lengths: Counts, accepted: Array) -> Taken:
+        """The runs that a device took (:func:`.device_runs.take_rows`), without their tokens.
+
+        Args:
+            request_ids: of the batch.
+            matches: [num_reqs] tokens that match.
+            lengths, accepted: [num_reqs] as in :class:`Taken`; of requests that draft what they leave.
+        """
+        rows = zip(matches.tolist(), lengths.tolist(), strict=True)
+        name = next(iter(self.models))
+        runs = [Run(name, [], x_of(match, length)) if length else None for match, length in rows]
+        self._promised = dict(zip(request_ids, zip(lengths.tolist(), accepted.tolist(), strict=True), strict=True))
+        return Taken(runs, lengths, accepted)
 
     def chances(self, run: Run) -> Array:
         """[length] that each candidate is accepted if all before it are."""

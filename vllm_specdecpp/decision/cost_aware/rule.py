@@ -91,22 +91,26 @@ class CostAwareRule:
         self.sources = tuple(sources)
         self.free_runs = FreeRuns(self.sources)
 
-    def begin(self, batch: Sequence[Standing], runs: Sequence[Sequence[Run]] = ()) -> CostAwareRound:
+    def begin(self, batch: Sequence[Standing], runs: Sequence[Sequence[Run]] | None = ()) -> CostAwareRound:
         """Start a round: choose who drafts, before the first draft pass, and who takes a run.
 
         Args:
             batch: its requests.
-            runs: [num_reqs] what the sources propose for each; empty: nothing for anybody.
+            runs: [num_reqs] what the sources propose for each; empty: nothing for anybody. None: a device looks for
+                them later (``device_runs``), and what the last ones promised stands for them here.
         """
         limits = np.array([min(s.limit, self.max_length) for s in batch], dtype=np.int64)
         if not batch:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
-        free = self.free_runs.take(runs, limits, self.costs)
-        admitted = self.admission.plan(batch, self.costs, self.purse, free)
         names = [s.request_id for s in batch]
-        free = free.without(admitted.drafts)
-        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, free)
+        if runs is None:
+            free = self.free_runs.promised(names, limits)
+        else:
+            free = self.free_runs.take(runs, limits, self.costs)
+        admitted = self.admission.plan(batch, self.costs, self.purse, free)
+        taken = None if runs is None else free.without(admitted.drafts)
+        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken)
 
     def finish(
         self,

@@ -12,7 +12,7 @@ Tokens = NDArray[np.integer[Any]]
 
 MAX_MATCH = 64
 """Tokens compared at most: longer matches are no surer."""
-_LATEST, _PLACES, _NARROW = 4096, 128, 8
+LATEST, PLACES, NARROW = 4096, 128, 8
 """Of the latest 4096 places where the last token stands, if more than 128: those where up to 8 tokens match, and of
 these the latest."""
 
@@ -36,7 +36,13 @@ class SuffixSource:
         start, match = longest_match(tokens)
         if not match:
             return tokens[:0], np.empty(0)
-        return np.resize(tokens[start:], most), np.log(match + np.arange(most, dtype=np.float64))
+        return np.resize(tokens[start:], most), x_of(match, most)
+
+
+def x_of(match: int, length: int) -> NDArray[np.float64]:
+    """[length] what the chance of each candidate behind a match is estimated from."""
+    x: NDArray[np.float64] = np.log(match + np.arange(length, dtype=np.float64))
+    return x
 
 
 def longest_match(tokens: Tokens) -> tuple[int, int]:
@@ -49,14 +55,14 @@ def longest_match(tokens: Tokens) -> tuple[int, int]:
     ends = np.flatnonzero(tokens[:last] == tokens[last]) if last > 0 else np.empty(0, dtype=np.int64)
     if not len(ends):
         return 0, 0
-    ends = ends[-_LATEST:]
-    for back in range(1, _NARROW):
+    ends = ends[-LATEST:]
+    for back in range(1, NARROW):
         longer = ends[ends >= back]
         longer = longer[tokens[longer - back] == tokens[last - back]]
-        if len(ends) <= _PLACES or not len(longer):
+        if len(ends) <= PLACES or not len(longer):
             break
         ends = longer
-    ends = ends[-_PLACES:]
+    ends = ends[-PLACES:]
     before = np.arange(min(MAX_MATCH, last))
     same = tokens[np.maximum(ends[:, None] - before, 0)] == tokens[last - before]  # [num_places, num_before]
     same &= before <= ends[:, None]

@@ -21,6 +21,7 @@ from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.engine.v2.free_runs import COLUMNS, DeviceFreeRuns
 from vllm_specdecpp.engine.v2.in_flight import HostCopy
 
 
@@ -68,6 +69,7 @@ class _Begun:
     end: Any = None
     read: Sequence[int] = ()  # tokens of each pass that read, if that was more than the usual two a request
     report: HostCopy | None = None
+    runs: DeviceFreeRuns | None = None  # that joined it
     # Of the next step:
     next_start: Any = None
     request_ids: Sequence[str] = ()
@@ -81,12 +83,16 @@ class DeviceCostAware(CostAwareDrafting):
 
     Args:
         rule, tail, file, agree, device, measured: as in :class:`CostAwareDrafting`.
+
+    Attributes:
+        runs: free runs that join the next round; None: none do.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clock = StreamClock(self._device)
         self._begun: deque[_Begun] = deque()
+        self.runs: DeviceFreeRuns | None = None
         self._start: Any = None
         self._drafting = True  # whether somebody drafted in the last round
 
@@ -152,13 +158,13 @@ class DeviceCostAware(CostAwareDrafting):
             share = self.rule.costs.first.at(len(request_ids)) / max(num_late, 1)
             apart = [share if count else 0.0 for count in behind]
             rows = zip(request_ids, max_lengths, room, unread.tolist(), emitted, apart, strict=True)
-            round_ = self.rule.begin([Standing(*row) for row in rows])
+            round_ = self.rule.begin([Standing(*row) for row in rows], () if self.runs is None else None)
             drafts = np.flatnonzero(round_.drafts)
             longest = int(round_.limits[drafts].max(initial=0))
             self._drafting = bool(longest)
             plan = Plan(longest, tuple(drafts.tolist()), reads=self._drafting)
             round_.load(self.tail.params)
-            self._begun.append(_Begun(round_, self._start))
+            self._begun.append(_Begun(round_, self._start, runs=self.runs))
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
         return plan
 
@@ -174,7 +180,8 @@ class DeviceCostAware(CostAwareDrafting):
             return
         last = self._begun[-1]
         last.read, last.end = read, self._clock.mark()
-        last.report = HostCopy(self.tail.report(num_reqs, lengths))
+        report = self.tail.report(num_reqs, lengths)
+        last.report = HostCopy(report if last.runs is None else torch.cat((report, last.runs.report())))
 
     def drop_round(self) -> None:
         """Another rule drafts from now on: what comes back is of no round that was begun here."""
@@ -189,7 +196,16 @@ class DeviceCostAware(CostAwareDrafting):
     def _learn_from(self, begun: _Begun) -> None:
         assert self.rule is not None and begun.report is not None and begun.outcomes is not None
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
-        round_.fill(Report.of(begun.report.tensor, num_reqs, len(self.tail.widths)))
+        packed = begun.report.tensor
+        if begun.runs is not None:
+            packed, told = packed.split([len(packed) - COLUMNS * num_reqs, COLUMNS * num_reqs])
+            matches, lengths, accepted, behind = told.view(COLUMNS, num_reqs).double().numpy()
+            names = round_.request_ids
+            begun.runs.gaps.told(dict(zip(names, behind.astype(int).tolist(), strict=True)))
+            free = self.rule.free_runs.reported(names, matches.astype(int), lengths.astype(int), accepted)
+        round_.fill(Report.of(packed, num_reqs, len(self.tail.widths)))
+        if begun.runs is not None:
+            round_.free = free.without(round_.drafts)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
             "read": begun.read,
@@ -201,7 +217,7 @@ class DeviceCostAware(CostAwareDrafting):
 def _outcomes(begun: _Begun) -> dict[str, tuple[int, int]]:
     """Request id -> candidates verified and accepted, of those of the round that the next step verified."""
     assert begun.outcomes is not None
-    submitted = dict(zip(begun.round_.request_ids, begun.round_.lengths.tolist(), strict=True))
+    submitted = dict(zip(begun.round_.request_ids, begun.round_.submitted.tolist(), strict=True))
     found = {}
     rows = zip(begun.request_ids, begun.was_prefilling, begun.outcomes.tensor.tolist(), strict=True)
     for request_id, was_prefilling, (num_sampled, num_rejected) in rows:

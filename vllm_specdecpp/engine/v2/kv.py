@@ -11,7 +11,7 @@ round without a draft pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -50,8 +50,8 @@ def reading_passes(spans: Sequence[Span], most: int) -> list[list[Span]]:
 class DraftKVGaps:
     """The stale blocks, and the requests that are behind.
 
-    Call :meth:`arrive` in each step, then either :meth:`leave_out`, or :meth:`catch_up` and, behind the first pass,
-    :meth:`read`. Ranks that call the same with the same arguments run the same passes.
+    Call :meth:`arrive` in each step, then either :meth:`leave_out`, or :meth:`have_gaps` before a short first pass,
+    :meth:`catch_up` and, behind the first pass, :meth:`read`. Ranks that call the same with the same arguments run the same passes.
 
     Args:
         speculator: its model loaded, its block tables there.
@@ -63,6 +63,8 @@ class DraftKVGaps:
         self._behind: dict[str, int] = {}  # request id -> about how many tokens it is behind, at most
         self._right: dict[str, int] = {}  # request id -> how many of these the device has found not to be stale
         self._asked: deque[tuple[list[str], HostCopy]] = deque()
+        self._told: dict[str, int] = {}  # request id -> how many tokens it was behind in the last report
+        self._gaps: torch.Tensor | None = None  # [num_reqs] bool, of this step: :meth:`have_gaps`
 
     @cached_property
     def can_catch_up(self) -> bool:
@@ -79,11 +81,13 @@ class DraftKVGaps:
             input_batch: of the step (``vllm.v1.worker.gpu.input_batch.InputBatch``).
             new: requests that came, or came back after a preemption, since the last step.
         """
+        self._gaps = None
         if self._stale is None:
             return
         held = self._speculator.requests
         self._behind = {name: n for name, n in self._behind.items() if name not in new and name in held}
         self._right = {name: n for name, n in self._right.items() if name in self._behind}
+        self._told = {name: n for name, n in self._told.items() if name in self._behind}
         cached = input_batch.num_computed_prefill_tokens_np
         rows = [row for row, name in enumerate(input_batch.req_ids) if name in new and cached[row]]
         if not rows:
@@ -103,14 +107,43 @@ class DraftKVGaps:
         while self._asked and self._asked[0][1].is_here():
             names, starts = self._asked.popleft()
             self._right |= dict(zip(names, starts.tensor.tolist(), strict=True))
-        return [max(self._behind.get(name, 0) - self._right.get(name, 0), 0) for name in request_ids]
+        counted = [max(self._behind.get(name, 0) - self._right.get(name, 0), 0) for name in request_ids]
+        return [self._told.get(name, count) for name, count in zip(request_ids, counted, strict=True)]
+
+    def told(self, behind: Mapping[str, int]) -> None:
+        """The device has said of an earlier step by how many tokens requests were behind in it."""
+        self._told |= {name: count for name, count in behind.items() if name in self._behind}
+
+    def num_behind(self, input_batch: Any, next_positions: torch.Tensor) -> torch.Tensor:
+        """[num_reqs] int64, by how many tokens each request is behind, the two of a usual first pass left out."""
+        ends = next_positions[: input_batch.num_reqs] - 1
+        if self._stale is None:
+            return torch.zeros_like(ends)
+        rows = torch.arange(input_batch.num_reqs, device=ends.device)
+        return (ends - self._first_stale(input_batch, rows, ends)).clamp(min=0)
+
+    def have_gaps(self, input_batch: Any, names: Sequence[str], gaps: torch.Tensor) -> None:
+        """Tokens that nobody drafted were accepted in this step; a short first pass will not read them.
+
+        Args:
+            input_batch: of the step.
+            names: requests that this may be so of.
+            gaps: [num_reqs] bool, where it is so.
+        """
+        if not names:
+            return
+        self._keep()
+        slots, owners = self._slots(input_batch)
+        self._set(torch.where(gaps[owners], slots, -1), True)
+        self._gaps = gaps.clone()
+        for name in names:
+            self._behind.setdefault(name, 0)
 
     def leave_out(self, input_batch: Any) -> None:
         """The target has read this step's tokens; the draft model will not."""
         if not self.can_catch_up:
             return
-        if self._stale is None:
-            self._stale = torch.zeros(self._num_blocks(), dtype=torch.bool, device=self._speculator.device)
+        self._keep()
         self._mark(input_batch, True)
         self._grow(input_batch, input_batch.req_ids)
 
@@ -124,7 +157,8 @@ class DraftKVGaps:
             return
         rows = torch.arange(input_batch.num_reqs, device=self._stale.device)
         begins = input_batch.positions[input_batch.query_start_loc[rows].long()]
-        self._mark(input_batch, self._first_stale(input_batch, rows, begins) < begins)
+        stale = self._first_stale(input_batch, rows, begins) < begins
+        self._mark(input_batch, stale if self._gaps is None else stale | self._gaps)
         self._grow(input_batch, behind)
 
     def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> list[int]:
@@ -156,6 +190,9 @@ class DraftKVGaps:
         for row in rows:
             self._behind.pop(input_batch.req_ids[row])
             self._right.pop(input_batch.req_ids[row], None)
+            self._told.pop(input_batch.req_ids[row], None)
+        if self._gaps is not None:
+            self._gaps.index_fill_(0, index, False)
         return [sum(max(end - start, 1) for start, end in taken) for taken in passes]
 
     def _grow(self, input_batch: Any, names: Collection[str]) -> None:
@@ -180,15 +217,23 @@ class DraftKVGaps:
 
     def _mark(self, input_batch: Any, stale: bool | torch.Tensor) -> None:
         """Mark the blocks of the tokens that the target has just read; ``stale`` is for all, or [num_reqs] bool."""
+        slots, owners = self._slots(input_batch)
+        self._set(slots, stale if isinstance(stale, bool) else stale[owners])
+
+    def _slots(self, input_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of the tokens that the target has just read, and whose they are: [num_tokens] each."""
         num_tokens, starts = input_batch.num_tokens, input_batch.query_start_loc
         tables, num_reqs = self._speculator.block_tables, input_batch.num_reqs
         positions = input_batch.positions[:num_tokens]
         slots = tables.compute_slot_mappings(input_batch.idx_mapping, starts, positions, num_tokens)[self._group]
-        if not isinstance(stale, bool):
-            where = torch.arange(num_tokens, device=slots.device)
-            owners = torch.bucketize(where, starts[1 : num_reqs + 1].long(), right=True)
-            stale = stale[owners.clamp(max=num_reqs - 1)]
-        self._set(slots, stale)
+        where = torch.arange(num_tokens, device=slots.device)
+        owners = torch.bucketize(where, starts[1 : num_reqs + 1].long(), right=True)
+        return slots, owners.clamp(max=num_reqs - 1)
+
+    def _keep(self) -> None:
+        """Begin to keep which blocks are stale."""
+        if self._stale is None:
+            self._stale = torch.zeros(self._num_blocks(), dtype=torch.bool, device=self._speculator.device)
 
     def _set(self, slots: torch.Tensor, stale: bool | torch.Tensor) -> None:
         assert self._stale is not None

@@ -35,12 +35,14 @@ from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_en
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
+from vllm_specdecpp.engine.v2.free_runs import DeviceFreeRuns
 from vllm_specdecpp.engine.v2.graphs import EAGER
 from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.engine.v2.requests import BatchRequests
 from vllm_specdecpp.kernels.cost_aware_tail import MAX_REQS, cost_aware_tail
+from vllm_specdecpp.source_registry import ON_DEVICE
 
 logger = init_logger("vllm.specdecpp")
 
@@ -76,6 +78,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         self._num_proposals = 0
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
+        self.run_sources = [name for name in config.run_sources if name in ON_DEVICE]
+        self.runs = DeviceFreeRuns(self) if self.run_sources else None
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
@@ -129,6 +133,8 @@ class SpecDecPPSpeculator(CapturedRounds):
             [num_reqs, num_speculative_steps] int64: each request's candidates, then 0; ``submitted`` has their number.
         """
         num_reqs, request_ids = input_batch.num_reqs, input_batch.req_ids
+        if dummy_run and self.runs is not None:
+            self.runs.warm()
         if (costs := self._costs_in_force(dummy_run)) is not None:
             costs.verified(request_ids, input_batch.is_prefilling_np.tolist(), num_sampled, num_rejected)
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
@@ -150,6 +156,8 @@ class SpecDecPPSpeculator(CapturedRounds):
             self._draft(input_batch, num_rejected, last_sampled, longest, dummy_run, skip_attn_for_dummy_run)
             return self.draft_tokens[:num_reqs].clamp(min=0)
         self.gaps.arrive(input_batch, self.requests.take_arrived())
+        if self.runs is not None:
+            self.runs.verified(input_batch, num_sampled)
         num_passes: int | torch.Tensor = 0
         if self.requests.all_off(name for name, is_beyond in zip(request_ids, beyond, strict=True) if not is_beyond):
             self.gaps.leave_out(input_batch)
@@ -183,10 +191,18 @@ class SpecDecPPSpeculator(CapturedRounds):
     ) -> int | torch.Tensor:
         """Draft for the batch, or leave it; returns the draft model's passes."""
         num_reqs = input_batch.num_reqs
+        # A request that gives blocks back would never be read what it is behind.
+        runs = self.runs if costs is not None and self.gaps.can_catch_up else None
+        if costs is not None:
+            costs.runs = runs
         plan = self._plan(costs, input_batch, limits)
+        if runs is not None and self._tail is not None:
+            runs.find(input_batch, self._tail)
         num_passes: int | torch.Tensor = 0
         read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
+            if self.runs is not None and self._can_read_short(input_batch):
+                self.gaps.have_gaps(input_batch, self.runs.names, self.runs.has_gap)
             read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
             num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
@@ -199,6 +215,8 @@ class SpecDecPPSpeculator(CapturedRounds):
             self.gaps.leave_out(input_batch)
         if costs is not None:
             costs.drafted(read, num_reqs, self.round.lengths)
+        if runs is not None:
+            runs.submit(plan.drafts)
         return num_passes
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:

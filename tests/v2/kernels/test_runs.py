@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""suffix_match and one_hot_rows, and their twins: what Model Runner V1 finds, and what it tells the rejection sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.v2.kernels.runs_cases import check_matches, check_rows
+from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows, one_hot_rows_torch
+from vllm_specdecpp.kernels.suffix_match import suffix_match, suffix_match_torch
+
+
+@pytest.mark.parametrize("launch", [suffix_match, suffix_match_torch], ids=["kernel", "twin"])
+def test_matches_are_those_of_model_runner_v1(launch) -> None:
+    check_matches(launch)
+
+
+@pytest.mark.parametrize("launch", [one_hot_rows, one_hot_rows_torch], ids=["kernel", "twin"])
+def test_a_run_was_certain(launch) -> None:
+    check_rows(launch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(4, 9)}, "tokens is float32, must be int32"),
+        ({"last": torch.zeros(3, dtype=torch.int64)}, r"last has shape \[3\], must be \[2\]"),
+        ({"limits": torch.zeros(4, dtype=torch.int32)[::2]}, r"limits has strides \[2\]"),
+    ],
+)
+def test_misfits_are_refused_in_one_line(change, message) -> None:
+    for launch in (suffix_match, suffix_match_torch):
+        a = {
+            "tokens": torch.zeros(4, 9, dtype=torch.int32), "states": torch.zeros(2, dtype=torch.int64),
+            "last": torch.zeros(2, dtype=torch.int64), "limits": torch.zeros(2, dtype=torch.int32),
+            "starts": torch.zeros(2, dtype=torch.int64), "matches": torch.zeros(2, dtype=torch.int32),
+        } | change  # fmt: skip
+        with pytest.raises(ValueError, match=f"^specdecpp: {launch.__name__}: {message}") as error:
+            launch(**a)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free runs in the oracle harness: texts that repeat themselves, and what Model Runner V1's functions take of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, attach_script, scripted
+from tests.v2.oracle import VOCAB
+from vllm_specdecpp.decision.sources import propose
+from vllm_specdecpp.decision.sources.suffix import longest_match
+from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows_torch
+from vllm_specdecpp.kernels.suffix_match import suffix_match_torch
+
+VERIFY = {1: 20e-3, 6: 20e-3, 64: 60e-3}
+"""Seconds: some rows are free, the others worth a good chance."""
+
+
+class RunsPlay(ScriptedPlay):
+    """Compares the runs as well, in rounds in which nobody, some or all draft.
+
+    Attributes:
+        kinds: requests that drafted, that took a run, rounds with both; runs accepted in part, wholly, behind which
+            the draft model drafted.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kinds = dict.fromkeys(("draft", "run", "both", "cut", "whole"), 0)
+        self._runs: dict[str, list[int]] = {}
+
+    def _prompt(self) -> list[int]:
+        prompt = super()._prompt()
+        return [*prompt, *prompt[: 1 + len(prompt) // 2]]
+
+    def _emitted(self, tokens: list[int]) -> int:
+        """Often what followed before, or some token that was there before."""
+        start, match = longest_match(np.array(tokens))
+        place = start if match and self.random.random() < 0.6 else int(self.random.integers(0, len(tokens)))
+        return tokens[place] if self.random.random() < 0.9 else int(self.random.integers(0, VOCAB))
+
+    def _accepted(self, request: Any) -> int:
+        accepted = super()._accepted(request)
+        (name,) = [name for name, mine in self.requests.items() if mine is request]
+        if accepted >= 2 and self._runs.get(name):
+            self.kinds["whole" if accepted == len(self._runs[name]) else "cut"] += 1
+        return accepted
+
+    def _propose(self, batch: Any, num_sampled: Any, num_rejected: Any, num_speculative_tokens: Any) -> torch.Tensor:
+        handed = super()._propose(batch, num_sampled, num_rejected, num_speculative_tokens)
+        self._runs = dict.fromkeys(batch.req_ids, [])
+        if not self._began:
+            return handed
+        limits = []
+        given = MAX_LENGTH if num_speculative_tokens is None else min(num_speculative_tokens, MAX_LENGTH)
+        for name, count in zip(batch.req_ids, num_sampled.tolist(), strict=True):
+            request = self.requests[name]
+            room = min(request.end, self.speculator.max_model_len) - 1 - len(request.tokens)
+            cap = given if request.cap is None else request.cap
+            limits.append(max(min(given, cap, room), 0) if count else 0)
+        rule, tokens = self._leader, [np.array(self.requests[name].tokens) for name in batch.req_ids]
+        runs = [propose(rule.sources, t, n) if n else [] for t, n in zip(tokens, limits, strict=True)]
+        taken = rule.free_runs.take(runs, np.array(limits), rule.costs)
+        for row, name in enumerate(batch.req_ids):
+            if not min(self.truths[-1].plan[name], limits[row]):
+                self._runs[name] = taken.token_ids(row)
+        drafts = [self.truths[-1].plan[name] > 0 for name in batch.req_ids]
+        took = [bool(self._runs[name]) for name in batch.req_ids]
+        self.kinds["draft"] += sum(drafts)
+        self.kinds["run"] += sum(took)
+        self.kinds["both"] += any(drafts) and any(took)
+        return handed
+
+    @property
+    def _leader(self) -> Any:
+        return self._rule
+
+    def _wanted(self, name: str, bound: int, num_sampled: int) -> list[int]:
+        return self._runs[name] or super()._wanted(name, bound, num_sampled)
+
+    def _drawn(self, wanted: list[list[int]]) -> list[list[int]]:
+        runs = [self._runs[name] for name in self._names]
+        return [[] if run else mine for run, mine in zip(runs, wanted, strict=True)]
+
+    def _compare(self, names: list[str], *args: Any) -> None:
+        self._names = names
+        super()._compare(names, *args)
+
+    def _may_be_behind(self) -> bool:
+        return True
+
+
+def with_runs(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tuple[Any, Any, Any]:
+    """As :func:`tests.v2.cost_rounds.scripted`, with suffix runs."""
+    config, speculator, _ = scripted(tiny, seed, sources=["suffix", "draft_model"], **options)
+    # Quicker than the interpreted kernels, which have tests of their own.
+    speculator.runs.match, speculator.runs.make_certain = suffix_match_torch, one_hot_rows_torch
+    rule = attach_script(speculator, seed, leads=leads, verify=VERIFY)
+    if rule is not None:
+        rule.chance = 0.5
+    return config, speculator, rule
