@@ -78,7 +78,7 @@ def _threshold_tail() -> Iterator[Variant]:
 
 def _cost_aware_tail() -> Iterator[Variant]:
     module = cost_aware_tail
-    whole = ("widths_ptr", "limits_ptr", "batch_ptr")
+    whole = ("widths_ptr", "limits_ptr", "base_ptr")
     real = (
         "expected_ptr", "scores_log_ptr", "price_ptr", "slopes_ptr", "this_ptr", "next_ptr", "drift_ptr", "means_ptr",
         "step_seconds_ptr", "verify_seconds_ptr",

@@ -17,6 +17,7 @@ from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.admission import Admitted, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.source_registry import make_sources
 
@@ -79,6 +80,7 @@ class Truth:
     read: list[int] = field(default_factory=list)  # tokens of each pass that read, if more than two a request
     drafts: list[list[float]] = field(default_factory=list)  # by row: the confidence of each candidate
     runs: list[int] = field(default_factory=list)  # by row: candidates of a run
+    taken: Taken | None = None  # what the rule would have taken
     outcomes: dict[str, tuple[int, int]] | None = None  # request id -> verified, accepted, in the next step
     next_names: list[str] = field(default_factory=list)
 
@@ -158,6 +160,10 @@ def check(told: Told, truth: Truth) -> None:
     drafted = [len(confidences) for confidences in truth.drafts]
     assert round_.lengths.tolist() == drafted and round_.free.lengths.tolist() == truth.runs
     assert round_.drafts.tolist() == [min(truth.plan[name], n) > 0 for name, n in zip(names, drafted, strict=True)]
+    for run, wanted in zip(round_.free.runs, [] if truth.taken is None else truth.taken.runs, strict=False):
+        assert run is None or wanted is not None and run.x.tolist() == wanted.x[: len(run.x)].tolist()
+    if truth.taken is not None:
+        np.testing.assert_allclose(round_.free.accepted, truth.taken.accepted, rtol=1e-4, atol=1e-6)
     assert round_.widths == [sum(n >= k for n in drafted) for k in range(1, max(drafted) + 1)]
     scores = np.reshape(round_.scores, (len(round_.widths), len(names)))
     for row, confidences in enumerate(truth.drafts):

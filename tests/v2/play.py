@@ -32,6 +32,7 @@ class Play:
     ) -> None:
         self.speculator, self.config, self.stops, self.books = speculator, vllm_config, stops, books
         self.caches, self.caps = caches, [None, None, None, None, 0, 2]
+        self.joins = 0.4  # chance that a request joins, in each step with room for one
         self.cached: list[tuple[list[int], list[int]]] = []  # tokens of whole blocks, and the blocks
         self.model: OracleModel = speculator.model
         self.random = np.random.default_rng(seed)
@@ -51,7 +52,7 @@ class Play:
         for _ in range(num_steps):
             for name in [n for n, r in self.requests.items() if self._is_through(r)]:
                 self.leave(name)
-            while not self.requests or (self.free_states and self.random.random() < 0.4):
+            while not self.requests or (self.free_states and self.random.random() < self.joins):
                 self.join()
             if len(self.requests) > 2 and self.random.random() < 0.1:
                 self.leave(str(self.random.choice(list(self.requests))))

@@ -22,13 +22,18 @@ VERIFY = {1: 20e-3, 6: 20e-3, 64: 60e-3}
 class RunsPlay(ScriptedPlay):
     """Compares the runs as well, in rounds in which nobody, some or all draft.
 
+    Args:
+        runs: of rank 0's play with the same seed, for a rank that follows; None: what V1's functions take.
+
     Attributes:
+        taken: request id -> its run, of each round begun.
         kinds: requests that drafted, that took a run, rounds with both; runs accepted in part, wholly, behind which
             the draft model drafted.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, runs: list[dict[str, list[int]]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._given, self.taken = runs, list[dict[str, list[int]]]()
         self.kinds = dict.fromkeys(("draft", "run", "both", "cut", "whole"), 0)
         self._runs: dict[str, list[int]] = {}
 
@@ -52,8 +57,17 @@ class RunsPlay(ScriptedPlay):
     def _propose(self, batch: Any, num_sampled: Any, num_rejected: Any, num_speculative_tokens: Any) -> torch.Tensor:
         handed = super()._propose(batch, num_sampled, num_rejected, num_speculative_tokens)
         self._runs = dict.fromkeys(batch.req_ids, [])
-        if not self._began:
-            return handed
+        if self._began:
+            self._runs = self._take(batch, num_sampled, num_speculative_tokens)
+            rows = sum(map(len, self._runs.values()))
+            assert int(self.speculator._tail.params.base) == len(batch.req_ids) + rows
+            self.taken.append(self._runs)
+        return handed
+
+    def _take(self, batch: Any, num_sampled: Any, num_speculative_tokens: Any) -> dict[str, list[int]]:
+        """What each request's run is: request id -> tokens."""
+        if self._given is not None:
+            return self._given[len(self.taken)]
         limits = []
         given = MAX_LENGTH if num_speculative_tokens is None else min(num_speculative_tokens, MAX_LENGTH)
         for name, count in zip(batch.req_ids, num_sampled.tolist(), strict=True):
@@ -61,22 +75,17 @@ class RunsPlay(ScriptedPlay):
             room = min(request.end, self.speculator.max_model_len) - 1 - len(request.tokens)
             cap = given if request.cap is None else request.cap
             limits.append(max(min(given, cap, room), 0) if count else 0)
-        rule, tokens = self._leader, [np.array(self.requests[name].tokens) for name in batch.req_ids]
+        rule, tokens = self._rule, [np.array(self.requests[name].tokens) for name in batch.req_ids]
         runs = [propose(rule.sources, t, n) if n else [] for t, n in zip(tokens, limits, strict=True)]
         taken = rule.free_runs.take(runs, np.array(limits), rule.costs)
-        for row, name in enumerate(batch.req_ids):
-            if not min(self.truths[-1].plan[name], limits[row]):
-                self._runs[name] = taken.token_ids(row)
-        drafts = [self.truths[-1].plan[name] > 0 for name in batch.req_ids]
-        took = [bool(self._runs[name]) for name in batch.req_ids]
-        self.kinds["draft"] += sum(drafts)
-        self.kinds["run"] += sum(took)
-        self.kinds["both"] += any(drafts) and any(took)
-        return handed
-
-    @property
-    def _leader(self) -> Any:
-        return self._rule
+        plan = self.truths[-1].plan
+        drafts = np.array([min(plan[name], limit) > 0 for name, limit in zip(batch.req_ids, limits, strict=True)])
+        taken = taken.without(drafts)
+        self.truths[-1].taken = taken
+        self.kinds["draft"] += int(drafts.sum())
+        self.kinds["run"] += int((taken.lengths > 0).sum())
+        self.kinds["both"] += bool(drafts.any() and taken.lengths.any())
+        return {name: taken.token_ids(row) for row, name in enumerate(batch.req_ids)}
 
     def _wanted(self, name: str, bound: int, num_sampled: int) -> list[int]:
         return self._runs[name] or super()._wanted(name, bound, num_sampled)

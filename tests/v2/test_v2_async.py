@@ -74,7 +74,7 @@ def test_the_cost_aware_rule_learns_of_rounds_late(tiny, reference, asynchronous
     monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
     late_copies(monkeypatch, by=1)
     draft = reference("draft_good")
-    with _engine(tiny, rule="cost_aware", threshold=None) as llm:
+    with _engine(tiny, rule="cost_aware", threshold=None, sources=["draft_model"]) as llm:
         cost_aware = v2_harness.fix_costs(llm, CURVES)
         rule, told, in_flight = cost_aware.rule, [], []
         finish = rule.finish

@@ -13,6 +13,7 @@ import torch
 from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, late_copies, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
+from tests.v2.run_rounds import RunsPlay, with_runs
 from vllm_specdecpp.engine.v2 import cost_aware as v2_cost_aware
 
 
@@ -29,10 +30,13 @@ def test_drafts_are_the_oracles_and_outcomes_their_rounds(tiny, monkeypatch, lat
     assert play.num_left_out >= 6 and play.num_caught_up >= 6
 
 
-def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny):
-    """It has no rule, and its own scores and draws are noise."""
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny, runs):
+    """It has no rule, its own scores and draws are noise, and so are the runs that it finds."""
     said: list[torch.Tensor] = []
-    config, leader, rule = scripted(tiny, seed=3)
+    make: Any = with_runs if runs else scripted
+    play: Any = RunsPlay if runs else ScriptedPlay
+    config, leader, rule = make(tiny, seed=3)
 
     def say(tensor: torch.Tensor) -> torch.Tensor:
         said.append(tensor.clone())
@@ -46,16 +50,20 @@ def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny):
         return plan
 
     leader._tell = tell
-    first = ScriptedPlay(leader, config, seed=9)
+    first = play(leader, config, seed=9)
     first.run(num_steps=15)
-    config, follower, _ = scripted(tiny, seed=0, leads=False)
+    config, follower, _ = make(tiny, seed=0, leads=False)
+    if runs:
+        follower.runs.match = lambda *args, starts, matches: (starts.fill_(1), matches.fill_(9))
+        assert first.kinds["run"] > 5
     answers = iter(said)
     _agree_by(follower, lambda tensor: next(answers).clone())
     told = iter(plans)
     follower._tell = lambda plan: next(told)
     observe = follower.round.observe_pass
     follower.round.observe_pass = lambda k, logits, h: observe(k, torch.randn_like(logits), h)
-    second = ScriptedPlay(follower, config, seed=9, plans=rule.plans)
+    given = {"runs": first.taken} if runs else {}
+    second = play(follower, config, seed=9, plans=rule.plans, **given)
     second.run(num_steps=15)
     assert second.lengths == first.lengths and next(answers, None) is next(told, None) is None
     assert len(set(first.lengths)) >= 4

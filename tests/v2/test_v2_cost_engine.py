@@ -36,6 +36,7 @@ def llm(tiny, tmp_path_factory):
     """Prompts in chunks, some of them from the prefix cache."""
     config = {
         "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
+        "sources": ["draft_model"],
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))

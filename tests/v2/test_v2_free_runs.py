@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from tests.v2.cost_rounds import late_copies
 from tests.v2.run_rounds import RunsPlay, with_runs
+from vllm_specdecpp.engine.v2 import free_runs
 
 
 @pytest.mark.parametrize(("late", "books"), [(0, False), (1, False), (2, True)])
@@ -16,8 +22,180 @@ def test_runs_are_those_of_v1_and_drafts_right_behind_them(tiny, monkeypatch, la
     config, speculator, rule = with_runs(tiny, seed=late)
     play = RunsPlay(speculator, config, seed=30 + late, books=books, caches=True)
     play.run(num_steps=60)
-    assert min(play.kinds.values()) >= 5, play.kinds
+    assert min(play.kinds.values()) >= 2 and play.kinds["both"] >= 5, play.kinds
     assert play.num_left_out >= 5 and play.num_caught_up >= 5
     assert len(rule.plans) - 1 - late <= len(rule.told) == play.num_checked
     known = rule.free_runs
     assert known.candidates["suffix"] > known.accepted["suffix"] > 0
+
+
+MUTATIONS: dict[str, Callable[[Any, Any], None]] = {}
+
+
+def mutation(name: str) -> Callable[[Any], Any]:
+    def register(plant: Any) -> Any:
+        MUTATIONS[name] = plant
+        return plant
+
+    return register
+
+
+def _matched(s: Any, change: Callable[..., None]) -> None:
+    """The match runs as it is, then ``change(starts, matches)``."""
+    original = s.runs.match
+
+    def match(*args: Any, starts: torch.Tensor, matches: torch.Tensor) -> None:
+        original(*args, starts=starts, matches=matches)
+        change(starts, matches)
+
+    s.runs.match = match
+
+
+@mutation("a run begins one token late")
+def _(monkeypatch, s):
+    _matched(s, lambda starts, matches: starts.add_((matches > 0) & (starts > 1)))
+
+
+@mutation("runs of other requests")
+def _(monkeypatch, s):
+    original = s.runs.match
+    s.runs.match = lambda tokens, states, *args, **out: original(tokens, states.roll(1), *args, **out)
+
+
+@mutation("the newest token is not looked at")
+def _(monkeypatch, s):
+    original = s.runs.match
+    s.runs.match = lambda tokens, states, last, *args, **out: original(tokens, states, last - 1, *args, **out)
+
+
+@mutation("what was rejected, or another's before, is looked at")
+def _(monkeypatch, s):
+    original = s.runs.match
+    s.runs.match = lambda tokens, states, last, *args, **out: original(tokens, states, last + 1, *args, **out)
+
+
+@mutation("runs go beyond their limit")
+def _(monkeypatch, s):
+    original = free_runs.take_rows
+    monkeypatch.setattr(free_runs, "take_rows", lambda m, limits, *args: original(m, limits + 1, *args))
+
+
+@mutation("a request that drafts takes a run as well")
+def _(monkeypatch, s):
+    original = s.runs.find
+    s.runs.find = lambda batch, tail: original(
+        batch, SimpleNamespace(params=tail.params, drafts=torch.zeros_like(tail.drafts))
+    )
+
+
+@mutation("last round's runs are submitted again")
+def _(monkeypatch, s):
+    original = s.runs.find
+
+    def find(batch: Any, tail: Any) -> None:
+        kept = s.runs._candidates.clone()
+        original(batch, tail)
+        s.runs._candidates.copy_(kept)
+
+    s.runs.find = find
+
+
+@mutation("runs are no rows of the verification")
+def _(monkeypatch, s):
+    original = s.runs.find
+
+    def find(batch: Any, tail: Any) -> None:
+        original(batch, tail)
+        tail.params.base.fill_(batch.num_reqs)
+
+    s.runs.find = find
+
+
+@mutation("matches of other rows are reported")
+def _(monkeypatch, s):
+    original = s.runs.report
+
+    def report() -> torch.Tensor:
+        columns = original().view(free_runs.COLUMNS, -1)
+        columns[0] = columns[0].flip(0)
+        return columns.flatten()
+
+    s.runs.report = report
+
+
+@mutation("what drafters leave counts as taken")
+def _(monkeypatch, s):
+    rule = s.cost_aware.rule.free_runs
+    original = rule.reported
+
+    def reported(*args: Any) -> Any:
+        taken = original(*args)
+        taken.without = lambda drafts: taken
+        return taken
+
+    rule.reported = reported
+
+
+@mutation("what a run skipped counts as read")
+def _(monkeypatch, s):
+    s.gaps.have_gaps = lambda *args: None
+
+
+@mutation("what a run skipped is forgotten by the pass that does not read it")
+def _(monkeypatch, s):
+    original = s.gaps.have_gaps
+
+    def have_gaps(*args: Any) -> None:
+        original(*args)
+        s.gaps._gaps = None
+
+    s.gaps.have_gaps = have_gaps
+
+
+@mutation("the host thinks that nobody has skipped anything")
+def _(monkeypatch, s):
+    original = s.gaps.have_gaps
+
+    def have_gaps(*args: Any) -> None:
+        before = dict(s.gaps._behind)
+        original(*args)
+        s.gaps._behind = before
+
+    s.gaps.have_gaps = have_gaps
+
+
+@mutation("a run is not remembered until it is verified")
+def _(monkeypatch, s):
+    original = s.runs.submit
+
+    def submit(drafts: Any) -> None:
+        original(drafts)
+        s.runs._ran.zero_()
+
+    s.runs.submit = submit
+
+
+@mutation("runs of which two tokens were accepted leave no gap")
+def _(monkeypatch, s):
+    original = s.runs.verified
+    s.runs.verified = lambda batch, num_sampled: original(batch, num_sampled - 1)
+
+
+def _play(tiny: Any, monkeypatch: Any, plant: Any, seed: int = 6) -> RunsPlay:
+    config, speculator, _ = with_runs(tiny, seed=7)
+    if plant is not None:
+        plant(monkeypatch, speculator)
+    play = RunsPlay(speculator, config, seed=seed, books=True)
+    play.caps, play.joins = [None], 0.1  # prompts are rare, so most first passes are short
+    play.run(num_steps=60)
+    return play
+
+
+def test_without_a_bug_all_is_well(tiny, monkeypatch):
+    assert min(_play(tiny, monkeypatch, None).kinds.values()) >= 2
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_play_notices(tiny, monkeypatch, name):
+    with pytest.raises((AssertionError, IndexError)):
+        _play(tiny, monkeypatch, MUTATIONS[name])

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampled output follows the target's law when some requests of a batch draft, some take runs and some do nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.exact_law import p_value
+from tests.v2.test_v2_lossless import FAILS_BELOW, LENGTH, VOCAB, _Given, _law
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
+from vllm_specdecpp.decision.sources.suffix import longest_match
+from vllm_specdecpp.engine.v2.free_runs import DeviceFreeRuns
+from vllm_specdecpp.engine.v2.round import DeviceRound
+from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows_torch
+from vllm_specdecpp.kernels.suffix_match import suffix_match_torch
+
+NUM_REQS = 4000
+TEXT = 9
+"""Tokens of each request."""
+
+
+class Batch:
+    """A round in which every second request drafts, as ``draft`` [LENGTH, VOCAB] says or its likeliest tokens."""
+
+    def __init__(self, draft: torch.Tensor, probabilistic: bool, plant: Any = None) -> None:
+        often = torch.tensor([5.0, *[1.0] * (VOCAB - 1)])  # the first token stands in most runs
+        table = torch.multinomial(often, NUM_REQS * (TEXT + LENGTH), replacement=True).int().view(NUM_REQS, -1)
+        shape = NUM_REQS, LENGTH
+        device = DeviceRound(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+        states = torch.randperm(NUM_REQS)
+        self.speculator = SimpleNamespace(
+            max_num_reqs=NUM_REQS, num_speculative_steps=LENGTH, device="cpu", agree=lambda tensor: tensor, requests=(),
+            draft_logits=torch.randn(NUM_REQS, LENGTH, VOCAB) if probabilistic else None, round=device,
+            runner=SimpleNamespace(req_states=SimpleNamespace(all_token_ids=SimpleNamespace(gpu=table))),
+        )  # fmt: skip
+        self.runs = DeviceFreeRuns(self.speculator)
+        # Quicker than the interpreted kernels, which have tests of their own.
+        self.runs.match, self.runs.make_certain = suffix_match_torch, one_hot_rows_torch
+        if plant is not None:
+            plant(self.runs)
+        tail = CostAwareTail(_Given(), NUM_REQS, LENGTH, 4 * NUM_REQS, "cpu")
+        device.set_rule(tail, 1)
+        device.limits[:, 0] = torch.randint(0, LENGTH + 1, (NUM_REQS,))
+        device.limits[:, 1], device.limits[:, 2:] = 100, -1
+        ones = torch.ones(NUM_REQS, dtype=torch.int32)
+        device.start(NUM_REQS, ones * (TEXT - 1), ones * 0, ones)
+        self.drafts = torch.arange(NUM_REQS) % 2 == 0
+        most = len(tail.params.bucket_of)
+        tail.params.load(
+            limits=np.where(self.drafts, LENGTH, 0), price=0.0, this=[1.0] + [0.0] * most, next=[1.0] + [0.0] * most,
+            means=[0.6] * most, step_seconds=[1e-3] * (NUM_REQS + 1),
+            verify_seconds=1 + 1e-5 * np.arange(4 * NUM_REQS + 1), runs=[1.9, -1.0] + [0.0] * most,
+        )  # fmt: skip
+        device.admit()
+        batch = SimpleNamespace(num_reqs=NUM_REQS, idx_mapping=states, req_ids=list(map(str, range(NUM_REQS))))
+        self.runs.verified(batch, ones)
+        self.runs.find(batch, tail)
+        for step, q in enumerate(draft, 1):
+            logits = q.repeat(NUM_REQS, 1)
+            drawn = torch.multinomial(q.softmax(-1), NUM_REQS, replacement=True) if probabilistic else logits.argmax(1)
+            device.rule.estimator.scores = torch.full((NUM_REQS,), 0.9)
+            device.observe_pass(step, logits, logits)
+            device.append_drawn(drawn, logits)
+            if self.speculator.draft_logits is not None:  # vLLM keeps those of all rows
+                self.speculator.draft_logits[:, step - 1] = q
+        self.runs.submit(self.drafts.nonzero().flatten().tolist())
+        self.states, self.table, self.round = states, table, device
+
+    def emitted(self, target: torch.Tensor) -> list[tuple[int, ...]]:
+        """Rejection sampling as in the textbook; what a round did not emit comes from the target alone."""
+        candidates, logits = self.round.draft_tokens, self.speculator.draft_logits
+        columns, drafting = [], torch.ones(NUM_REQS, dtype=torch.bool)
+        for step, p in enumerate(target[:LENGTH].softmax(-1)):
+            tokens = candidates[:, step].clamp(min=0)
+            q = torch.nn.functional.one_hot(tokens, VOCAB).float()
+            if logits is not None:
+                q = logits[self.states, step].softmax(-1)
+            drafting = drafting & (candidates[:, step] >= 0)
+            ratio = p[tokens] / q.gather(1, tokens[:, None]).squeeze(1)
+            accepted = drafting & (torch.rand(NUM_REQS) < ratio)
+            recovered = torch.multinomial((p - q).clamp(min=0) + 1e-12, 1).squeeze(1)
+            own = torch.multinomial(p, NUM_REQS, replacement=True)
+            columns.append(torch.where(accepted, tokens, torch.where(drafting, recovered, own)))
+            drafting = accepted
+        return [tuple(row) for row in torch.stack(columns, dim=1).tolist()]
+
+
+@pytest.mark.parametrize("probabilistic", [False, True])
+def test_any_mix_follows_the_law(probabilistic):
+    torch.manual_seed(3)
+    target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
+    batch = Batch(draft, probabilistic)
+    run = ~batch.drafts & (batch.round.lengths > 0)
+    assert min(int(run.sum()), int((batch.drafts & (batch.round.lengths > 0)).sum())) > 1000
+    assert p_value(batch.emitted(target), _law(target)) > FAILS_BELOW
+    for row in run.nonzero().flatten().tolist()[:40]:
+        text, length = batch.table[batch.states[row], :TEXT].numpy(), int(batch.round.lengths[row])
+        start, match = longest_match(text)
+        again = np.resize(text[start:], length).tolist()
+        assert batch.round.draft_tokens[row].tolist() == again + [-1] * (LENGTH - length)
+        # What vLLM's adaptive verification sizes the verification by.
+        chances = 1 / (1 + np.exp(1 - 1.9 * np.log(match + np.arange(length))))
+        assert batch.round.confidences[row, :length].tolist() == pytest.approx(chances.tolist(), rel=1e-5)
+
+
+def _not_certain(runs: Any) -> None:
+    runs.make_certain = lambda *args: None
+
+
+def _certain_of_another(runs: Any) -> None:
+    original = runs.make_certain
+    runs.make_certain = lambda logits, states, ids: original(logits, states, torch.where(ids < 0, -1, (ids + 1) % VOCAB))
+
+
+def _certain_in_another_row(runs: Any) -> None:
+    original = runs.make_certain
+    runs.make_certain = lambda logits, states, ids: original(logits, states.roll(1), ids)
+
+
+@pytest.mark.parametrize("plant", [_not_certain, _certain_of_another, _certain_in_another_row])
+def test_wrong_draft_logits_are_noticed(plant):
+    torch.manual_seed(3)
+    target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
+    assert p_value(Batch(draft, True, plant).emitted(target), _law(target)) < FAILS_BELOW
+
+
+@pytest.mark.parametrize("block", [False, True], ids=["standard", "block"])
+def test_vllm_verifies_one_hot_rows_as_certain_candidates(block):
+    """Its kernels with our rows emit what they emit when told that all candidates are certain."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
+
+    torch.manual_seed(2)
+    num_reqs, width = 40, LENGTH + 1
+    ids = torch.randint(0, VOCAB, (num_reqs, LENGTH))
+    target = torch.randn(num_reqs, width, VOCAB)
+    target[:, :LENGTH].scatter_(2, ids[:, :, None], 2.0)
+    target = target.view(-1, VOCAB)
+    target[::3, 1] = -torch.inf  # what a request's top-k leaves out
+    ids[::4, 1] = -1
+    states = torch.randperm(num_reqs)
+    logits = torch.randn(num_reqs, LENGTH, VOCAB)
+    one_hot_rows_torch(logits, states, ids)
+    sampled = []
+    for draft_logits in (logits, None):
+        tokens, counts = rejection_sample(
+            target.clone(), draft_logits, torch.cat([torch.zeros(num_reqs, 1, dtype=torch.int64), ids], dim=1).view(-1),
+            torch.arange(num_reqs + 1, dtype=torch.int32) * width, torch.arange(width).repeat(num_reqs), states,
+            states.repeat_interleave(width), torch.arange(width, dtype=torch.int32).repeat(num_reqs),
+            torch.full((num_reqs,), 0.7), torch.arange(num_reqs) + 5, LENGTH, use_block_verification=block,
+        )  # fmt: skip
+        sampled.append([row[:n] for row, n in zip(tokens.tolist(), counts.tolist(), strict=True)])
+    assert sampled[0] == sampled[1] and {len(row) for row in sampled[0]} == {1, 2, 3}
