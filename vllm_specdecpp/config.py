@@ -61,7 +61,8 @@ class SpecDecPPConfig(BaseModel):
     sources: list[str] | None = None
     """Where candidates come from: ``draft_model``, and ``suffix``: what followed the last time that the request's last
     tokens stood in its prompt or output, which costs no draft pass. By default both under ``cost_aware``, which weighs
-    them against each other; Model Runner V2 and the other rules have the draft model alone."""
+    them against each other; the other rules have the draft model alone. A source of your own runs on Model Runner V1.
+    On V2 a draft model whose requests give blocks back (sliding windows) has no ``suffix``."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
     """Upper bound on the candidate length K (vLLM's name for it)."""

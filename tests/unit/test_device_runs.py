@@ -20,8 +20,8 @@ MOST = 7
 CURVES = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 6: 21e-3, 7: 30e-3, 64: 60e-3}}
 
 
-def make_rule(num_tokens: int = 64) -> CostAwareRule:
-    costs = CostModel(**CURVES, max_reqs=64, max_tokens=num_tokens)  # type: ignore[arg-type]
+def make_rule(**curves: dict[int, float]) -> CostAwareRule:
+    costs = CostModel(**(CURVES | curves), max_reqs=64, max_tokens=64)
     return CostAwareRule(costs, MOST, sources=[SuffixSource()])
 
 
@@ -48,7 +48,7 @@ def test_a_device_takes_what_the_host_takes(seed: int) -> None:
 
 def test_who_has_runs_that_pay_does_not_draft_though_nobody_sees_them() -> None:
     """The plan goes by the last reported round; a request that is new promises nothing."""
-    rule = make_rule()
+    rule = make_rule(first={1: 1e-3}, step={1: 1e-3})
     rule.admission.records.update(["a", "b"], [100.0, 100.0], [60.0, 60.0])  # drafting is worth its passes
     batch = [Standing(name, 6, 50, 0, 10) for name in ("a", "b")]
     assert rule.begin(batch, None).drafts.all()

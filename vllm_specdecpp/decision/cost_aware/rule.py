@@ -104,12 +104,10 @@ class CostAwareRule:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
         names = [s.request_id for s in batch]
-        if runs is None:
-            free = self.free_runs.promised(names, limits)
-        else:
-            free = self.free_runs.take(runs, limits, self.costs)
+        seen = runs is not None
+        free = self.free_runs.take(runs, limits, self.costs) if seen else self.free_runs.promised(names, limits)
         admitted = self.admission.plan(batch, self.costs, self.purse, free)
-        taken = None if runs is None else free.without(admitted.drafts)
+        taken = free.without(admitted.drafts) if seen else None
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken)
 
     def finish(

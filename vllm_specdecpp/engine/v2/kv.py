@@ -51,7 +51,8 @@ class DraftKVGaps:
     """The stale blocks, and the requests that are behind.
 
     Call :meth:`arrive` in each step, then either :meth:`leave_out`, or :meth:`have_gaps` before a short first pass,
-    :meth:`catch_up` and, behind the first pass, :meth:`read`. Ranks that call the same with the same arguments run the same passes.
+    :meth:`catch_up` and, behind the first pass, :meth:`read`. Ranks that call the same with the same arguments run the
+    same passes.
 
     Args:
         speculator: its model loaded, its block tables there.
