@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests import engine_harness as harness
 from tests.reference_loop import Rule, generate
@@ -16,19 +17,40 @@ from tests.v2 import harness as v2_harness
 from vllm_specdecpp.costs import timing
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.decision.sources.suffix import longest_match
 
 MAX_LENGTH, MAX_TOKENS = 5, 24
-PART = harness.prompts(1, seed=7, shortest=12, longest=12)[0]
-PROMPTS = [[*p, *PART[: 4 + i], *p[::2], *PART[: 2 + i]] for i, p in enumerate(harness.prompts(3, seed=5, longest=30))]
+PROMPTS = harness.prompts(3, seed=5, longest=30)
 CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
+
+
+def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> None:
+    """In place of the runs that are found: what the target will say, and now and then something else."""
+    runs, find = speculator.runs, speculator.runs.find
+
+    def known(batch: Any, tail: Any) -> None:
+        find(batch, tail)
+        tokens, state = speculator.runner.req_states.all_token_ids.gpu, speculator.round
+        lengths = torch.zeros_like(runs._taken.lengths)
+        runs._candidates[: batch.num_reqs] = -1
+        for row in range(batch.num_reqs):
+            length, last = int(state.max_lengths[row]), int(state.next_positions[row])
+            if length and not tail.drafts[row]:
+                held = tokens[batch.idx_mapping[row], : last + 1].tolist()
+                (text,) = {tuple(t) for t in texts if t[: last + 1] == held}
+                run = [draw.choice([t] * 9 + [3]) for t in text[last + 1 : last + 1 + length]]
+                runs._candidates[row, : len(run)] = torch.tensor(run)
+                lengths[row] = len(run)
+        runs._matches[: batch.num_reqs] = 1
+        runs._taken = runs._taken._replace(lengths=lengths)
+
+    runs.find = known
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, monkeypatch, is_async):
-    """Who drafts is drawn; the others take what V1 would find, or nothing."""
+    """Who drafts is drawn; the others submit runs, many of them right, so that the draft model falls behind."""
     monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
-    rule, draw = Rule("fixed", max_length=1), random.Random(4)
+    rule, draw, planned = Rule("fixed", max_length=1), random.Random(4), [0]
     target, draft = reference("target"), reference("draft_good")
     wanted = [
         generate(target, draft, p, rule, max_tokens=MAX_TOKENS, max_model_len=harness.MAX_MODEL_LEN)[1] for p in PROMPTS
@@ -38,6 +60,7 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, 
         assert runs is None
         limits = np.array([min(s.limit, draw.randint(1, MAX_LENGTH)) for s in batch])
         drafts = (limits > 0) & (np.array([draw.random() for _ in batch]) < 0.4)
+        planned[0] += int(drafts.sum())
         names = [s.request_id for s in batch]
         return CostAwareRound(held, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
 
@@ -49,6 +72,8 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, 
     with harness.engine(tiny.target, config, async_scheduling=is_async, enable_prefix_caching=True) as llm:
         held: Any = v2_harness.fix_costs(llm, CURVES).rule
         held.begin = begin
+        speculator = llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
+        know(speculator, [prompt + tokens for prompt, tokens in zip(PROMPTS, wanted, strict=True)], draw)
         outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
         stats = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["sources"]["suffix"]
@@ -57,13 +82,14 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, 
     for prompt, tokens, mine in zip(PROMPTS, wanted, rounds, strict=True):
         context = [*prompt, tokens[0]]
         for candidates, accepted, next_token in mine:
-            start, match = longest_match(np.array(context))
-            run = np.resize(context[start:], len(candidates)).tolist() if match else []
-            drawn = [draft.steps([*context, *candidates[:k]])[0].token for k in range(len(candidates))]
-            assert candidates in (run, drawn)
+            drawn: list[int] = []
+            for _ in candidates:
+                drawn.append(draft.steps([*context, *drawn])[0].token)
             num_drafts += bool(candidates) and candidates == drawn
             num_runs += candidates != drawn
             num_won += candidates != drawn and accepted >= 2  # tokens that the draft model has not read
             context += [*candidates[:accepted], next_token]
-    assert num_drafts > 5 and num_runs > 5 and num_won > 0, (num_drafts, num_runs, num_won)
-    assert stats["candidates"] > 5 and stats["accepted"] > 0
+    assert min(num_drafts, num_runs, num_won) >= 4, (num_drafts, num_runs, num_won)
+    # Of a request's last rounds the outcome is not seen, and with asynchronous scheduling one more has begun.
+    assert num_drafts >= planned[0] - 3 * len(PROMPTS), (num_drafts, planned)
+    assert stats["candidates"] > stats["accepted"] > 10

@@ -114,7 +114,9 @@ def _not_certain(runs: Any) -> None:
 
 def _certain_of_another(runs: Any) -> None:
     original = runs.make_certain
-    runs.make_certain = lambda logits, states, ids: original(logits, states, torch.where(ids < 0, -1, (ids + 1) % VOCAB))
+    runs.make_certain = lambda logits, states, ids: original(
+        logits, states, torch.where(ids < 0, -1, (ids + 1) % VOCAB)
+    )
 
 
 def _certain_in_another_row(runs: Any) -> None:

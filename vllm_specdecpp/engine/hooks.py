@@ -223,8 +223,8 @@ LEDGER: tuple[Hook, ...] = (
     Hook(f"{_V2}.block_table:BlockTables", ("block_tables", "block_sizes", "cp_size"),
          "read after rounds without a draft pass, to find stale KV of the draft model"),
     Hook(f"{_V2}.states:RequestState", ("all_token_ids",),
-         "tokens that the draft model is behind and reads later; on the device the newest one is there when it drafts, and "
-         "free runs are looked for in them"),
+         "tokens that the draft model is behind and reads later; free runs are looked for in them, on the device, where "
+         "the newest one is there before it drafts"),
     Hook("vllm.v1.kv_cache_interface:KVCacheConfig", ("num_blocks", "kv_cache_groups"), "how many blocks may be stale"),
     Hook("vllm.v1.kv_cache_interface:iter_layer_specs", ("kv_cache_spec",), "whether a request keeps all its blocks"),
     Hook("vllm.v1.kv_cache_interface:FullAttentionSpec", (), "layers whose requests keep all blocks"),
