@@ -62,7 +62,7 @@ def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny):
 
 
 def _agree_by(speculator: Any, agree: Any) -> None:
-    speculator.agree = speculator.round.agree = speculator.cost_aware._agree = agree
+    speculator.agree = speculator.round.agree_drawn = speculator.cost_aware._agree = agree
 
 
 def test_until_its_costs_are_known_it_drafts_as_far_as_it_may(tiny):
