@@ -58,7 +58,7 @@ class SpecDecPPConfig(BaseModel):
     """Whether ``cost_aware`` goes on learning from each verified round how likely candidates are to be accepted."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
-    """Upper bound on the candidate length K (vLLM's name for it)."""
+    """Upper bound on the candidate length K (vLLM's name for it). On GPUs the default is 10 or less (`docs/gpu.md`)."""
 
     min_speculative_tokens: int = Field(default=1, ge=1)
     """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it. Not for

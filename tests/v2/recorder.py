@@ -31,14 +31,15 @@ class FreedMemory(AssertionError):
 class Address:
     """A tensor that the graph does not own."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, owner: str) -> None:
+        self._owner = owner
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._form = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
 
     def tensor(self) -> torch.Tensor:
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None:
-            raise FreedMemory("a replay reads a tensor that is gone")
+            raise FreedMemory(f"{self._owner}: a tensor of {self._form} is gone")
         dtype, *form = self._form
         return torch.empty(0, dtype=dtype).set_(storage, *form)
 
@@ -140,7 +141,7 @@ class RecordingBackend(EpochBackend):
 
     @contextmanager
     def if_node(self, graph: Any, predicate: torch.Tensor) -> Iterator[None]:
-        before, node = self.entries, If(Address(predicate))
+        before, node = self.entries, If(Address(predicate, "IF node"))
         before.append(node)
         self.entries = node.body
         yield
@@ -157,7 +158,9 @@ class RecordingBackend(EpochBackend):
         graph.own |= {t.untyped_storage()._cdata for t in outs}
 
         def held(tensor: torch.Tensor) -> Any:
-            return tensor if tensor.untyped_storage()._cdata in graph.own else Address(tensor)
+            # A single number may be one of the code, which a kernel takes by value.
+            own = tensor.untyped_storage()._cdata in graph.own or tensor.dim() == 0
+            return tensor if own else Address(tensor, name)
 
         self.entries.append(Call(name, run, _map(args, held), _map(kwargs, held), outs))
 
@@ -180,10 +183,10 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._backend.inside is not None:
-            aliases = [r.alias_info for r in func._schema.returns]
-            is_view = any(a is not None and not a.is_write for a in aliases)
-            if not is_view:
-                made = [] if any(a is not None for a in aliases) else _tensors(result)
+            given = {t.untyped_storage()._cdata for t in _tensors([*args, *kwargs.values()])}
+            made = [t for t in _tensors(result) if t.untyped_storage()._cdata not in given]
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            if made or writes:  # else a view
                 self._backend.note(str(func), func, args, kwargs, made)
         return result
 

@@ -18,7 +18,7 @@ from tests.v2.epochs import Epochs
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
 from tests.v2.recorder import RecordingBackend, recording
-from vllm_specdecpp.engine.v2.graphs import IF_NODES, PER_PASS, DraftGraphs
+from vllm_specdecpp.engine.v2.graphs import IF_NODES, DraftGraphs
 
 THRESHOLD, MAX_LENGTH = 0.45, 5
 
@@ -45,7 +45,7 @@ def _model_state() -> Any:
 
 def _play(
     tiny: Any, sizes: list[int], seed: int, change: Callable[[Any], None] = lambda s: None, *, cost_aware: bool = False,
-    mode: str = IF_NODES, num_steps: int = 25,
+    num_steps: int = 16,
 ) -> tuple[Play, list[bool]]:  # fmt: skip
     """Play with captured rounds; also gives of each replayed round whether its first pass was replayed."""
     from vllm.config import set_current_vllm_config
@@ -64,7 +64,7 @@ def _play(
     epochs = Epochs()
     epochs.begin()
     backend = RecordingBackend(epochs)
-    graphs = DraftGraphs(speculator, mode, sizes, MAX_LENGTH, backend)
+    graphs = DraftGraphs(speculator, IF_NODES, sizes, MAX_LENGTH, backend)
     with recording(backend, speculator), set_current_vllm_config(config):
         graphs.capture()
     speculator.graphs = graphs
@@ -77,27 +77,24 @@ def _play(
 
     graphs.replay = count  # type: ignore[method-assign]
     play = ScriptedPlay(speculator, config, seed) if cost_aware else Play(speculator, config, Stops(THRESHOLD), seed)
-    play.run(num_steps=num_steps)
+    play.run(num_steps)
     return play, replayed
 
 
-@pytest.mark.parametrize("mode", [IF_NODES, PER_PASS])
-@pytest.mark.parametrize("sizes", [[4], [1, 2, 4], [2]], ids=str)
-def test_replayed_drafts_equal_the_oracles(tiny, sizes, mode):
-    play, replayed = _play(tiny, sizes, seed=len(sizes), mode=mode)
-    # Larger batches run eagerly. Where a prompt is read, the first pass does, and the later ones are replayed.
-    assert replayed.count(True) >= (5 if 4 in sizes else 2)
-    assert replayed.count(False) >= (5 if 4 in sizes else 1)
-    assert {0, MAX_LENGTH} <= set(play.lengths)
-
-
 @pytest.mark.parametrize("sizes", [[4], [1, 2]], ids=str)
-def test_replayed_cost_aware_drafts_equal_the_oracles(tiny, sizes):
-    """What decides is loaded before each replay; rounds in which nobody drafts are not replayed."""
-    play, replayed = _play(tiny, sizes, seed=len(sizes), cost_aware=True)
-    assert len(replayed) >= (5 if 4 in sizes else 2)
+def test_replayed_drafts_equal_the_oracles(tiny, sizes):
+    play, replayed = _play(tiny, sizes, seed=len(sizes))
+    # Larger batches run eagerly. Where a prompt is read, the first pass does, and the later ones are replayed.
+    assert replayed.count(True) >= 2 and replayed.count(False) >= 2
     assert {0, MAX_LENGTH} <= set(play.lengths)
-    assert isinstance(play, ScriptedPlay) and play.num_checked >= 15
+
+
+def test_replayed_cost_aware_drafts_equal_the_oracles(tiny):
+    """What decides is loaded before each replay; rounds in which nobody drafts are not replayed."""
+    play, replayed = _play(tiny, [4], seed=1, cost_aware=True)
+    assert len(replayed) >= 5
+    assert {0, MAX_LENGTH} <= set(play.lengths)
+    assert isinstance(play, ScriptedPlay) and play.num_checked >= 8
     passes = sum(max([1, *map(len, truth.drafts)]) for truth in play.truths if any(truth.plan.values()))
     assert play.speculator.log.stats()["draft_passes"] == passes + play.num_caught_up
 
@@ -199,7 +196,7 @@ def test_replay_bugs_that_running_the_functions_again_would_hide(tiny, bug):
 
 
 def test_a_new_rule_gives_the_captured_rounds_up(tiny):
-    play, _ = _play(tiny, [4], seed=1)
+    play, _ = _play(tiny, [4], seed=1, num_steps=1)
     graphs = play.speculator.graphs
     play.speculator.reconfigure({"threshold": 0.3})
     assert play.speculator.graphs is graphs  # it is read at replay

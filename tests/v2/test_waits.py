@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured round waits for no device: ``propose`` and its passes on tensors that say they are on a GPU.
+"""A captured round waits for no device: ``propose`` and its passes on tensors that are not on the host.
 
 ``FakeTensorMode`` has no numbers, so whatever asks for one (``bool``, ``.item()``, a mask) raises; a dispatch mode adds
 the copies to the host. Launches of Triton kernels, the models and vLLM's own metadata and tables are left out.
@@ -21,9 +21,11 @@ from tests.v2 import harness
 from tests.v2.cost_rounds import attach_script
 from tests.v2.epochs import EpochBackend, Epochs
 from vllm_specdecpp.engine.v2 import graphs
+from vllm_specdecpp.engine.v2.passes import SHORT
 
 K, HIDDEN = 3, 4
-CUDA = torch.device("cuda")
+DEVICE = torch.device("meta")
+"""Not the host. ``FakeTensorMode`` has no indexing of CUDA tensors where torch was built without CUDA."""
 
 
 class HostWait(AssertionError):
@@ -86,27 +88,27 @@ class Later:
 
 class Model:
     def __call__(self, *, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return torch.empty(len(input_ids), HIDDEN, device=CUDA)
+        return torch.empty(len(input_ids), HIDDEN, device=DEVICE)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.empty(len(hidden_states), 512, dtype=torch.bfloat16, device=CUDA)
+        return torch.empty(len(hidden_states), 512, dtype=torch.bfloat16, device=DEVICE)
 
 
 def _tables(speculator: Any) -> Any:
     most = speculator.max_num_tokens + speculator.max_num_reqs
 
     def slots(*args: Any, out: Any = None) -> torch.Tensor:
-        return torch.empty(1, args[3], dtype=torch.int64, device=CUDA)
+        return torch.empty(1, args[3], dtype=torch.int64, device=DEVICE)
 
-    table = torch.empty(speculator.max_num_reqs, 9, dtype=torch.int32, device=CUDA)
+    table = torch.empty(speculator.max_num_reqs, 9, dtype=torch.int32, device=DEVICE)
     return types.SimpleNamespace(
-        compute_slot_mappings=slots, slot_mappings=torch.empty(1, most, dtype=torch.int64, device=CUDA), cp_size=1,
+        compute_slot_mappings=slots, slot_mappings=torch.empty(1, most, dtype=torch.int64, device=DEVICE), cp_size=1,
         block_tables=[types.SimpleNamespace(gpu=table)], block_sizes=[32],
     )  # fmt: skip
 
 
 @pytest.fixture
-def on_cuda(tiny, monkeypatch) -> Iterator[Callable[..., Any]]:
+def on_device(tiny, monkeypatch) -> Iterator[Callable[..., Any]]:
     """Makes a speculator on a GPU that is not there, with captured rounds."""
     from triton.runtime.interpreter import InterpretedFunction
     from vllm.config import set_current_vllm_config
@@ -121,7 +123,7 @@ def on_cuda(tiny, monkeypatch) -> Iterator[Callable[..., Any]]:
     def upload(data: Any, device: Any = None, dtype: Any = None, out: Any = None) -> torch.Tensor:
         """vLLM's, whose copies are pinned and not waited for."""
         kinds = {np.dtype("int64"): torch.int64, np.dtype("int32"): torch.int32, np.dtype("bool"): torch.bool}
-        return torch.empty(data.shape, dtype=kinds[data.dtype], device=CUDA) if out is None else out
+        return torch.empty(data.shape, dtype=kinds[data.dtype], device=DEVICE) if out is None else out
 
     def load(self: Any, **_: Any) -> None:
         self.packed.copy_(torch.empty(self.packed.shape), non_blocking=True)
@@ -137,18 +139,21 @@ def on_cuda(tiny, monkeypatch) -> Iterator[Callable[..., Any]]:
 
     def make(change: Callable[[Any], None] = lambda s: None, **options: Any) -> Any:
         config = SpecDecPPConfig(model=tiny.draft_good, num_speculative_tokens=K, **options)
-        speculator: Any = SpecDecPPSpeculator(vllm_config, CUDA, config)
+        speculator: Any = SpecDecPPSpeculator(vllm_config, DEVICE, config)
         speculator.model, speculator.block_tables = Model(), _tables(speculator)
         speculator.model_state = speculator.attn_groups = None
         speculator.draft_attn_layer_names = {"layer"}
         group = types.SimpleNamespace(layer_names=["layer"], kv_cache_spec=None)
         speculator.kv_cache_config = types.SimpleNamespace(kv_cache_groups=[group], num_blocks=64)
         most = speculator.max_num_tokens + speculator.max_num_reqs
-        speculator.expanded_slot_mappings = torch.empty(1, most, dtype=torch.int64, device=CUDA)
+        speculator.expanded_slot_mappings = torch.empty(1, most, dtype=torch.int64, device=DEVICE)
         speculator._build_attn_metadata = lambda **_: {}
+        # vLLM's own first pass, of a prompt's width, works out its metadata with the host's numbers.
+        speculator._prefill = lambda batch, *_: speculator._eager_pass(batch, SHORT)
+        speculator.refresh_first_pass = lambda size, bound: speculator._load_short(size)
         speculator._update_draft_decode_metadata = lambda *_: None
         speculator.gaps.__dict__["can_catch_up"] = True
-        token_ids = torch.empty(4, 256, dtype=torch.int32, device=CUDA)
+        token_ids = torch.empty(4, 256, dtype=torch.int32, device=DEVICE)
         state = types.SimpleNamespace(all_token_ids=types.SimpleNamespace(gpu=token_ids))
         speculator.runner = types.SimpleNamespace(req_states=state)
         speculator.set_rule(config)
@@ -160,7 +165,8 @@ def on_cuda(tiny, monkeypatch) -> Iterator[Callable[..., Any]]:
         speculator.graphs = graphs.DraftGraphs(speculator, graphs.IF_NODES, [4], K, EpochBackend(epochs))
         return speculator
 
-    with FakeTensorMode(), NoWaits(), set_current_vllm_config(vllm_config):
+    # torch.tensor(0, device="meta") is no fake.
+    with FakeTensorMode(allow_non_fake_inputs=True), set_current_vllm_config(vllm_config):
         yield make
 
 
@@ -170,27 +176,29 @@ def _batch(num_reqs: int, *, prompt: bool = False) -> Any:
     prefilling = np.array([prompt and row == 0 for row in range(num_reqs)])
     return types.SimpleNamespace(
         req_ids=[f"request {row}" for row in range(num_reqs)], num_reqs=num_reqs, num_tokens=sum(lengths),
-        idx_mapping=torch.empty(num_reqs, dtype=torch.int64, device=CUDA),
-        input_ids=torch.empty(sum(lengths), dtype=torch.int32, device=CUDA),
-        positions=torch.empty(sum(lengths), dtype=torch.int64, device=CUDA),
-        query_start_loc=torch.empty(num_reqs + 1, dtype=torch.int32, device=CUDA),
+        idx_mapping=torch.empty(num_reqs, dtype=torch.int64, device=DEVICE),
+        input_ids=torch.empty(sum(lengths), dtype=torch.int32, device=DEVICE),
+        positions=torch.empty(sum(lengths), dtype=torch.int64, device=DEVICE),
+        query_start_loc=torch.empty(num_reqs + 1, dtype=torch.int32, device=DEVICE),
         query_start_loc_np=np.array([0, *np.cumsum(lengths)], np.int32),
-        seq_lens=torch.empty(num_reqs, dtype=torch.int32, device=CUDA), seq_lens_cpu_upper_bound=HostNumbers(lens),
+        seq_lens=torch.empty(num_reqs, dtype=torch.int32, device=DEVICE), seq_lens_cpu_upper_bound=HostNumbers(lens),
         is_prefilling_np=prefilling, num_computed_prefill_tokens_np=np.full(num_reqs, 20),
         num_scheduled_tokens=np.array(lengths), prefill_len_np=np.full(num_reqs, 30),
     )  # fmt: skip
 
 
 def _propose(speculator: Any, batch: Any) -> None:
-    numbers = (torch.empty(batch.num_reqs, dtype=torch.int32, device=CUDA) for _ in range(2))
-    last = torch.empty(4, 1, dtype=torch.int64, device=CUDA)
-    temperature, seeds = torch.empty(4, device=CUDA), torch.empty(4, dtype=torch.int64, device=CUDA)
-    speculator.propose(batch, {}, {}, None, None, *numbers, last, None, temperature, seeds)
+    numbers = (torch.empty(batch.num_reqs, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    last = torch.empty(4, 1, dtype=torch.int64, device=DEVICE)
+    temperature, seeds = torch.empty(4, device=DEVICE), torch.empty(4, dtype=torch.int64, device=DEVICE)
+    with NoWaits():
+        speculator.propose(batch, {}, {}, None, None, *numbers, last, None, temperature, seeds)
 
 
 def _play(speculator: Any) -> None:
     """The capture, then rounds of several batch sizes, with and without a prompt."""
-    speculator.graphs.capture()
+    with NoWaits():
+        speculator.graphs.capture()
     for num_reqs in (1, 3, 4, 2, 4, 1, 3):
         _propose(speculator, _batch(num_reqs))
     if speculator.cost_aware is None:  # reading up waits once, to learn how much there is to read
@@ -204,8 +212,8 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", RULES, ids=lambda o: o["rule"])
-def test_waits_for_nothing(on_cuda, options):
-    speculator = on_cuda(**options)
+def test_waits_for_nothing(on_device, options):
+    speculator = on_device(**options)
     if speculator.cost_aware is not None:  # whoever drafts nothing has to be read up later
         plans = speculator.cost_aware.rule
         plans._random = types.SimpleNamespace(
@@ -215,9 +223,9 @@ def test_waits_for_nothing(on_cuda, options):
     assert {kind for kind, _ in speculator.graphs._backend.epochs.replayed} == {"draft"}
 
 
-def test_waits_are_needed_without_graphs(on_cuda):
+def test_waits_are_needed_without_graphs(on_device):
     """The test's power: the eager loop asks after each pass, and is seen to."""
-    speculator = on_cuda(rule="confidence", threshold=0.5)
+    speculator = on_device(rule="confidence", threshold=0.5)
     speculator.graphs = None
     with pytest.raises(WAITS):
         _propose(speculator, _batch(2))
@@ -244,6 +252,6 @@ def _from_host(speculator: Any) -> None:
 
 
 @pytest.mark.parametrize("bug", [_mask, _item, _to_host, _from_host])
-def test_waits_that_are_planted_are_noticed(on_cuda, bug):
+def test_waits_that_are_planted_are_noticed(on_device, bug):
     with pytest.raises(WAITS):
-        _play(on_cuda(bug, rule="confidence", threshold=0.5))
+        _play(on_device(bug, rule="confidence", threshold=0.5))
