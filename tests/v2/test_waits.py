@@ -40,15 +40,17 @@ class NoWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        source = target = None
-        if func._schema.name == "aten::_to_copy":
-            source, target = args[0].device, torch.device(kwargs.get("device") or args[0].device)
-        elif func._schema.name == "aten::copy_":
-            source, target = args[1].device, args[0].device
-        crosses = source is not None and target is not None and source.type != target.type
-        if crosses and not (kwargs.get("non_blocking", False) or True in args[2:]):
-            raise HostWait(f"a blocking copy from {source} to {target}")
-        return func(*args, **kwargs)
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        result = func(*args, **kwargs)
+        source = given.get("src", given.get("self"))  # of copy_, of the others
+        crosses = (
+            isinstance(source, torch.Tensor)
+            and isinstance(result, torch.Tensor)
+            and source.device.type != result.device.type
+        )
+        if crosses and not given.get("non_blocking", False):
+            raise HostWait(f"{func}: a blocking copy from {source.device} to {result.device}")
+        return result
 
 
 class HostNumbers:
