@@ -104,11 +104,12 @@ def _host_waits(llm: Any, speculator: Any, propose: Any, timed_propose: Any, bat
                 torch.cuda.set_sync_debug_mode("default")
                 counts.append(waits[0] + sum("synchroniz" in str(w.message) for w in found))
 
-    speculator.propose, torch.cuda.Event.synchronize = watched, counted
+    event: Any = torch.cuda.Event
+    speculator.propose, event.synchronize = watched, counted
     try:
         _generate(llm, batch, 32)
     finally:
-        speculator.propose, torch.cuda.Event.synchronize = timed_propose, wait
+        speculator.propose, event.synchronize = timed_propose, wait
     return statistics.median(counts)
 
 

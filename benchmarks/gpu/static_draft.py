@@ -68,18 +68,20 @@ class StaticDraft:
             query, key, value = functional.linear(_norm(x), layer["qkv"]).split([self.shape.hidden, kv, kv], dim=-1)
             layer["keys"][:num_reqs].scatter_(1, where.expand(-1, -1, kv), key)
             layer["values"][:num_reqs].scatter_(1, where.expand(-1, -1, kv), value)
-            heads = [
-                part.view(num_reqs, -1, num, self.head_dim).transpose(1, 2)
-                for part, num in (
-                    (query, self.shape.heads), (layer["keys"][:num_reqs], self.shape.kv_heads),
-                    (layer["values"][:num_reqs], self.shape.kv_heads),
-                )
-            ]  # fmt: skip
-            mixed = functional.scaled_dot_product_attention(*heads, attn_mask=seen[:, None], enable_gqa=True)
+            mixed = functional.scaled_dot_product_attention(
+                self._heads(query, self.shape.heads),
+                self._heads(layer["keys"][:num_reqs], self.shape.kv_heads),
+                self._heads(layer["values"][:num_reqs], self.shape.kv_heads),
+                attn_mask=seen[:, None],
+                enable_gqa=True,
+            )
             x = x + functional.linear(mixed.transpose(1, 2).reshape(num_reqs, query_len, -1), layer["out"])
             gate, up = functional.linear(_norm(x), layer["up"]).chunk(2, dim=-1)
             x = x + functional.linear(functional.silu(gate) * up, layer["down"])
         return _norm(x)
+
+    def _heads(self, part: Tensor, num: int) -> Tensor:
+        return part.view(len(part), -1, num, self.head_dim).transpose(1, 2)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[num_reqs, vocab_size]."""

@@ -64,7 +64,7 @@ def test_captured_rounds_in_bfloat16(tiny, mode, monkeypatch):
 def test_captured_cost_aware_rounds_equal_eager_ones(tiny, mode, monkeypatch):
     """What the rule learns is let come one round late everywhere: else it may, or may not, be there in time."""
     late_copies(monkeypatch, by=1)
-    rule = {"rule": "cost_aware", "threshold": None}
+    rule: dict[str, Any] = {"rule": "cost_aware", "threshold": None}
     eager = _rounds(tiny, graphs.EAGER, monkeypatch, **rule)
     lengths = {len(candidates) for request in eager for candidates, *_ in request}
     assert len(lengths) >= 4

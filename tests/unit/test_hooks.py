@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_dispatch_with_the_other_versions_manager(other_sources, monkeypatch):
     source = other_sources(name)
     if not hasattr(input_batch, "set_dummy_context"):  # only what captures calls it
         monkeypatch.setattr(input_batch, "set_dummy_context", None, raising=False)
-    theirs = types.ModuleType(name)
+    theirs: Any = types.ModuleType(name)
     exec(compile(source, name, "exec"), theirs.__dict__)
     theirs.get_pp_group = lambda: types.SimpleNamespace(is_first_rank=True, is_last_rank=True)
     theirs.current_platform = types.SimpleNamespace(get_global_graph_pool=lambda: (0, 1))

@@ -24,20 +24,16 @@ from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
 
 K = 3
 ALLOWED = {
-    "aten.add.Tensor", "aten.add_.Tensor", "aten.amax.default", "aten.arange.default", "aten.argmax.default",
-    "aten.bitwise_and.Tensor", "aten.clamp.default", "aten.clamp_.default", "aten.clamp_min.default",
-    "aten.clone.default", "aten.copy_.default", "aten.div.Tensor", "aten.empty.memory_format", "aten.eq.Scalar",
-    "aten.fill_.Scalar", "aten.full_like.default", "aten.gather.default", "aten.gt.Scalar", "aten.index.Tensor",
-    "aten.le.Scalar", "aten.log.default", "aten.logical_and.default", "aten.lt.Scalar", "aten.minimum.default",
-    "aten.mul.Tensor", "aten.mul_.Tensor", "aten.ones_like.default", "aten.rsub.Scalar", "aten.scalar_tensor.default",
-    "aten.stack.default", "aten.sub.Tensor", "aten.sum.default", "aten.where.ScalarOther", "aten.where.ScalarSelf",
-    "aten.where.self", "aten.zero_.default", "aten.zeros.default", "aten._to_copy.default", "aten.ge.Scalar",
-    "aten.cat.default", "aten.sigmoid.default", "aten.new_zeros.default", "aten.zeros_like.default",
+    "aten._to_copy.default", "aten.add.Tensor", "aten.argmax.default", "aten.clamp.default", "aten.clamp_.default",
+    "aten.clone.default", "aten.copy_.default", "aten.exp.default", "aten.fill_.Scalar", "aten.gather.default",
+    "aten.gt.Scalar", "aten.mul.Tensor", "aten.neg.default", "aten.new_empty.default", "aten.scalar_tensor.default",
+    "aten.scatter_.src", "aten.stack.default", "aten.sub.Tensor", "aten.to.dtype", "aten.where.self",
+    "aten.zeros.default",
 }  # fmt: skip
 """Each queues device work of a size that depends on shapes alone; none draws from a generator that the host keeps, and
 none brings anything to the host."""
-MOST_LAUNCHES = {"first": 36, "later": 34}
-"""Of one pass, beside the model and its metadata: aten calls and Triton kernels."""
+MOST_LAUNCHES = {"first": 27, "later": 30}
+"""Of one pass, beside the model and its metadata: aten calls, three of them the oracle's lm_head, and Triton kernels."""
 
 
 def _captured(tiny: Any, change: Callable[[Any], None] = lambda s: None, **options: Any) -> RecordingBackend:

@@ -151,7 +151,7 @@ def test_dispatch_sizes_are_bounded_and_told(graphs, mode, extra):
         assert "cudagraph_mode is PIECEWISE" in ours.describe()
 
 
-def _runner(manager: Any, support: Any, *, bound: int | None = None, **more: Any) -> Any:
+def _runner(manager: Any, support: Any, *, bound: int | None = None) -> Any:
     from vllm.v1.attention.backend import AttentionCGSupport
 
     def group(name: str, level: Any, length: int | None) -> Any:
@@ -164,11 +164,10 @@ def _runner(manager: Any, support: Any, *, bound: int | None = None, **more: Any
 
     groups = [[group("target", AttentionCGSupport[support], bound), group("draft", AttentionCGSupport.NEVER, None)]]
     always = types.SimpleNamespace(get_additional_cg_support=lambda: (AttentionCGSupport.ALWAYS, None))
-    return types.SimpleNamespace(**{
-        "cudagraph_manager": manager, "vllm_config": manager.vllm_config, "device": manager.device,
-        "decode_query_len": K + 1, "lora_capture_cases": [0], "attn_groups": groups, "model_state": always,
-        "pcp_manager": None, "fast_prefill": None, **more,
-    })  # fmt: skip
+    return types.SimpleNamespace(
+        cudagraph_manager=manager, vllm_config=manager.vllm_config, device=manager.device, decode_query_len=K + 1,
+        lora_capture_cases=[0], attn_groups=groups, model_state=always, pcp_manager=None, fast_prefill=None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,8 @@ def test_dispatch_is_left_to_vllm_where_it_needs_its_own(graphs, name, word):
     from vllm_specdecpp.engine.v2.verify_graphs import widen
 
     manager = _manager(graphs.ModelCudaGraphManager, "FULL_AND_PIECEWISE")
-    runner = _runner(manager, "ALWAYS", **{name: object()})
+    runner = _runner(manager, "ALWAYS")
+    setattr(runner, name, object())
     assert word in widen(runner, manager.cudagraph_mode, {"draft"})
     assert runner.cudagraph_manager is manager
 

@@ -115,8 +115,8 @@ class SpecDecPPWorkerMixin:
     def wake_up(self, tags: list[str] | None = None) -> None:
         """As vLLM; the head is there again with the weights, where captured graphs look for it."""
         super().wake_up(tags)  # type: ignore[misc]
-        if self._head_aside and (tags is None or "weights" in tags):
-            head = self._drafter.head
+        head = self._drafter.head
+        if self._head_aside and head is not None and (tags is None or "weights" in tags):
             for tensor, kept in zip((*head.parameters(), *head.buffers()), self._head_aside, strict=True):
                 tensor.data.copy_(kept)
             self._head_aside = []

@@ -106,11 +106,11 @@ class CapturedRounds(DraftPasses):
             reason += f"; {captured.num_graphs} graphs of up to {captured.sizes[-1]} requests, {taken / 2**20:.0f} MiB"
         self._mode = mode, reason
 
-    def _backend(self) -> graphs.Backend:
+    def _backend(self) -> graphs.StartBackend:
         return graphs.CudaBackend(self.device, lambda pool: capture_pool(pool, self.vllm_config))
 
     @staticmethod
-    def _attempt(backend: graphs.Backend, run: Callable[[], None]) -> str | None:
+    def _attempt(backend: graphs.StartBackend, run: Callable[[], None]) -> str | None:
         """Why it failed, in one line, or None; the device is as if it had not been tried.
 
         Raises:

@@ -77,12 +77,6 @@ class Rounds(Protocol):
 class Backend(Protocol):
     """CUDA, or what stands for it in a test."""
 
-    def probe(self) -> None:
-        """Capture a tiny graph with an IF node and replay it; raises ``RuntimeError`` where that does not work."""
-
-    def recover(self) -> None:
-        """After a capture that failed: leave the device as if none had been begun; raises if the device is lost."""
-
     def capture(self) -> AbstractContextManager[Any]:
         """Record what runs inside into a new graph, which is what the context yields."""
 
@@ -94,6 +88,16 @@ class Backend(Protocol):
 
     def fetch(self, flag: torch.Tensor) -> Callable[[], bool]:
         """Send ``flag`` ([1] bool) to the host after what is queued; calling the result waits for it."""
+
+
+class StartBackend(Backend, Protocol):
+    """What a start asks besides, which must go on where graphs cannot be had."""
+
+    def probe(self) -> None:
+        """Capture a tiny graph with an IF node and replay it; raises ``RuntimeError`` where that does not work."""
+
+    def recover(self) -> None:
+        """After a capture that failed: leave the device as if none had been begun; raises if the device is lost."""
 
 
 class CudaBackend:
