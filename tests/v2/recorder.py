@@ -188,6 +188,8 @@ class _Watch(TorchDispatchMode):
             writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
             if made or writes:  # else a view
                 self._backend.note(str(func), func, args, kwargs, made)
+            elif isinstance(result, bool | int | float):  # the host's from now on
+                self._backend.note(str(func), lambda *_, **__: None, args, kwargs, [])
         return result
 
 

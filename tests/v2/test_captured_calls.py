@@ -33,7 +33,7 @@ ALLOWED = {
 """Each queues device work of a size that depends on shapes alone; none draws from a generator that the host keeps, and
 none brings anything to the host."""
 MOST_LAUNCHES = {"first": 27, "later": 30}
-"""Of one pass, beside the model and its metadata: aten calls, three of them the oracle's lm_head, and Triton kernels."""
+"""Of one pass, beside the model and its metadata: aten calls, three of them the oracle's lm_head, and kernels."""
 
 
 def _captured(tiny: Any, change: Callable[[Any], None] = lambda s: None, **options: Any) -> RecordingBackend:

@@ -96,13 +96,11 @@ class SpecDecPPWorkerMixin:
             speculator.log.rounds(clear=True)
             logger.info("specdecpp: draft rounds run %s: %s", *speculator.how_rounds_run())
             logger.info("specdecpp: verifications run %s", speculator.how_verified)
-            speculator.start_cost_aware()
-            return times
-        self._proposer.measure_widths()
-        if self.device.type == "cpu":
-            self._pad_target()
-        if self._proposer.config.resolved_rule == "cost_aware":
-            self._proposer.start_cost_aware()
+        else:
+            self._proposer.measure_widths()
+            if self.device.type == "cpu":
+                self._pad_target()
+        self._drafter.start_cost_aware()
         return times
 
     def sleep(self, level: int = 1) -> None:
@@ -184,13 +182,8 @@ class SpecDecPPWorkerMixin:
         return self._speculator or self._proposer
 
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset, see ``engine.shared.round_log.RoundLog``; and ``cost_aware``, if
-        that rule has run: see ``engine.shared.cost_aware.CostAwareDrafting.stats``."""
-        drafter = self._drafter
-        stats = drafter.log.stats(reset=reset)
-        if drafter.cost_aware is not None:
-            stats["cost_aware"] = drafter.cost_aware.stats()
-        return stats
+        """See ``engine.shared.drafter.Drafter.stats``."""
+        return self._drafter.stats(reset)
 
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""

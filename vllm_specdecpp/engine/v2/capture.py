@@ -13,6 +13,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group, graph_capture
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2 import graphs, verify_graphs
 from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
@@ -26,8 +27,8 @@ class CapturedRounds(DraftPasses):
         how_verified: which graphs the target's verifications run in; for the start-up log.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
+        super().__init__(vllm_config, device, config)
         self.graphs: graphs.DraftGraphs | None = None
         self._full_graphs = False
         self._mode = graphs.EAGER, "vLLM captured no graphs"
