@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.shapes import DRAFTS, VOCAB, Shape
-from vllm_specdecpp.engine.v2.graphs import EAGER, IF_NODES, PER_PASS, Backend, CudaBackend, DraftGraphs
+from vllm_specdecpp.engine.v2.graphs import EAGER, IF_NODES, PER_PASS, CudaBackend, DraftGraphs
 
 CELLS = [(length, stop) for length in (5, 20) for stop in (1, 4, 20) if stop <= length]
 BATCHES = (1, 8, 64)
@@ -62,11 +62,14 @@ def make(rounds: Any, mode: str, batches: list[int], device: torch.device) -> Dr
 
     if mode == EAGER:
         return None
-    backend: Backend = CudaBackend(device) if device.type == "cuda" else HostBackend()  # type: ignore[assignment]
-    if mode == IF_NODES and device.type == "cuda":
-        backend.probe()
-    cls = DraftGraphs if device.type == "cuda" else HostGraphs
-    graphs = cls(rounds, mode, batches, rounds.length, backend)
+    graphs: DraftGraphs
+    if device.type == "cuda":
+        backend = CudaBackend(device)
+        if mode == IF_NODES:
+            backend.probe()
+        graphs = DraftGraphs(rounds, mode, batches, rounds.length, backend)
+    else:
+        graphs = HostGraphs(rounds, mode, batches, rounds.length, HostBackend())  # type: ignore[arg-type]
     graphs.capture()
     return graphs
 

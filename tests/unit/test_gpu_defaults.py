@@ -100,7 +100,7 @@ def test_defaults_follow_the_options(gpu, config, given, chosen):
 
 @pytest.mark.parametrize(
     ("major", "backend", "chosen"),
-    [(8, None, (False, None)), (9, None, (True, True)), (10, None, (False, None)), (8, "TRITON_ATTN", (True, True))],
+    [(8, None, (False, None)), (9, None, (True, True)), (10, None, (False, None)), (8, "triton_attn", (True, True))],
 )
 def test_defaults_follow_the_attention_backend(gpu, major, backend, chosen):
     gpu(major=major)

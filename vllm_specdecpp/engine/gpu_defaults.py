@@ -75,14 +75,14 @@ def why_not_adaptive(args: Any, config: SpecDecPPConfig) -> str | None:
     if args.enable_lora:
         return "LoRA adapters"
     attention = args.attention_config
-    backend = args.attention_backend or attention.backend
-    name = getattr(backend, "name", backend)
+    backend = args.attention_backend or attention.backend or "auto"
+    name = str(getattr(backend, "name", backend)).upper()
     if name == "TRITON_ATTN":
         return None
     capability = current_platform.get_device_capability()
     if capability is None or capability.major != _HOPPER:
         return f"no attention backend for this GPU (compute capability {capability}) is known to replay mixed lengths"
-    if name not in (None, "FLASH_ATTN") or attention.flash_attn_version not in (None, 3):
+    if name not in ("AUTO", "FLASH_ATTN") or attention.flash_attn_version not in (None, 3):
         return f"attention backend {name}, version {attention.flash_attn_version}"
     model = args.create_model_config()
     if model.use_mla or model.is_hybrid:
