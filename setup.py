@@ -35,7 +35,8 @@ setup(
         "train": ["accelerate", "datasets", "matplotlib", "tqdm", "transformers"],
         "bench": ["matplotlib"],
         "dev": [
-            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "ray[data]", "ruff", "scipy", "setuptools>=64",
+            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff", "scipy",
+            "setuptools>=64",
         ],
     },
     entry_points={
