@@ -50,6 +50,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import pytest  # noqa: E402
 
 V2_TESTS = Path(__file__).parent / "v2"
+LONG_FILES = {
+    "test_features", "test_lossless", "test_ray_collect", "test_server", "test_tensor_parallel", "test_v1_v2",
+    "test_v2_features", "test_v2_vocabulary",
+}  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -58,6 +62,11 @@ def pytest_ignore_collect(collection_path, config):
     if collection_path == V2_TESTS and not any(V2_TESTS in (path, *path.parents) for path in named):
         return True
     return None
+
+
+def pytest_collection_modifyitems(items):
+    """A worker takes whole files: those that last begin, so that the workers end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")

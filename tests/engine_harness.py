@@ -26,7 +26,7 @@ def _quick_collections() -> Iterator[None]:
 
 
 @contextmanager
-def engine(model: str, speculative_config: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+def engine(model: str, speculative_config: dict[str, Any] | str | None = None, **options: Any) -> Iterator[Any]:
     """A tiny engine, shut down at the end, whatever happens: only one can live in a process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -206,7 +206,7 @@ def test_rounds_that_wait_for_room_are_counted(tiny, monkeypatch):
     monkeypatch.setattr(scheduler, "schedule", scheduled)
     monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 20)
     with harness.verified_rounds(llm) as rounds:
-        outputs = harness.generate(llm, harness.prompts(6, seed=3, longest=5), ignore_eos=True, max_tokens=24)
+        outputs = harness.generate(llm, harness.prompts(6, seed=3, longest=5), ignore_eos=True, max_tokens=40)
     assert waited > 5
     assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, rounds)
     harness.configure(llm, rule="threshold", threshold=THRESHOLD)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -37,8 +38,13 @@ def greedy_baseline(reference):
 
 
 @pytest.mark.parametrize("draft", ["draft_good", "draft_rand"])
-def test_greedy_output_is_unchanged(tiny, greedy_baseline, draft):
-    config = {"method": "specdecpp", "model": getattr(tiny, draft), "head": tiny.head, "num_speculative_tokens": 6}
+def test_greedy_output_is_unchanged(tiny, tmp_path, monkeypatch, greedy_baseline, draft):
+    """One engine is started by the bare word."""
+    config: Any = "specdecpp"
+    if draft == "draft_rand":
+        config = {"method": config, "model": tiny.draft_rand, "head": tiny.head, "num_speculative_tokens": 6}
+    (tmp_path / "pairs.json").write_text(json.dumps({tiny.target: {"draft": tiny.draft_good, "head": tiny.head}}))
+    monkeypatch.setenv("SPECDECPP_PAIRS", str(tmp_path / "pairs.json"))
     with harness.engine(tiny.target, config) as llm:
         for rule in RULES:
             harness.configure(llm, **rule)

@@ -74,8 +74,8 @@ def _server(target: str, speculative: list[str], log: Path, **environment: str) 
             process.wait(STOP_SECONDS)
 
 
-# JSON, quickly: test_recording_server's server.
-@pytest.fixture(scope="module", params=["bare word", pytest.param("JSON", marks=pytest.mark.slow)])
+# Slow: test_lossless starts an engine by the bare word; and whether the default rule drafts depends on the clock.
+@pytest.fixture(scope="module", params=[pytest.param("bare word", marks=pytest.mark.slow), "JSON"])
 def server(request, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     log = folder / "server.log"
@@ -216,7 +216,8 @@ def test_a_bad_switch_is_a_bad_request(client, switch):
     [
         (["--speculative-config", '{"method": "specdecpp", "threshold": 2}'], ["threshold=2"]),
         pytest.param(
-            ["--spec-method", "specdecpp", "--spec-tokens", "0"], ["num_speculative_tokens=0"],
+            ["--spec-method", "specdecpp", "--spec-tokens", "0"],
+            ["num_speculative_tokens=0"],
             marks=pytest.mark.slow,  # test_options parses these flags, test_bad_input has the message
         ),
     ],
