@@ -48,7 +48,7 @@ def _cost_aware_tail_kernel(
     scores_log_ptr,  # [K, num_reqs] float32, out: row step - 1
     widths_ptr,  # [K] int32, out: entry step - 1
     limits_ptr,  # from here on: CostAwareParams
-    batch_ptr,
+    base_ptr,
     price_ptr,
     slopes_ptr,
     this_ptr,
@@ -109,7 +109,7 @@ def _cost_aware_tail_kernel(
         reach *= accept
 
     # Who goes on: the best number of requests and the best number of candidates ahead.
-    num_tokens = tl.load(batch_ptr) + tl.sum(lengths, axis=0)  # to verify without this step's candidates
+    num_tokens = tl.load(base_ptr) + tl.sum(lengths, axis=0)  # to verify without this step's candidates
     stop_seconds = seconds(verify_seconds_ptr, verify_size, num_tokens + num_running)
     longest = tl.max(tl.where(running, room, 0), axis=0)
     product, value = reach, tl.zeros([BLOCK_REQS], tl.float32)

@@ -53,17 +53,19 @@ class Oracle:
         bucket_of: position to bucket.
         step, verify: seconds of a draft step by requests, of a verification by tokens.
         lag: which candidate a score is of.
+        free_rows: candidates that are verified without being drafted, of all requests together.
     """
 
     def __init__(
         self, *, limits: Sequence[int], drafts: Sequence[bool], price: float, this: Sequence[float],
         next: Sequence[float], means: Sequence[float], bucket_of: Callable[[int], int], step: Callable[[int], float],
-        verify: Callable[[int], float], lag: int = 0,
+        verify: Callable[[int], float], lag: int = 0, free_rows: int = 0,
     ) -> None:  # fmt: skip
         self.limits, self.price, self.lag = list(limits), price, lag
         self.this, self.next, self.means, self.bucket_of = this, next, means, bucket_of
         self.step_seconds, self.verify_seconds = step, verify
         n = len(self.limits)
+        self.base = n + free_rows
         self.running = [bool(d) for d in drafts]
         self.lengths, self.survival, self.expected = [0] * n, [1.0] * n, [0.0] * n
         self.widths: list[int] = []
@@ -128,7 +130,7 @@ class Oracle:
 
     def _go_on(self, ran: list[int], reach: dict[int, float], worth: dict[int, list[float]]) -> tuple[set[int], bool]:
         """Who draws another candidate, and whether float32 may see it otherwise."""
-        tokens = len(self.limits) + sum(self.lengths) + len(ran)
+        tokens = self.base + sum(self.lengths) + len(ran)
         options = [self._option((), 0.0, 0, 0.0, tokens, tokens)]
         for m in range(1, max((self._room(i) for i in ran), default=0) + 1):
             for members in _sets(ran, {i: worth[i][m] for i in ran}) if m <= HORIZON else ():
@@ -139,7 +141,7 @@ class Oracle:
 
     def _submit(self, stops: list[int], chosen: set[int], reach: dict[int, float]) -> tuple[set[int], bool]:
         """Whose candidate k is worth its row, besides those who go on; and whether float32 may see it otherwise."""
-        tokens = len(self.limits) + sum(self.lengths) + len(chosen)
+        tokens = self.base + sum(self.lengths) + len(chosen)
         options = [self._option((), 0.0, 0, 0.0, tokens, tokens)]
         for members in _sets(stops, reach):
             value = sum(reach[i] for i in members)

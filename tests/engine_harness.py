@@ -156,7 +156,7 @@ def fix_costs(cost_aware: Any, curves: dict[str, dict[int, float]]) -> None:
     from vllm_specdecpp.decision.cost_aware import CostModel
 
     model: Any = CostModel(**curves, max_reqs=64, max_tokens=512)
-    model.observe = model.observe_reading_round = model.verify.observe = lambda *args: None
+    model.observe_draft = model.verify.observe = lambda *args: None
     cost_aware.rule.costs, cost_aware._overheads = model, None
 
 

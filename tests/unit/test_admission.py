@@ -53,15 +53,31 @@ def plan(
     return made, made.plan(batch, model, money)
 
 
+def best(
+    model: CostModel, num_reqs: int, accept: Sequence[float], limits: Sequence[int], charges: Sequence[float],
+    free_rows: Sequence[int] = (), free_tokens: Sequence[float] = (),
+) -> tuple[float, Any, int]:  # fmt: skip
+    """The formula's, where requests have these free runs."""
+    rows, tokens = np.resize(free_rows or [0], len(accept)), np.resize(free_tokens or [0.0], len(accept))
+    return admission._best(
+        model, num_reqs + int(rows.sum()), num_reqs + float(tokens.sum()), np.array(accept), np.array(limits),
+        np.array(charges), rows, tokens,
+    )  # fmt: skip
+
+
 def brute_force(
-    model: CostModel, num_reqs: int, accept: Sequence[float], limits: Sequence[int], charges: Sequence[float]
-) -> float:
+    model: CostModel, num_reqs: int, accept: Sequence[float], limits: Sequence[int], charges: Sequence[float],
+    free_rows: Sequence[int] = (), free_tokens: Sequence[float] = (),
+) -> float:  # fmt: skip
     """The most tokens a second over all sets of requests and all candidate lengths."""
+    free_rows, free_tokens = free_rows or [0] * len(accept), free_tokens or [0.0] * len(accept)
     best = 0.0
     for count in range(1, len(accept) + 1):
         for chosen in itertools.combinations(range(len(accept)), count):
             for length in admission._LENGTHS.tolist():
-                tokens, seconds, rows = float(num_reqs), 0.0, num_reqs
+                stay = [i for i in range(len(accept)) if i not in chosen]
+                tokens, rows = num_reqs + sum(free_tokens[i] for i in stay), num_reqs + sum(free_rows[i] for i in stay)
+                seconds = 0.0
                 for i in chosen:
                     mine = min(length, limits[i])
                     gain = sum(accept[i] ** k for k in range(1, mine + 1))
@@ -80,16 +96,30 @@ def test_the_best_set_is_found(seed: int) -> None:
     limits = [20] * num  # of equal limits the best n are the most accepted
     verify = {1: 0.05, 4: rnd.uniform(0.05, 0.1), 200: rnd.uniform(0.1, 2.0)}
     model = costs(rnd.uniform(0.001, 0.05), rnd.uniform(0.001, 0.05), verify)
-    found, chosen, _ = admission._best(model, num + 1, np.array(accept), np.array(limits), np.zeros(num))
+    found, chosen, _ = best(model, num + 1, accept, limits, [0.0] * num)
     assert found == pytest.approx(brute_force(model, num + 1, accept, limits, [0.0] * num))
     assert sorted(accept[i] for i in chosen) == sorted(accept)[num - len(chosen) :]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_drafting_replaces_free_runs(seed: int) -> None:
+    """Alike in all but their runs: who drafts are those whose runs promise least."""
+    rnd = random.Random(100 + seed)
+    num, accept = rnd.randint(1, 5), rnd.uniform(0.3, 0.95)
+    tokens = [rnd.uniform(0.0, 4.0) for _ in range(num)]
+    rows = [rnd.randint(4, 8) if rnd.random() < 0.1 else 5] * num
+    model = costs(rnd.uniform(0.001, 0.05), rnd.uniform(0.001, 0.05), {1: 0.05, 200: rnd.uniform(0.1, 0.6)})
+    given = model, num + 1, [accept] * num, [20] * num, [0.0] * num, rows, tokens
+    found, chosen, _ = best(*given)
+    assert found == pytest.approx(brute_force(*given))
+    assert sorted(tokens[i] for i in chosen) == sorted(tokens)[: len(chosen)]
+
+
 def test_reading_is_part_of_the_price() -> None:
     model = costs()
-    found, _, length = admission._best(model, 1, np.array([0.8]), np.array([20]), np.array([0.01]))
+    found, _, length = best(model, 1, [0.8], [20], [0.01])
     assert found == pytest.approx(brute_force(model, 1, [0.8], [20], [0.01]))
-    free, _, _ = admission._best(model, 1, np.array([0.8]), np.array([20]), np.zeros(1))
+    free, _, _ = best(model, 1, [0.8], [20], [0.0])
     assert 1 / found == pytest.approx(1 / free + 0.01, rel=0.02) and length > 1
 
 

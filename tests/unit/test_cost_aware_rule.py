@@ -6,7 +6,7 @@ import copy
 import numpy as np
 import pytest
 
-from tests.standings import standings
+from tests.standings import believed, standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
@@ -21,7 +21,7 @@ def paper_rule(**kwargs):
 def set_round(limit, price, step, verify):
     """A round of one request, whose candidates 2, 3, ... are accepted with probability 0.3 each, and 1 with 0.9."""
     costs = CostModel({1: step}, {1: step}, verify, max_reqs=1)
-    rule = CostAwareRule(costs, 8)
+    rule = CostAwareRule(believed(costs), 8)
     rule.acceptance.this.theta = np.array([0.0, np.log(9)] + [0.0] * 8)
     rule.acceptance.next.theta = np.array([0.0, np.log(3 / 7)] + [0.0] * 8)
     return CostAwareRound(rule, ["a"], np.array([limit]), np.array([True]), price)

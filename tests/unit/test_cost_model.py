@@ -12,10 +12,18 @@ from vllm_specdecpp.costs.model import CostModel, suggested_widths
 CPU = {1: 0.136, 2: 0.145, 3: 0.112, 6: 0.109, 9: 0.150, 17: 0.199}
 
 
-def test_keeps_a_curve_that_is_not_monotone_and_extends_it():
+def test_a_width_that_cost_more_than_a_wider_one_is_believed_once_real_steps_say_so():
+    """At start-up it may have been a slow moment: drafts must not be kept away from that width for good."""
     curve = Curve(CPU, 40)
-    assert [curve.at(w) for w in CPU] == pytest.approx(list(CPU.values()))
-    assert curve.at(4) == pytest.approx(0.111)
+    assert [curve.at(w) for w in (*CPU, 4)] == pytest.approx([0.109, 0.109, 0.109, 0.109, 0.150, 0.199, 0.109])
+    for _ in range(30):
+        for width, seconds in CPU.items():
+            curve.observe(width, seconds)
+    assert [curve.at(w) for w in CPU] == pytest.approx(list(CPU.values()), rel=0.02)
+
+
+def test_goes_on_beyond_what_was_measured():
+    curve = Curve(CPU, 40)
     slope = (0.199 - 0.109) / (17 - 6)  # of the upper half, not of the last two points
     assert curve.at(40) == pytest.approx(0.199 + 23 * slope)
     assert curve.at(50) == pytest.approx(0.199 + 33 * slope)
@@ -54,7 +62,7 @@ def test_a_burst_of_another_process_is_no_new_level():
     curve = Curve(CPU, 32)
     for i in range(300):
         curve.observe(4, 0.111 * (2.2 if i % 50 < 8 else 1.0))
-        assert curve.at(4) == pytest.approx(0.111, rel=0.01)
+        assert curve.at(4) == pytest.approx(0.111, rel=0.02)
 
 
 def test_a_width_that_is_seen_now_and_then_is_put_right_alone():
@@ -63,7 +71,7 @@ def test_a_width_that_is_seen_now_and_then_is_put_right_alone():
         curve.observe(2, 0.145)
         if i % 6 == 0:
             curve.observe(5, 0.4)
-    assert curve.at(5) == pytest.approx(0.4, rel=0.25) and curve.at(2) == pytest.approx(0.145, rel=0.05)
+    assert 0.25 < curve.at(5) < 0.42 and curve.at(2) == pytest.approx(0.145, rel=0.05)
 
 
 def test_after_a_change_of_all_no_width_stays_behind():
@@ -135,12 +143,12 @@ def test_rounds_of_each_length():
 def test_draft_phase_time_goes_to_the_passes_by_share():
     costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, max_reqs=1)
     for _ in range(200):
-        costs.observe([1, 1, 1, 1], 0.15, 5, 0.1)
-        costs.observe([1], 0.06, 2, 0.1)
+        costs.observe_draft([1, 1, 1, 1], 0.15)
+        costs.observe_draft([1], 0.06)
     assert costs.draft_seconds([1]) == pytest.approx(0.06, rel=0.05)
     assert costs.draft_seconds([1, 1, 1, 1]) == pytest.approx(0.15, rel=0.05)
     assert costs.draft_seconds([]) == 0
-    costs.observe([], 0.0, 1, 0.1)  # a round without drafting
+    costs.observe_draft([], 0.0)  # a round without drafting
 
 
 def test_reading_is_a_curve_of_its_own():
@@ -148,7 +156,7 @@ def test_reading_is_a_curve_of_its_own():
     assert [costs.read_seconds(n) for n in (0, 1, 16, 136, 256)] == pytest.approx([0, 0.03, 0.04, 0.16, 0.28])
     assert costs.read_seconds(3000) == pytest.approx(0.28 + 2744 * (0.28 - 0.04) / 240)
     for _ in range(30):
-        costs.observe_reading(136, 0.24)
+        costs.observe_draft([], 0.24, [136])
     assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
     assert costs.read_seconds(1000) > 1.3 * (0.28 + 744 * 0.001)  # most of it is true of other prompts
     assert costs.draft_seconds([1, 1]) == pytest.approx(0.08) and costs.verify.at(1) == pytest.approx(0.1)
@@ -159,16 +167,16 @@ def test_what_a_prompt_took_beyond_a_usual_draft_phase_was_reading():
     for widths, rest in (([1, 1, 1], 0.01 + 2 * 0.02), ([], 0.0)):
         costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {1: 0.03, 2: 0.03, 16: 0.04, 256: 0.28})
         for _ in range(30):
-            costs.observe_reading_round(widths, rest + 0.24, [136])
+            costs.observe_draft(widths, rest + 0.24, [136])
+            costs.observe_draft([1, 1, 1], 0.08)
         assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.05)
-        assert costs.draft_seconds([1, 1, 1]) == pytest.approx(0.08)
-    costs.observe_reading_round([1, 1], 0.01, [136])  # less than the further passes alone: no news
+        assert costs.draft_seconds([1, 1, 1]) == pytest.approx(0.08, rel=0.05)
 
 
 def test_several_passes_share_their_time_as_expected():
     costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1}, {2: 0.03, 256: 0.3})
     for _ in range(30):
-        costs.observe_reading_round([1], 0.01 + 1.3 * 0.33, [256, 2])
+        costs.observe_draft([1], 0.01 + 1.3 * 0.33, [256, 2])
     assert [costs.read_seconds(n) for n in (2, 256)] == pytest.approx([1.3 * 0.03, 1.3 * 0.3], rel=0.05)
 
 

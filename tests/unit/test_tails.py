@@ -80,7 +80,7 @@ def test_parameters_that_do_not_fit_are_refused(change, message) -> None:
         "step_seconds": np.ones(5), "verify_seconds": np.ones(10),
     }  # fmt: skip
     params.load(**given)
-    assert params.limits.tolist() == [1, 2, 0, 0] and params.num_reqs.item() == 2 and params.price.item() == 2
+    assert params.limits.tolist() == [1, 2, 0, 0] and params.base.item() == 2 and params.price.item() == 2
     assert params.this.tolist() == [3, 3, 4, 5, 5, 5, 5, 5, 5, 5] and params.slopes.tolist() == [0, 1, 10]
     assert params.drift.tolist() == [20, 10, 10, 20, 20, 20, 20, 20, 20, 20]
     assert params.step_seconds.tolist() == [1] * 5 and params.verify_seconds.tolist() == [1] * 10
@@ -106,7 +106,7 @@ def _check(module: Any) -> None:
         threshold_cases.check_rounds(module.threshold_tail, drafted)
     for seed in range(5):
         check_following(module, seed)
-    cost_aware_cases.check_small(module.cost_aware_tail)
+    cost_aware_cases.check_small(module.cost_aware_tail, seeds=5)
 
 
 MUTATIONS = [

@@ -55,8 +55,7 @@ def plant() -> None:
     StandaloneARSpeculator.compute_draft_logits = noisy
     timing.measure = measure_in_vain  # type: ignore[assignment]
     timing.SECONDS_PER_CURVE = 0.1
-    CostModel.observe = lambda *args: None  # type: ignore[method-assign]
-    CostModel.observe_reading_round = lambda *args: None  # type: ignore[method-assign]
+    CostModel.observe_draft = lambda *args: None  # type: ignore[method-assign]
     Curve.observe = lambda *args: False  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]

@@ -26,12 +26,18 @@ _SHIFT = 10
 """So many outliers in a row, all on one side, are a new level: of all widths, or of the one that they are of."""
 _FURTHEST = 6.0
 """Log-ratio to the start's that a broken clock can bring about at most."""
+_TINY = 1e-12
+"""Seconds; index 0 of a table is 0."""
 _FORGOTTEN = 1e-9
 """Weights that have faded to less are nothing, before they are so small that processors stumble."""
 
 
 class Curve:
-    """Seconds by width. Nothing is assumed of its shape: a wider step may cost less (padding, other kernels).
+    """Seconds by width. A wider step may cost less (padding, other kernels), if real steps say so.
+
+    One that was measured to cost more than a wider one, and was not seen in service, is taken to cost the same as that:
+    it may have been measured in a slow moment. Too low an estimate is soon put right; too high a one keeps drafts away
+    from that width, and nobody would ever learn.
 
     Between measured widths the curve is linear; beyond them it goes on with the slope of the upper half; below them it
     is flat. A real step moves its own width, and all widths by a common drift (other load on the machine, longer
@@ -84,7 +90,10 @@ class Curve:
             ratio = (own + shrink * nearby) / (weight + shrink)
             ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
             below = ratio[self._below]
-            self._table = self._start * np.exp(below + self._share * (ratio[self._above] - below))
+            table = self._start * np.exp(below + self._share * (ratio[self._above] - below))
+            wider = np.minimum.accumulate(table[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
+            unseen = (1 / (1 + weight))[self._bin]
+            self._table = table * (np.maximum(wider, _TINY) / np.maximum(table, _TINY)) ** unseen
         return self._table
 
     def freshness(self, width: int) -> float:

@@ -76,31 +76,33 @@ class CostModel:
         seconds[1:] += drafts
         return seconds
 
-    def observe(self, widths: Sequence[int], draft_seconds: float, num_tokens: int, verify_seconds: float) -> None:
-        """Take in a real round. Leave out rounds with a prefill in them; bursts and compilation are seen as outliers.
+    def observe_draft(self, widths: Sequence[int], seconds: float, read: Sequence[int] = ()) -> None:
+        """Take in a real draft phase. Only the sum is timed: each part of it counts as its share of what was expected.
+
+        So rounds of different lengths tell the first pass from the others, and those that read from those that do not.
 
         Args:
-            widths: requests in each draft pass.
-            draft_seconds: the whole draft phase.
-            num_tokens: tokens that the target read after it.
-            verify_seconds: from the end of this draft phase to the start of the next.
+            widths: requests in each pass that drew; empty if nobody drafted.
+            seconds: the whole draft phase.
+            read: tokens of each pass that read more than usual, the first pass last; they are part of the phase.
         """
-        self.verify.observe(num_tokens, verify_seconds)
-        expected = self.draft_seconds(widths)
-        if expected <= 0 or not (math.isfinite(draft_seconds) and draft_seconds > 0):
-            return
-        # Only the sum is timed: each pass gets the same share of what it is off by, in seconds. Rounds of different
-        # lengths then tell the first pass from the others, however wrong both are.
-        share = 1 / len(widths)
-        excess = share * (draft_seconds - expected)
-        first = self.first.at(widths[0])
-        self.first.nudge(widths[0], _log_ratio(excess, first), share, expected=first)
+        parts = [(self.read, tokens, self.read_seconds(tokens)) for tokens in read]
         counts: dict[int, int] = {}
         for width in widths[1:]:
             counts[width] = counts.get(width, 0) + 1
-        passes = [(width, count * share, self.step.at(width)) for width, count in counts.items()]
-        for width, weight, step in passes:
-            self.step.nudge(width, _log_ratio(excess, step), weight, expected=step)
+        parts += [(self.step, width, count * self.step.at(width)) for width, count in counts.items()]
+        drawing = 0.0  # of the first pass, if its reading is one of the parts
+        if widths:
+            first = self.first.at(widths[0])
+            if read:
+                drawing = first - min(first, self.read_seconds(_USUAL * widths[0]))
+            else:
+                parts.append((self.first, widths[0], first))
+        expected = drawing + sum(part for _, _, part in parts)
+        if expected <= 0 or not (math.isfinite(seconds) and seconds > 0):
+            return
+        for curve, width, part in parts:
+            curve.nudge(width, math.log(seconds / expected), part / expected)
 
     def read_seconds(self, tokens: int) -> float:
         """Seconds of a draft pass that reads ``tokens``; 0 for none."""
@@ -110,32 +112,9 @@ class CostModel:
         """Seconds that a first pass takes longer for reading ``tokens`` more of a request than the usual two."""
         return max(self.read.at(_USUAL + tokens) - self.read.at(_USUAL), 0.0)
 
-    def observe_reading(self, tokens: int, seconds: float) -> None:
-        """Take in a real draft pass that read ``tokens``."""
-        self.read.observe(tokens, seconds)
-
-    def observe_reading_round(self, widths: Sequence[int], draft_seconds: float, passes: Sequence[int]) -> None:
-        """Take in a draft phase whose first pass read more than usual: what is left of its time was spent on reading.
-
-        Args:
-            widths: requests in each pass that drew; empty if nobody drafted.
-            draft_seconds: the whole draft phase.
-            passes: tokens of each pass that read, the first pass included.
-        """
-        usual = min(self.first.at(widths[0]), self.read_seconds(_USUAL * widths[0])) if widths else 0.0
-        reading = draft_seconds - (self.draft_seconds(widths) - usual)
-        expected = [self.read_seconds(tokens) for tokens in passes]
-        for tokens, seconds in zip(passes, expected, strict=True):
-            self.observe_reading(tokens, reading * seconds / sum(expected))
-
     def points(self) -> Points:
         """The curves as they are now: name -> width -> seconds."""
         return {name: getattr(self, name).points() for name in CURVES}
-
-
-def _log_ratio(excess: float, expected: float) -> float:
-    """Log of real over expected seconds; an excess that would leave next to nothing leaves a fifth."""
-    return math.log(max(1 + excess / expected, 0.2))
 
 
 def suggested_widths(max_width: int) -> list[int]:

@@ -58,7 +58,8 @@ def time_widths(
 ) -> dict[int, float]:
     """Least seconds of ``run(width)``.
 
-    The least of a few, not their mean: what else runs on the machine can only add time.
+    The least of a few, not their mean: what else runs on the machine can only add time. All widths are timed once, then
+    the narrow ones again and again: a slow moment of the machine then does not hit one width alone.
 
     Args:
         run: one pass; returns when the device has finished it. Ranks of a tensor-parallel group meet in it.
@@ -69,16 +70,21 @@ def time_widths(
     """
     times: dict[int, float] = {}
     start = clock()
+
+    def once(width: int) -> float:
+        before = clock()
+        run(width)
+        return clock() - before
+
     for width in widths:
         run(width)  # the first run of a width builds its kernels
-        samples = []
-        for _ in range(REPEATS if width <= NARROW else 1):
-            before = clock()
-            run(width)
-            samples.append(clock() - before)
-        times[width] = min(samples)
+        times[width] = once(width)
         if bool(agree(torch.tensor([clock() - start > seconds]))) and len(times) >= 4:
             break
+    for _ in range(REPEATS - 1):
+        for width in times:
+            if width <= NARROW:
+                times[width] = min(times[width], once(width))
     timed = sorted(times)
     agreed = agree(torch.tensor([times[width] for width in timed], dtype=torch.float64))
     return dict(zip(timed, agreed.tolist(), strict=True))

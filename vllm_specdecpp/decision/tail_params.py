@@ -25,8 +25,9 @@ class CostAwareParams:
 
     limits: Tensor
     """[max_reqs] int32, upper bounds on the candidate lengths."""
-    num_reqs: Tensor
-    """[1] int32, requests in the batch, drafting or not; the padding of a captured batch does not count."""
+    base: Tensor
+    """[1] int32, tokens that are verified beside drafted candidates: one of each request, drafting or not, and free
+    runs; the padding of a captured batch does not count."""
     price: Tensor
     """[1] float32, tokens that a second must bring; 0: every request drafts to its limit and submits all."""
     slopes: Tensor
@@ -71,7 +72,7 @@ class CostAwareParams:
         num_positions = max_length + HORIZON + 2
         buckets = np.asarray(bucket_of)[np.minimum(np.arange(num_positions + 1), len(bucket_of) - 1)]
         sizes = {
-            "limits": max_reqs, "num_reqs": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
+            "limits": max_reqs, "base": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
             "drift": num_positions, "means": num_positions, "step_seconds": max_reqs + 1,
             "verify_seconds": max_tokens + 1,
         }  # fmt: skip
@@ -81,8 +82,9 @@ class CostAwareParams:
         return cls(**views, bucket_of=buckets, packed=packed)
 
     def load(
-        self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any
-    ) -> None:
+        self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any,
+        free_rows: int = 0,
+    ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
         Call it once a round, before the first step and outside of captured graphs. The copy of the round before may
@@ -96,6 +98,7 @@ class CostAwareParams:
             means: [num_buckets] mean acceptance.
             step_seconds: [max_reqs + 1 or more].
             verify_seconds: [max_tokens + 1].
+            free_rows: candidates of free runs, of all requests together.
 
         Raises:
             ValueError: an array of another length.
@@ -127,7 +130,7 @@ class CostAwareParams:
             out=values, casting="same_kind",
         )  # fmt: skip
         whole = values[: max_reqs + 1].view(np.int32)
-        whole[:num_reqs], whole[max_reqs] = limits, num_reqs
+        whole[:num_reqs], whole[max_reqs] = limits, num_reqs + free_rows
         # Pinned anew each time: torch hands the memory out again only once this copy is through.
         self.packed.copy_(host, non_blocking=True)
 
@@ -136,4 +139,4 @@ class CostAwareParams:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bucket_of", "packed")}
 
 
-_WHOLE = ("limits", "num_reqs")
+_WHOLE = ("limits", "base")

@@ -124,7 +124,7 @@ def cost_aware_tail(
 
     # Seconds of a verification of so many tokens more than those submitted before this step.
     tokens = torch.arange(num_reqs * (HORIZON + 1) + 1, device=scores.device)
-    verify = _seconds(params.verify_seconds, tokens + (params.num_reqs + lengths.sum()))
+    verify = _seconds(params.verify_seconds, tokens + (params.base + lengths.sum()))
     more, counts = tokens[1 : HORIZON + 1], tokens[1 : num_reqs + 1, None]  # [HORIZON], [num_reqs, 1]
 
     room = params.limits[:num_reqs] - lengths  # candidate k included

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from tests.cost_aware_oracle import Oracle, Step
+from tests.standings import believed
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 
@@ -72,9 +74,8 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     n, bumps = case.num_reqs, rng.uniform(0.9, 1.1, 2 * case.num_reqs + 10)
     verify = {w: float((0.05 + 0.0008 * w) * bumps[w]) for w in range(1, 2 * n + 6)}  # ends early: extrapolated
     step = {w: float((0.006 + 0.0002 * w) * bumps[-w]) for w in range(1, n + 1)}
-    rule = CostAwareRule(
-        CostModel(step, step, verify, max_reqs=n + case.padding, max_tokens=len(verify)), case.max_length, lag=case.lag
-    )  # fmt: skip
+    costs = believed(CostModel(step, step, verify, max_reqs=n + case.padding, max_tokens=len(verify)))
+    rule = CostAwareRule(costs, case.max_length, lag=case.lag)
     for model in (rule.acceptance.this, rule.acceptance.next):
         model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
         model.theta[0] = max(0.0, model.theta[0])
@@ -84,7 +85,9 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     limits = rng.integers(0 if n > 1 or not top else 1, top + 1, n)
     drafts = (limits > 0) & (rng.random(n) < (0.9 if n > 1 else 1.0))
     price = case.hasty * _tokens_per_second(rule.costs, n, case.max_length) * rng.uniform(0.7, 1.4)
-    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price)
+    sits_out = np.where(drafts, 0, np.arange(n) % 4)
+    free = Taken([None] * n, sits_out, np.zeros(n))
+    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price, free=free)
 
 
 def _tokens_per_second(costs: CostModel, num_reqs: int, max_length: int) -> float:
@@ -125,7 +128,7 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
         limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), price=round_.price, lag=rule.lag,
         this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
         means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
-        step=rule.costs.step.at, verify=rule.costs.verify.at,
+        step=rule.costs.step.at, verify=rule.costs.verify.at, free_rows=int(round_.free.lengths.sum()),
     )  # fmt: skip
 
 
@@ -156,10 +159,10 @@ def check_rounds(launch: Any, case: Case, seeds: Iterable[int] = range(6)) -> Co
     return met
 
 
-def check_small(launch: Any) -> None:
+def check_small(launch: Any, seeds: int = 3) -> None:
     """All that a planted bug must fail: every case of few requests once, then again; most bugs show soon."""
     check_free(launch)
-    for seed in range(3):
+    for seed in range(seeds):
         for case in CASES:
             if case.num_reqs <= 16:
                 check_rounds(launch, case, [seed])

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.cost_aware.records import EASY, Array, Records
@@ -80,6 +81,9 @@ class Admission:
     What is not expected to pay is tried where it would pay if the requests were easy, while the purse pays for what the
     trial will lose. Before anything is known, everything is a trial.
 
+    A request that does not draft may have a free run (``free_runs``), which drafting would replace: its tokens and rows
+    count in "without drafting".
+
     A request that has to be read is judged in the batch that is usual, if that is larger: others are about to join.
 
     Attributes:
@@ -100,13 +104,18 @@ class Admission:
         """Tokens per second of drafted rounds over those that the formula said."""
         return self._fit_expected / self._fit_seconds
 
-    def plan(self, batch: Sequence[Standing], costs: CostModel, purse: Purse) -> Admitted:
-        """Decide for a round."""
+    def plan(
+        self, batch: Sequence[Standing], costs: CostModel, purse: Purse, free: Taken | None = None
+    ) -> Admitted:  # fmt: skip
+        """Decide for a round; ``free``: what is submitted of requests that do not draft."""
         num_reqs = len(batch)
+        free_rows = np.zeros(num_reqs, dtype=np.int64) if free is None else free.lengths
+        free_tokens = np.zeros(num_reqs) if free is None else free.accepted
+        base_rows, base_tokens = num_reqs + int(free_rows.sum()), num_reqs + float(free_tokens.sum())
         self._weight = min(self._weight + 1, _BATCH_MEMORY)
         self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
         self.lengths.update({s.request_id: s.emitted for s in batch})
-        off_rate = num_reqs / costs.verify.at(num_reqs)
+        off_rate = base_tokens / costs.verify.at(base_rows)
         out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate)
         index = np.flatnonzero([s.limit > 0 for s in batch])
         if not len(index):
@@ -114,6 +123,7 @@ class Admission:
         mine = [batch[i] for i in index.tolist()]
         mean, hoped = self.records.of([s.request_id for s in mine])
         limits = np.array([s.limit for s in mine])
+        rows, tokens = free_rows[index], free_tokens[index]  # that drafting for a request replaces
         debts, charges = np.zeros(len(mine)), np.zeros(len(mine))
         for i, s in enumerate(mine):
             if s.behind > 0:
@@ -127,12 +137,15 @@ class Admission:
                 fill = usual - num_reqs
                 padded = np.concatenate([accept, np.full(fill, accept.mean())])
                 far = np.concatenate([limits, np.full(fill, int(limits.max()))])
-                speed, chosen, _ = _best(costs, usual, padded, far, np.concatenate([charges, np.zeros(fill)]))
+                charged = np.concatenate([charges, np.zeros(fill)])
+                speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded)
                 pays = self.correction * speed * costs.verify.at(usual) > usual
                 among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
             if not len(among):
                 return 0.0, among, 0
-            speed, chosen, length = _best(costs, num_reqs, accept[among], limits[among], charges[among])
+            speed, chosen, length = _best(
+                costs, base_rows, base_tokens, accept[among], limits[among], charges[among], rows[among], tokens[among]
+            )
             return self.correction * speed, among[chosen], length
 
         rate, chosen, hopes = 0.0, index[:0], True
@@ -157,10 +170,11 @@ class Admission:
                 everyone = np.concatenate([chosen, new]) if out.expected else new
                 # As expected, not as hoped, the stop rule ends a draft about where its first rejection is.
                 accepted = _geometric(mean[everyone], np.minimum(limits[everyone], length))
-                passes, rows = 1 + float(accepted.max()), len(everyone) + float(accepted.sum())
+                passes = 1 + float(accepted.max())
+                more_rows = len(everyone) + float(accepted.sum()) - int(rows[everyone].sum())
                 seconds = costs.first.at(len(everyone)) + (passes - 1) * costs.step.at(len(everyone))
-                seconds += costs.verify.at(num_reqs + round(rows)) + float(debts[new].sum())
-                lost = seconds - (num_reqs + float(accepted.sum())) / out.price
+                seconds += costs.verify.at(base_rows + round(more_rows)) + float(debts[new].sum())
+                lost = seconds - (base_tokens + float((accepted - tokens[everyone]).sum())) / out.price
                 out.trial = purse.affords(lost)
                 if out.trial:
                     out.drafts[index[everyone]] = True
@@ -208,26 +222,30 @@ def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:
 
 
 def _best(
-    costs: CostModel, num_reqs: int, accept: Array, limits: NDArray[np.int64], charges: Array
-) -> tuple[float, NDArray[np.int64], int]:
+    costs: CostModel, base_rows: int, base_tokens: float, accept: Array, limits: NDArray[np.int64], charges: Array,
+    free_rows: NDArray[np.int64], free_tokens: Array,
+) -> tuple[float, NDArray[np.int64], int]:  # fmt: skip
     """The most tokens per second of drafting for some of n requests, which, and their candidate length.
 
     Args:
         costs: the cost model.
-        num_reqs: in the batch, drafting or not.
+        base_rows: tokens that are verified if nobody drafts.
+        base_tokens: tokens that are emitted then, as expected.
         accept: [n] acceptance.
         limits: [n] candidates at most.
         charges: [n] seconds of reading for each token that the request emits.
+        free_rows, free_tokens: [n] what of the two is a free run's, which drafting replaces.
     """
     lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
     longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
     gains = _geometric(accept[:, None], longest)  # [n, num_lengths]
     reading = charges[:, None] * (1 + gains)
-    order = np.argsort(-(gains[:, -1] - reading[:, -1] * num_reqs / costs.verify.at(num_reqs)), kind="stable")
+    gains = gains - free_tokens[:, None]
+    order = np.argsort(-(gains[:, -1] - reading[:, -1] * base_tokens / costs.verify.at(base_rows)), kind="stable")
     counts = np.arange(1, len(accept) + 1)
-    tokens = num_reqs + np.add.accumulate(gains[order])
+    tokens = base_tokens + np.add.accumulate(gains[order])
     seconds = np.add.accumulate(reading[order])
-    seconds += costs.verify.many(num_reqs + np.add.accumulate(longest[order]))
+    seconds += costs.verify.many(base_rows + np.add.accumulate((longest - free_rows[:, None])[order]))
     seconds += costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1)
     speeds = tokens / seconds
     count, column = divmod(int(speeds.argmax()), len(lengths))

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.decision.tail_params import CostAwareParams
@@ -43,10 +44,11 @@ class CostAwareRound:
         drafts: [num_reqs] the requests that draft.
         price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
         admitted: why it was begun so.
+        free: the runs of requests that do not draft.
 
     Attributes:
         running: [num_reqs] requests that draw another candidate.
-        lengths: [num_reqs] candidates submitted.
+        lengths: [num_reqs] candidates drafted and submitted.
         survival: [num_reqs] estimated probability that all scored candidates are accepted.
         expected: [num_reqs] estimated number of accepted candidates.
         widths: requests in each draft pass so far.
@@ -55,7 +57,7 @@ class CostAwareRound:
 
     def __init__(
         self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float,
-        admitted: Admitted | None = None,
+        admitted: Admitted | None = None, free: Taken | None = None,
     ) -> None:  # fmt: skip
         self.rule, self.request_ids, self.limits, self.price = rule, request_ids, limits, price
         self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
@@ -65,6 +67,12 @@ class CostAwareRound:
         self.widths: list[int] = []
         self.scores: list[NDArray[np.float32]] = []
         self._state: dict[str, Any] = {}  # of the tail, once there was a step
+        self.free = free or Taken([None] * num_reqs, np.zeros(num_reqs, np.int64), np.zeros(num_reqs))
+
+    @property
+    def submitted(self) -> NDArray[np.int64]:
+        """[num_reqs] candidates, drafted or of a free run."""
+        return self.lengths + self.free.lengths
 
     @property
     def trial(self) -> bool:
@@ -75,7 +83,7 @@ class CostAwareRound:
         """Give the tail what it decides by in this round."""
         acceptance, costs = self.rule.acceptance, self.rule.costs
         params.load(
-            limits=np.where(self.drafts, self.limits, 0), price=self.price, this=acceptance.this.theta,
+            limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price, this=acceptance.this.theta,
             next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
             step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
             verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),

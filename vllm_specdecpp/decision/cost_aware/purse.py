@@ -7,7 +7,7 @@ import math
 
 _SHARE = 0.005
 """Of all time, what trials may lose in the long run."""
-_OPENING = 16.0
+_OPENING = 24.0
 """Rounds without drafting of one request whose time the first trials may lose, before anything is known, and the most
 that is saved. Of a batch the square root: a round of it tells more."""
 

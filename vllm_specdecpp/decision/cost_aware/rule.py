@@ -37,8 +37,10 @@ from numpy.typing import NDArray
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.admission import Admission, Mask, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
+from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
 from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.purse import Purse
+from vllm_specdecpp.decision.sources import Run, RunSource
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
 
@@ -59,6 +61,7 @@ class CostAwareRule:
         acceptance: a calibration to start from.
         adapt: learn online; False freezes the calibration.
         scores: whose scores these are; what was learnt of others' is not taken up.
+        sources: that propose runs, beside the draft model.
     """
 
     name = "cost_aware"
@@ -76,6 +79,7 @@ class CostAwareRule:
         acceptance: AcceptanceModel | None = None,
         adapt: bool = True,
         scores: str = "",
+        sources: Sequence[RunSource] = (),
     ) -> None:
         if max_length < 1:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
@@ -84,16 +88,25 @@ class CostAwareRule:
         self.adapt, self.scores = adapt, scores
         self.admission = Admission()
         self.purse = Purse()
+        self.sources = tuple(sources)
+        self.free_runs = FreeRuns(self.sources)
 
-    def begin(self, batch: Sequence[Standing]) -> CostAwareRound:
-        """Start a round: choose who drafts, before the first draft pass."""
+    def begin(self, batch: Sequence[Standing], runs: Sequence[Sequence[Run]] = ()) -> CostAwareRound:
+        """Start a round: choose who drafts, before the first draft pass, and who takes a run.
+
+        Args:
+            batch: its requests.
+            runs: [num_reqs] what the sources propose for each; empty: nothing for anybody.
+        """
         limits = np.array([min(s.limit, self.max_length) for s in batch], dtype=np.int64)
         if not batch:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
-        admitted = self.admission.plan(batch, self.costs, self.purse)
+        free = self.free_runs.take(runs, limits, self.costs)
+        admitted = self.admission.plan(batch, self.costs, self.purse, free)
         names = [s.request_id for s in batch]
-        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted)
+        free = free.without(admitted.drafts)
+        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, free)
 
     def finish(
         self,
@@ -111,7 +124,7 @@ class CostAwareRule:
             verified: candidates that were verified, at most those submitted; None where the outcome is not known (the
                 request ended or was preempted).
             accepted: candidates accepted; anything where ``verified`` is None.
-            draft_seconds: real time of the draft phase; None if it was no clean measurement.
+            draft_seconds: real time of the draft phase; None if it is not known.
             verify_seconds: real time from there to the next draft phase; None, too, if a prefill was in the step.
             read: tokens of each draft pass that read more than the usual two of a request; they are part of that phase.
         """
@@ -121,13 +134,14 @@ class CostAwareRule:
         costs = self.costs
         found = np.array([-1 if v is None else v for v in verified])  # [num_reqs]
         known = found >= 0
-        lengths = np.minimum(np.maximum(found, 0), round_.lengths)
+        submitted = round_.submitted
+        lengths = np.minimum(np.maximum(found, 0), submitted)
         wins = np.where(known, np.minimum(np.maximum(accepted, 0), lengths), 0)
-        num_tokens = num_reqs + int(round_.lengths.sum())
+        num_tokens = num_reqs + int(submitted.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
         # An outcome that is not known counts as what was expected of it.
-        tokens = num_reqs + float(np.where(known, wins, round_.expected).sum())
+        tokens = num_reqs + float(np.where(known, wins, round_.expected + round_.free.accepted).sum())
         admitted = round_.admitted
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
@@ -137,15 +151,13 @@ class CostAwareRule:
             self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
-                self._learn(round_, known, lengths, wins)
-        if read and draft_seconds is not None:
-            costs.observe_reading_round(round_.widths, draft_seconds, read)
+                self._learn(round_, known, np.where(round_.drafts, lengths, 0), wins)
+        self.free_runs.learn(round_.free, verified, accepted, self.adapt)
         self.admission.records.served()
+        if draft_seconds is not None:
+            costs.observe_draft(round_.widths, draft_seconds, read)
         if verify_seconds is not None:
-            if read or draft_seconds is None:
-                costs.verify.observe(num_tokens, verify_seconds)
-            else:
-                costs.observe(round_.widths, draft_seconds, num_tokens, verify_seconds)
+            costs.verify.observe(num_tokens, verify_seconds)
 
     def _record(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
         """How often the draft was right, of the candidates that were looked at."""
@@ -180,7 +192,12 @@ class CostAwareRule:
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""
-        return {"scores": self.scores, "admission": self.admission.state(), "acceptance": self.acceptance.state()}
+        return {
+            "scores": self.scores,
+            "admission": self.admission.state(),
+            "acceptance": self.acceptance.state(),
+            "runs": self.free_runs.state(),
+        }
 
     def restore(self, state: Mapping[str, Any], age_seconds: float = 0.0) -> bool:
         """Take up :meth:`state` of an earlier start, as far as its age lets it count.
@@ -191,11 +208,12 @@ class CostAwareRule:
         if state.get("scores") != self.scores:
             return False
         weight = 0.5 ** (age_seconds / _HALF_LIFE)
-        admission, acceptance = Admission(), AcceptanceModel()
+        admission, acceptance, free_runs = Admission(), AcceptanceModel(), FreeRuns(self.sources)
         try:
             admission.restore(state["admission"], weight)
             acceptance.restore(state["acceptance"], weight)
+            free_runs.restore(state.get("runs", {}), weight)
         except (KeyError, TypeError, ValueError):
             return False
-        self.admission, self.acceptance = admission, acceptance
+        self.admission, self.acceptance, self.free_runs = admission, acceptance, free_runs
         return True

@@ -122,7 +122,7 @@ class CostAwareDrafting:
             for outcome, length in zip(known, round_.lengths.tolist(), strict=True)
         )
         read = step.get("read", ())
-        drafted = step["draft_seconds"] if whole or read else None
+        drafted = step["draft_seconds"] if read or round_.widths else None
         verified = [None if outcome is None else outcome[0] for outcome in known]
         accepted = [0 if outcome is None else outcome[1] for outcome in known]
         self.reliability.verified(round_, verified, accepted)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.standings import standings
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
+from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.sources import Run
+from vllm_specdecpp.decision.sources.suffix import SuffixSource
+
+
+class Toy:
+    """A source as a newcomer would add it: the last token once more."""
+
+    name = "toy"
+    depends_on = "the last token"
+    start = (1.0, 0.0)
+
+    def run(self, tokens, most):
+        return np.resize(tokens[-1:], most), np.zeros(most)
+
+
+def run_of(x, source: str = "toy") -> Run:
+    return Run(source, list(range(len(x))), np.array(x, dtype=np.float64))
+
+
+def costs(verify=None) -> CostModel:
+    return CostModel({1: 0.05, 8: 0.06}, {1: 0.05, 8: 0.06}, verify or {1: 0.1, 200: 2.0}, max_reqs=8, max_tokens=200)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rows_that_are_taken_are_the_best(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num = int(rng.integers(1, 4))
+    runs = [[run_of(rng.normal(1, 2, rng.integers(1, 5)))] if rng.random() < 0.8 else [] for _ in range(num)]
+    limits = rng.integers(0, 5, num)
+    model, free = costs({1: 0.1, 3: rng.uniform(0.1, 0.2), 200: rng.uniform(0.3, 4)}), FreeRuns([Toy()])
+    taken = free.take(runs, limits, model)
+    best = 0.0
+    for lengths in itertools.product(*(range(min(len(r[0].x) if r else 0, m) + 1) for r, m in zip(runs, limits))):
+        reach = [np.cumprod(free.chances(r[0]))[:length].sum() if r else 0.0 for r, length in zip(runs, lengths)]
+        best = max(best, (num + sum(reach)) / model.verify.at(num + sum(lengths)))
+    assert (num + taken.accepted.sum()) / model.verify.at(num + int(taken.lengths.sum())) == pytest.approx(best)
+    assert all(len(taken.token_ids(i)) == taken.lengths[i] <= limits[i] for i in range(num))
+
+
+def test_of_two_sources_the_better_run_is_taken() -> None:
+    class Other(Toy):
+        name = "other"
+
+    free = FreeRuns([Toy(), Other()])
+    taken = free.take([[run_of([0.0, 0.0]), run_of([3.0, 3.0], "other")]], np.array([4]), costs())
+    assert taken.runs[0] is not None and taken.runs[0].source == "other" and taken.lengths.tolist() == [2]
+
+
+def test_learns_by_source_from_the_accepted_and_the_first_rejected() -> None:
+    free, run = FreeRuns([SuffixSource(), Toy()]), run_of([0.0, 0.0, 0.0])
+    before = free.models["suffix"].theta.copy()
+    for _ in range(200):
+        taken = free.take([[run]], np.array([3]), costs({1: 0.1, 200: 0.11}))
+        assert taken.lengths.tolist() == [3]
+        free.learn(taken, [3], [1])  # one accepted, one rejected, one that tells nothing
+    assert free.chances(run)[0] > 0.9 and free.chances(run)[1] < 0.1
+    assert free.chances(run)[2] == pytest.approx(0.5, abs=0.3)
+    assert (free.models["suffix"].theta == before).all()
+    assert (free.candidates["toy"], free.accepted["toy"]) == (600, 200)
+    for unknown in (None, 0):
+        theta = free.models["toy"].theta.copy()
+        free.learn(taken, [unknown], [0])
+        assert (free.models["toy"].theta == theta).all()
+
+
+def _play(rule: CostAwareRule, run: Run | None, wins: int, rounds: int) -> list[int]:
+    """Rounds of one request, whose drafts are never right; the lengths."""
+    lengths = []
+    for _ in range(rounds):
+        round_ = rule.begin(standings(["a"], [8]), [[run] if run else []])
+        while round_.running.any():
+            round_.step(np.array([0.9]))
+        submitted = int(round_.submitted[0])
+        rule.finish(round_, [submitted], [0 if round_.drafts[0] else min(wins, submitted)])
+        lengths.append(0 if round_.drafts[0] else submitted)
+    return lengths
+
+
+def test_a_run_that_is_right_is_taken_and_one_that_is_wrong_is_left() -> None:
+    rule = CostAwareRule(costs(), 8, sources=[Toy()])
+    assert max(_play(rule, None, 0, 60)) == 0
+    assert _play(rule, run_of([1.0] * 8), 8, 60)[-1] == 8
+    rule = CostAwareRule(costs(), 8, sources=[Toy()])
+    assert np.mean(_play(rule, run_of([1.0] * 8), 0, 300)[100:]) < 0.3  # now and then it is tried again
+
+
+def test_what_was_learnt_of_a_source_is_kept() -> None:
+    rule = CostAwareRule(costs(), 8, sources=[Toy()])
+    _play(rule, run_of([1.0] * 8), 8, 40)
+    other = CostAwareRule(costs(), 8, sources=[SuffixSource(), Toy()])
+    assert other.restore(rule.state())
+    assert other.free_runs.models["toy"].theta == pytest.approx(rule.free_runs.models["toy"].theta)
+    assert other.free_runs.models["suffix"].theta[:2] == pytest.approx(SuffixSource.start)
+
+
+def test_a_request_that_drafts_leaves_its_run() -> None:
+    """A weak run, a draft that is always right: the run's rows are not verified, and teach nothing."""
+    rule = CostAwareRule(costs({1: 0.1, 200: 0.12}), 8, sources=[Toy()])
+    for _ in range(80):
+        round_ = rule.begin(standings(["a"], [8]), [[run_of([-1.0] * 8)]])
+        while round_.running.any():
+            round_.step(np.array([0.99]))
+        submitted = int(round_.submitted[0])
+        rule.finish(round_, [submitted], [submitted if round_.drafts[0] else 0])
+    assert round_.drafts[0] and round_.free.token_ids(0) == [] and submitted == round_.lengths[0] > 0

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the runs that sources propose are taken, and how far: they cost rows in the verification alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.logistic import Array, Mask, OnlineLogistic, bucket, sigmoid
+from vllm_specdecpp.decision.sources import Run, RunSource
+
+Counts = NDArray[np.int64]
+
+_MEMORY = 500.0
+"""Observed candidates after which an old one counts 1/e: texts that repeat themselves come and go."""
+
+
+@dataclass
+class Taken:
+    """The runs of a round in which nobody drafts. Who drafts after all leaves its run: :meth:`without`."""
+
+    runs: list[Run | None]
+    """[num_reqs]"""
+    lengths: Counts
+    """[num_reqs] candidates taken."""
+    accepted: Array
+    """[num_reqs] how many of them are expected to be accepted."""
+
+    def without(self, drafts: Mask) -> Taken:
+        """Requests that draft take no run."""
+        runs = [None if leaves else run for run, leaves in zip(self.runs, drafts.tolist(), strict=True)]
+        return Taken(runs, np.where(drafts, 0, self.lengths), np.where(drafts, 0.0, self.accepted))
+
+    def token_ids(self, index: int) -> list[int]:
+        """The candidates of a request."""
+        run = self.runs[index]
+        return [] if run is None else run.token_ids[: self.lengths[index]]
+
+
+class FreeRuns:
+    """Takes of each request's runs the one that promises most, and of all these the rows that pay.
+
+    Rows are taken in the order of their chance to be accepted, over the whole batch, as long as tokens per second rise:
+
+        (num_reqs + sum of the n best chances) / verify(num_reqs + n)
+
+    A candidate's chance is that of all before it too, so what is taken of a run begins at its start.
+
+    Args:
+        sources: whose runs they are.
+    """
+
+    def __init__(self, sources: Sequence[RunSource] = ()) -> None:
+        self.models = {source.name: OnlineLogistic(*source.start, memory=_MEMORY) for source in sources}
+        self.candidates, self.accepted = dict.fromkeys(self.models, 0), dict.fromkeys(self.models, 0)
+
+    def take(self, runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel) -> Taken:
+        """Choose for a round.
+
+        Args:
+            runs: [num_reqs] what the sources propose for each request; empty: nothing for anybody.
+            limits: [num_reqs] candidates at most.
+            costs: the cost model.
+        """
+        num_reqs = len(limits)
+        taken = Taken([None] * num_reqs, np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
+        reaches: list[Array] = []
+        owners: list[int] = []
+        for index, (proposed, limit) in enumerate(zip(runs, limits.tolist(), strict=bool(runs))):
+            best, best_sum = None, 0.0
+            for run in proposed:
+                reach = np.cumprod(self.chances(run)[:limit])
+                if float(reach.sum()) > best_sum:
+                    best, best_sum, taken.runs[index] = reach, float(reach.sum()), run
+            if best is not None:
+                reaches.append(best)
+                owners += [index] * len(best)
+        if not reaches:
+            return taken
+        chance, owner = np.concatenate(reaches), np.array(owners)
+        order = np.argsort(-chance, kind="stable")
+        tokens = num_reqs + np.concatenate([[0.0], np.add.accumulate(chance[order])])
+        rows = np.arange(num_reqs, num_reqs + len(order) + 1)
+        num = int((tokens / costs.verify.many(rows)).argmax())
+        taken.lengths = np.bincount(owner[order[:num]], minlength=num_reqs)
+        taken.accepted = np.bincount(owner[order[:num]], weights=chance[order[:num]], minlength=num_reqs)
+        return taken
+
+    def chances(self, run: Run) -> Array:
+        """[length] that each candidate is accepted if all before it are."""
+        return sigmoid(self.models[run.source].log_odds(run.x, bucket(np.arange(1, len(run.x) + 1))))
+
+    def learn(self, taken: Taken, verified: Sequence[int | None], accepted: Sequence[int], adapt: bool = True) -> None:
+        """A round has been verified; arguments as in :meth:`.CostAwareRule.finish`."""
+        for run, length, seen, won in zip(taken.runs, taken.lengths.tolist(), verified, accepted, strict=True):
+            if run is None or seen is None or not min(length, seen):
+                continue
+            num_seen, num_won = min(length, seen), min(length, seen, max(won, 0))
+            self.candidates[run.source] += num_seen
+            self.accepted[run.source] += num_won
+            if adapt:
+                observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
+                labels = (np.arange(observed) < num_won).astype(np.float64)
+                self.models[run.source].update(run.x[:observed], bucket(np.arange(1, observed + 1)), labels)
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, as JSON."""
+        return {name: model.state() for name, model in self.models.items()}
+
+    def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
+        """Take up :meth:`state`; a source that it does not know begins anew."""
+        for name, model in self.models.items():
+            if name in state:
+                model.restore(state[name], weight)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of candidates that need no draft pass: a run costs its rows in the verification, and nothing else.
+
+A new source is one class with the members of :class:`RunSource`, and one :func:`register`. The draft model is no
+:class:`RunSource`: what it proposes is drawn, step by step, by an engine.
+
+Lossless: a run is a function of the prefix, so its q is one-hot. Which run is taken and where it is cut depends on the
+run itself, on the prefix and on past rounds, never on what the target draws: rejection sampling gives the target's law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specdecpp.decision.sources.suffix import SuffixSource
+
+Tokens = NDArray[np.integer[Any]]
+
+
+class RunSource(Protocol):
+    """Proposes a run of candidates from a request's own tokens."""
+
+    name: str
+    depends_on: str
+    """Which random variables its runs are functions of."""
+
+    start: tuple[float, float]
+    """Slope and common intercept of a candidate's log-odds of acceptance in its x, before anything was seen."""
+
+    def run(self, tokens: Tokens, most: int) -> tuple[Tokens, NDArray[np.float64]]:
+        """What may follow.
+
+        Args:
+            tokens: [num_tokens] prompt and output, the last emitted token included.
+            most: candidates at most, 1 or more.
+
+        Returns:
+            [length] candidates, and x of each: what its chance is estimated from. Empty: nothing to propose.
+        """
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a source proposes for a request."""
+
+    source: str
+    token_ids: list[int]
+    x: NDArray[np.float64]  # [length]
+
+
+SOURCES: dict[str, Callable[[], RunSource]] = {}
+"""Every source of runs, by name."""
+DRAFT_MODEL = "draft_model"
+"""The other source: every engine has it."""
+
+
+def register(make: Callable[[], RunSource], name: str) -> None:
+    """Add a source of runs; every process of an engine must do so.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in SOURCES or name == DRAFT_MODEL:
+        raise ValueError(f"specdecpp: there is a source {name!r} already; choose another name")
+    SOURCES[name] = make
+
+
+register(SuffixSource, "suffix")
+
+
+def propose(sources: Sequence[RunSource], tokens: Tokens, most: int) -> list[Run]:
+    """What each source proposes for a request: arguments as in :meth:`RunSource.run`."""
+    runs = []
+    for source in sources:
+        token_ids, x = source.run(tokens, most)
+        if len(token_ids):
+            runs.append(Run(source.name, token_ids.tolist(), x))
+    return runs
