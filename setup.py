@@ -32,11 +32,11 @@ setup(
         # would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
-        "train": ["accelerate", "datasets", "matplotlib", "tqdm", "transformers"],
-        "bench": ["matplotlib"],
+        "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
+        "bench": ["matplotlib", "scipy>=1.15"],
         "dev": [
-            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff", "scipy",
-            "setuptools>=64",
+            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff",
+            "scikit-learn", "scipy>=1.15", "setuptools>=64",
         ],
     },
     entry_points={

@@ -12,9 +12,9 @@ from benchmarks.simulate_server import Run, Server
 from benchmarks.simulate_settings import true_costs
 from benchmarks.simulated_streams import DEPTH, Stream
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
 RULES: dict[str, Callable[[CostModel], Any]] = {"cost_aware": lambda costs: CostAwareRule(costs, DEPTH)}

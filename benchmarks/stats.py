@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from benchmarks.methods import NATIVE, OFF, parse_method
 
@@ -43,14 +44,15 @@ class Cell:
     best_fixed_k: int | None = None
 
 
-def resamples(num_units: int, count: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """Indices of bootstrap samples over units. Returns: [count, num_units]."""
-    return np.random.default_rng(seed).integers(0, num_units, size=(count, num_units))
-
-
-def _interval(value: float, samples: Floats) -> Spread:
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return Spread(value, float(low), float(high))
+def _spread(rate_of: Callable[..., Floats], *columns: Floats, seed: int) -> Spread:
+    """``rate_of`` the columns, [num_units] each, with its percentile interval over units; one unit has none."""
+    value = float(rate_of(*columns))
+    if len(columns[0]) == 1:
+        return Spread(value, value, value)
+    found = bootstrap(
+        columns, rate_of, paired=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return Spread(value, *map(float, found.confidence_interval))
 
 
 def rate(tokens: Floats, seconds: Floats, seed: int = 0) -> Spread:
@@ -59,16 +61,20 @@ def rate(tokens: Floats, seconds: Floats, seed: int = 0) -> Spread:
     Args:
         tokens, seconds: one entry a unit. # [num_units]
     """
-    index = resamples(len(tokens), seed=seed)
-    return _interval(float(tokens.sum() / seconds.sum()), tokens[index].sum(1) / seconds[index].sum(1))
+
+    def found(tokens: Floats, seconds: Floats, axis: int = -1) -> Floats:
+        return tokens.sum(axis) / seconds.sum(axis)
+
+    return _spread(found, tokens, seconds, seed=seed)
 
 
 def rate_ratio(tokens: Floats, seconds: Floats, base_tokens: Floats, base_seconds: Floats, seed: int = 0) -> Spread:
     """Tokens/s over the tokens/s of a base method; both share each resample, so a hard prompt weighs on both alike."""
-    index = resamples(len(tokens), seed=seed)
-    value = (tokens.sum() / seconds.sum()) / (base_tokens.sum() / base_seconds.sum())
-    samples = (tokens[index].sum(1) / seconds[index].sum(1)) / (base_tokens[index].sum(1) / base_seconds[index].sum(1))
-    return _interval(float(value), samples)
+
+    def found(tokens: Floats, seconds: Floats, base_tokens: Floats, base_seconds: Floats, axis: int = -1) -> Floats:
+        return (tokens.sum(axis) / seconds.sum(axis)) / (base_tokens.sum(axis) / base_seconds.sum(axis))
+
+    return _spread(found, tokens, seconds, base_tokens, base_seconds, seed=seed)
 
 
 def complete_units(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, dict[str, Row]]:

@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 
 PROGRAM = "vllm-specdecpp"
 _AGAIN = "run the same command again"
+_EXTRA = {"scipy": "scipy", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+"""What only the extra ``train`` brings: name in an import, and in pip."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(program, _flattened(error))
     except ValueError as error:
         return _complain(program, str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRA:
+            raise
+        return _complain(program, f"needs {_EXTRA[package]}; pip install 'vllm-specdecpp[train]'")
     except KeyboardInterrupt:
         return _complain(program, f"interrupted; {COMMANDS[name].when_interrupted}", 130)
     except BrokenPipeError:  # `| head` has seen enough

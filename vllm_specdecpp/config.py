@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from vllm_specdecpp.rule_registry import RULES, find_rule, one_of_the_rules
+from vllm_specdecpp.source_registry import DRAFT_MODEL, RUN_SOURCES, one_of_the_sources
 
 _MUST_BE = {
     "model": "must name the draft model: a folder or a hub id (e.g. 'Qwen/Qwen2.5-Coder-0.5B-Instruct')",
@@ -57,6 +58,11 @@ class SpecDecPPConfig(BaseModel):
     online_calibration: bool = True
     """Whether ``cost_aware`` goes on learning from each verified round how likely candidates are to be accepted."""
 
+    sources: list[str] | None = None
+    """Where candidates come from: ``draft_model``, and ``suffix``: what followed the last time that the request's last
+    tokens stood in its prompt or output, which costs no draft pass. By default both under ``cost_aware``, which weighs
+    them against each other; Model Runner V2 and the other rules have the draft model alone."""
+
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
     """Upper bound on the candidate length K (vLLM's name for it)."""
 
@@ -83,6 +89,15 @@ class SpecDecPPConfig(BaseModel):
         if rule is not None:
             find_rule(rule)
         return rule
+
+    @field_validator("sources")
+    @classmethod
+    def _known_sources(cls, sources: list[str] | None) -> list[str] | None:
+        if sources is not None:
+            known = {*RUN_SOURCES, DRAFT_MODEL}
+            if DRAFT_MODEL not in sources or not known.issuperset(sources) or len(set(sources)) < len(sources):
+                raise ValueError(one_of_the_sources())
+        return sources
 
     @model_validator(mode="after")
     def _check_together(self, info: ValidationInfo) -> SpecDecPPConfig:
@@ -115,7 +130,19 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
             )
+        if self.run_sources and self.resolved_rule != "cost_aware":
+            raise ValueError(
+                f"sources={self.sources} needs rule='cost_aware', which weighs them against each other, not "
+                f"rule={self.resolved_rule!r}; leave one of the two out"
+            )
         return self
+
+    @property
+    def run_sources(self) -> list[str]:
+        """The sources beside the draft model, by name."""
+        if self.sources is None:
+            return list(RUN_SOURCES) if self.resolved_rule == "cost_aware" else []
+        return [name for name in self.sources if name != DRAFT_MODEL]
 
     @property
     def resolved_rule(self) -> str:
@@ -194,7 +221,7 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
         """
-        for name in ("model", "head", "head_revision", "record_dir", "record_fraction", "record_max_gib"):
+        for name in ("model", "head", "head_revision", "sources", "record_dir", "record_fraction", "record_max_gib"):
             if name in changes:
                 raise ValueError(f"specdecpp: {name}={changes[name]!r} cannot change at run time; restart with it")
         options = self.model_dump(exclude_none=True)
@@ -226,7 +253,7 @@ def _one_line(entry: Mapping[str, Any]) -> str:
     if not entry["loc"]:  # from _check_together, which words its own messages
         return str(entry["msg"]).removeprefix("Value error, ")
     name = str(entry["loc"][0])
-    must_be = one_of_the_rules() if name == "rule" else _MUST_BE[name]
+    must_be = {"rule": one_of_the_rules, "sources": one_of_the_sources}.get(name, lambda: _MUST_BE[name])()
     if entry["type"] == "missing":
         return f"{name} is missing; it {must_be}"
     if entry["type"] in ("int_type", "float_type") and isinstance(entry["input"], str):
@@ -253,7 +280,7 @@ def _unknown(name: str, value: object, known: list[str]) -> str:
 
 
 def options_table() -> str:
-    """The options as a Markdown table, from the schema; the README holds a copy that the tests compare."""
+    """The options as a Markdown table, from the schema; ``docs/options.md`` holds a copy that the tests compare."""
     rows = ["| option | default | what it does |", "|---|---|---|"]
     for name, field in SpecDecPPConfig.model_fields.items():
         default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"

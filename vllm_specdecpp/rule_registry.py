@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stop rules that there are: one table, which the options, their help, the README and the errors go by.
+"""The stop rules that there are: one table, which the options, their help, ``docs/rules.md`` and the errors go by.
 
 A new rule is one class with the members of :class:`vllm_specdecpp.decision.rules.StopRule`, and one entry here. The
 table imports neither torch nor the rules themselves, so that the options can be read without them.
@@ -23,7 +23,7 @@ class RuleEntry:
 
     name: str
     ends: str
-    """When drafting ends, for the README's table."""
+    """When drafting ends, for the table in ``docs/rules.md``."""
 
     make: Callable[[AcceptanceHead | None, float | None], StopRule] | None = None
     """Makes the rule from the loaded head and h; None for ``cost_aware``, which the engine makes with its costs."""
@@ -42,7 +42,7 @@ class RuleEntry:
 
 
 RULES: dict[str, RuleEntry] = {}
-"""Every stop rule, by name, the default first: what the options, their help, the README and the errors go by."""
+"""Every stop rule, by name, the default first: what the options, their help, ``docs/rules.md`` and the errors go by."""
 
 
 def register(entry: RuleEntry) -> None:
@@ -78,7 +78,7 @@ def no_device_tail(name: str) -> str:
 
 
 def rules_table() -> str:
-    """The rules as a Markdown table, from the registry; the README holds a copy that the tests compare."""
+    """The rules as a Markdown table, from the registry; ``docs/rules.md`` holds a copy that the tests compare."""
     rows = ["| rule | head | `threshold` | when drafting ends |", "|---|---|---|---|"]
     for entry in RULES.values():
         head = "needed" if entry.needs_head else "if given" if entry.reads_head else ""

@@ -51,6 +51,9 @@ class _Scripted:
         tail.open()
         return DraftRound(tail, torch.tensor(limits), stop_token_ids=stop_token_ids)
 
+    def free_runs(self, num_reqs: int) -> list[list[int]]:
+        return [[] for _ in range(num_reqs)]
+
     def timed(self, step: Any) -> None:
         pass
 

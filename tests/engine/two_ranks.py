@@ -35,7 +35,7 @@ def plant() -> None:
 
     SpecDecPPProposer.compute_logits = noisy  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
-        SpecDecPPProposer.agree = lambda self, decision: decision  # type: ignore[method-assign]
+        SpecDecPPProposer.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPProposer._planted = True
 
 

@@ -144,6 +144,15 @@ def test_positional_arguments_may_stand_after_options(toy):
     assert [toy.seen[0].head, toy.seen[1].head, toy.seen[2].data] == ["my-head", None, [Path("a"), Path("b")]]
 
 
+@pytest.mark.parametrize(("command", "status"), [("train", 2), ("inspect", 0)])
+def test_a_missing_extra_is_told_in_one_line(command, status):
+    code = "import sys; sys.modules['sklearn'] = None; from vllm_specdecpp import cli; sys.exit(cli.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert done.stderr == "vllm-specdecpp train: needs scikit-learn; pip install 'vllm-specdecpp[train]'\n"
+
+
 def test_help_of_a_command(toy, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["toy", "--help"])

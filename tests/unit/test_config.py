@@ -264,3 +264,26 @@ def test_importing_the_schema_loads_neither_torch_nor_vllm() -> None:
     code = "import sys, vllm_specdecpp.config; print([m for m in ('torch', 'vllm') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sources": ["suffix"]}, "sources=.* must name some of 'suffix', 'draft_model', 'draft_model' among them"),
+        ({"sources": ["draft_model", "ngram"]}, "sources=.* must name some of"),
+        ({"sources": ["draft_model", "draft_model"]}, "sources=.* must name some of"),
+        ({"sources": "suffix"}, "sources='suffix' must name some of"),
+        ({"sources": ["suffix", "draft_model"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
+    ],
+)
+def test_bad_sources_are_refused_in_one_line(options, says):
+    with pytest.raises(ValueError, match=f"^specdecpp: {says}[^\n]*$"):
+        SpecDecPPConfig.from_additional_config({"model": "d", **options})
+
+
+def test_runs_go_with_the_rule_that_weighs_them():
+    assert SpecDecPPConfig(model="d").run_sources == ["suffix"]
+    assert SpecDecPPConfig(model="d", rule="fixed").run_sources == []
+    assert SpecDecPPConfig(model="d", sources=["draft_model"]).run_sources == []
+    with pytest.raises(ValueError, match="sources=.* cannot change at run time"):
+        SpecDecPPConfig(model="d").with_changes({"sources": ["draft_model"]})

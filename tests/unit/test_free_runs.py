@@ -42,9 +42,10 @@ def test_the_rows_that_are_taken_are_the_best(seed: int) -> None:
     model, free = costs({1: 0.1, 3: rng.uniform(0.1, 0.2), 200: rng.uniform(0.3, 4)}), FreeRuns([Toy()])
     taken = free.take(runs, limits, model)
     best = 0.0
-    for lengths in itertools.product(*(range(min(len(r[0].x) if r else 0, m) + 1) for r, m in zip(runs, limits))):
-        reach = [np.cumprod(free.chances(r[0]))[:length].sum() if r else 0.0 for r, length in zip(runs, lengths)]
-        best = max(best, (num + sum(reach)) / model.verify.at(num + sum(lengths)))
+    chances = [free.chances(r[0])[:most] if r else np.empty(0) for r, most in zip(runs, limits, strict=True)]
+    for lengths in itertools.product(*(range(len(c) + 1) for c in chances)):
+        tokens = num + sum(float(c[:length].cumprod().sum()) for c, length in zip(chances, lengths, strict=True))
+        best = max(best, tokens / model.verify.at(num + sum(lengths)))
     assert (num + taken.accepted.sum()) / model.verify.at(num + int(taken.lengths.sum())) == pytest.approx(best)
     assert all(len(taken.token_ids(i)) == taken.lengths[i] <= limits[i] for i in range(num))
 

@@ -6,6 +6,7 @@ import pytest
 
 from vllm_specdecpp.decision import sources
 from vllm_specdecpp.decision.sources.suffix import MAX_MATCH, SuffixSource, longest_match
+from vllm_specdecpp.source_registry import make_sources, register
 
 
 def brute_force(tokens: np.ndarray) -> tuple[int, int]:
@@ -48,7 +49,7 @@ def test_runs_go_on_behind_the_match_and_as_a_loop_at_the_end() -> None:
 
 
 def test_proposes_by_name_and_leaves_out_what_is_empty() -> None:
-    source = sources.SOURCES["suffix"]()
+    (source,) = make_sources(["suffix", "draft_model"])
     (run,) = sources.propose([source], np.array([5, 6, 5]), 2)
     assert (run.source, run.token_ids) == ("suffix", [6, 5])
     assert sources.propose([source], np.array([5, 6, 7]), 2) == []
@@ -57,4 +58,4 @@ def test_proposes_by_name_and_leaves_out_what_is_empty() -> None:
 @pytest.mark.parametrize("name", ["suffix", "draft_model"])
 def test_a_name_is_taken_once(name: str) -> None:
     with pytest.raises(ValueError, match=f"^specdecpp: there is a source '{name}' already"):
-        sources.register(SuffixSource, name)
+        register(name, SuffixSource)

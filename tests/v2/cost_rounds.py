@@ -49,7 +49,7 @@ class Script(CostAwareRule):
         self.plans: list[dict[str, int]] = []
         self.told: list[Told] = []
 
-    def begin(self, batch: Sequence[Standing]) -> CostAwareRound:
+    def begin(self, batch: Sequence[Standing], runs: Any = ()) -> CostAwareRound:
         names = [s.request_id for s in batch]
         most = np.array([min(s.limit, MAX_LENGTH) for s in batch], dtype=np.int64)
         limits = np.minimum(most, self._random.integers(0, MAX_LENGTH + 1, len(batch)))

@@ -62,7 +62,7 @@ def test_every_rank_drafts_what_rank_0_says(tiny, monkeypatch):
             sent.append(tensor.dtype)
             return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr("vllm_specdecpp.engine.v2.passes.get_tp_group", Rank1)
+    monkeypatch.setattr("vllm_specdecpp.engine.shared.drafter.get_tp_group", Rank1)
     speculator._num_ranks = 2
     always = Stops(threshold=-1.0)  # rank 0's scores are 0: no draft outlives its first candidate
     lengths = Play(speculator, config, always, seed=2).run(num_steps=20)

@@ -29,5 +29,5 @@ def test_captured_rounds_are_timed_as_they_are_replayed(tiny, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(v2_start.time, "perf_counter", lambda: clock[0])
     speculator.graphs = _Captured(clock, speculator)
-    points = v2_start._captured(speculator, v2_start.V2Passes(speculator), lambda tensor: tensor)
+    points = v2_start._captured(speculator, v2_start.V2Passes(speculator))
     assert points == {"first": {1: 3.0, 4: 3.0}, "step": {1: 1.0, 4: 1.0}}

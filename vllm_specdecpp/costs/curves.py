@@ -12,24 +12,30 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 _MEMORY = 24.0
-"""Steps of one width that its own estimate remembers."""
+"""A width's own estimate weighs at most this many steps; older ones are averaged away."""
 _SHRINK = 2.0
-"""How many steps of its own a width needs to weigh as much as its neighbours; and these as much as all widths."""
+"""Weight of a prior, in steps: a width with 2 steps of its own lies half-way between them and its neighbours' estimate;
+neighbours with 2 steps lie half-way between those and the drift of all widths."""
 _FADE = 0.998
-"""What a width's own steps still weigh after each later step: an old estimate gives way to the common drift."""
-_EXACT, _RATIO, _REACH = 24, 1.03, 0.15
-"""Widths up to 24 stand alone, with neighbours within about 15 % as a hint; wider ones are one smooth curve over bins
-3 % wide: what is asked of it is the price of a few rows more, a difference which the noise of single bins drowns."""
+"""Factor on all weights at each step: a width that was not seen for long returns to the common drift."""
+_EXACT = 24
+"""Widths up to this have an estimate each. Wider ones share bins, and the estimates of neighbouring bins are smoothed:
+the rule asks what a few rows more cost, and the noise of single bins would drown that difference."""
+_RATIO = 1.03
+"""Width of such a bin: its end over the end of the bin before."""
+_REACH = 0.15
+"""Standard deviation, in log width, of how far a step tells of its neighbours: about 15 %."""
 _OUTLIER = 0.5
-"""A step further off than this log-ratio is no news of its width: compilation, a prefill, another process's burst."""
+"""A step whose log of real over expected seconds exceeds this is an outlier: compilation, another process's burst."""
 _SHIFT = 10
-"""So many outliers in a row, all on one side, are a new level: of all widths, or of the one that they are of."""
+"""This many outliers in a row, all too slow or all too fast, are the new level: in a row of all steps, that of all
+widths; in a row of one width's steps, that of this width."""
 _FURTHEST = 6.0
 """Log-ratio to the start's that a broken clock can bring about at most."""
 _TINY = 1e-12
 """Seconds; index 0 of a table is 0."""
 _FORGOTTEN = 1e-9
-"""Weights that have faded to less are nothing, before they are so small that processors stumble."""
+"""Weights below this become 0: denormal numbers are slow."""
 
 
 class Curve:
@@ -39,9 +45,9 @@ class Curve:
     it may have been measured in a slow moment. Too low an estimate is soon put right; too high a one keeps drafts away
     from that width, and nobody would ever learn.
 
-    Between measured widths the curve is linear; beyond them it goes on with the slope of the upper half; below them it
-    is flat. A real step moves its own width, and all widths by a common drift (other load on the machine, longer
-    contexts), to which widths that were not seen lately return.
+    Between measured widths the curve is linear, below the narrowest it is flat, and beyond the widest it has the mean
+    slope of the wider half. Each real step moves the estimate of its own width, and a little that of its neighbours and
+    of all widths: the common drift, caused by other load on the machine or longer contexts.
 
     Args:
         seconds: width to seconds, one or more points.
@@ -74,7 +80,7 @@ class Curve:
         self._below = np.minimum(place.astype(np.int64), max(len(edges) - 2, 0))
         self._above = np.minimum(self._below + 1, len(edges) - 1)
         self._share = place - self._below
-        # Of a bin's own steps, and of its neighbours': steps, and steps times log of real seconds over the start's.
+        # [own or neighbours', weight or weighted sum, bin]: weight in steps, sum of log(real seconds / start's).
         self._state = np.zeros((2, 2, len(edges)))
         self._outliers: list[tuple[int, float]] = []  # width, residual
         self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
@@ -97,7 +103,7 @@ class Curve:
         return self._table
 
     def freshness(self, width: int) -> float:
-        """Steps of this width, or close to it, that the estimate rests on; old ones count less."""
+        """Weight of the real steps in this width's bin, in steps; old ones count less."""
         return float(self._state[0, 0, self._bin[min(width, self.max_width)]])
 
     def at(self, width: int) -> float:
@@ -128,8 +134,8 @@ class Curve:
         Args:
             width: of the step; one wider than the curve teaches nothing.
             residual: log of real over expected seconds.
-            weight: up to 1; less where the time was shared with other steps.
-            expected: what the curve said; None: what it says.
+            weight: in steps, at most 1; less where several steps were timed together.
+            expected: seconds that the curve said before the step; None: what it says now.
         """
         if not 1 <= width <= self.max_width or not math.isfinite(residual):
             return False
@@ -156,7 +162,7 @@ class Curve:
         return True
 
     def _set(self, bin_: int, steps: float, ratio: float) -> None:
-        """Give a bin its own estimate, and its neighbours their share in it."""
+        """Set a bin's own estimate, and update what its neighbours take from it."""
         now = np.array([steps, steps * min(max(ratio, -_FURTHEST), _FURTHEST)])
         own, nearby = self._state
         nearby += (now - own[:, bin_])[:, None] * self._near[bin_]
@@ -164,7 +170,7 @@ class Curve:
         self._table = None
 
     def _shift_level(self) -> None:
-        """What looked like outliers is how things are now; widths that were not among them follow by the drift."""
+        """The outliers are the new level: their widths start anew from them, all others follow by the drift."""
         seen: dict[int, list[float]] = {}
         for width, residual in self._outliers:
             seen.setdefault(width, []).append(residual)
@@ -176,7 +182,7 @@ class Curve:
             self._set(self._bin[width], _MEMORY / 2, ratio)
 
     def _shift_bin(self, width: int, residual: float) -> None:
-        """A width that is seen now and then, and each time far off on one side, is out of date alone."""
+        """Outliers of one bin among normal steps of others: after enough of them that bin alone starts anew."""
         bin_ = int(self._bin[width])
         seen = self._bin_outliers.setdefault(bin_, [])
         if seen and (residual > 0) != (seen[-1] > 0):
@@ -191,7 +197,7 @@ class Curve:
         return math.log(self.at(width) / float(self._start[width]))
 
     def raised(self, seconds: float) -> Curve:
-        """This curve with ``seconds`` more at every width: what does not depend on the width and was not measured."""
+        """This curve with ``seconds`` more at every width: an overhead that was not measured with it."""
         return Curve({width: value + seconds for width, value in self.points().items()}, self.max_width)
 
     def points(self) -> dict[int, float]:

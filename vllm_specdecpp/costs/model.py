@@ -27,9 +27,9 @@ class CostModel:
         step: requests that still draft -> seconds of one further draft pass with its draw.
         verify: tokens in the target's batch -> seconds of everything between two draft phases (the target's pass,
             sampling, scheduling), so that nothing of a round is left out.
-        read: tokens -> seconds of a draft pass that reads so many, of all requests together, and draws nothing: a
-            prompt, or what was emitted while nobody drafted. None: a token more takes, of a draft pass, what it takes
-            of a verification.
+        read: tokens, of all requests together -> seconds of a draft pass that reads them and draws nothing: a prompt,
+            or what was emitted while nobody drafted. None: ``verify``, scaled by the ratio of a draft pass to a
+            verification of one token.
         max_reqs: largest batch.
         max_tokens: most tokens of one verification.
 

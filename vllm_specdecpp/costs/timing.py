@@ -93,7 +93,7 @@ def time_widths(
 def coarse_to_fine(max_width: int) -> list[int]:
     """Widths to time, up to ``max_width`` or :data:`MAX_WIDTH`.
 
-    Powers of four and the widest, powers of two, then what lies between: however soon the time is up, a range.
+    First powers of four and the widest, then powers of two, then the rest: timing that ends early covers the range.
     """
     max_width = min(max_width, MAX_WIDTH)
     fours = [4**n for n in range(max_width.bit_length()) if 4**n < max_width]

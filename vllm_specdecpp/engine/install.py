@@ -91,13 +91,11 @@ class SpecDecPPWorkerMixin:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._speculator is not None:
             logger.info("specdecpp: draft rounds run %s: %s", *self._speculator.how_rounds_run())
-            self._speculator.start_cost_aware()
-            return times
-        self._proposer.measure_widths()
-        if self.device.type == "cpu":
-            self._pad_target()
-        if self._proposer.config.resolved_rule == "cost_aware":
-            self._proposer.start_cost_aware()
+        else:
+            self._proposer.measure_widths()
+            if self.device.type == "cpu":
+                self._pad_target()
+        self._drafter.start_cost_aware()
         return times
 
     def _pad_target(self) -> None:
@@ -163,13 +161,8 @@ class SpecDecPPWorkerMixin:
         return self._speculator or self._proposer
 
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters since start-up or the last reset, see ``engine.shared.round_log.RoundLog``; and ``cost_aware``, if
-        that rule has run: see ``engine.shared.cost_aware.CostAwareDrafting.stats``."""
-        drafter = self._drafter
-        stats = drafter.log.stats(reset=reset)
-        if drafter.cost_aware is not None:
-            stats["cost_aware"] = drafter.cost_aware.stats()
-        return stats
+        """See ``engine.shared.drafter.Drafter.stats``."""
+        return self._drafter.stats(reset)
 
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""

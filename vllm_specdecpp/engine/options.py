@@ -126,6 +126,8 @@ def _needs_v1(config: SpecDecPPConfig) -> str | None:
         return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
     if not RULES[config.resolved_rule].device_tail:
         return no_device_tail(config.resolved_rule)
+    if config.sources is not None and config.run_sources:
+        return f"sources={config.sources}: Model Runner V2 has the draft model alone so far"
     return None
 
 

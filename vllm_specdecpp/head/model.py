@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The acceptance head: the module, and loading and saving it. What its files look like is ``head_files``'s.
+"""The acceptance head: the module, and loading and saving it. Its files: :mod:`vllm_specdecpp.head.files`.
 
 Architecture (SpecDec++, arXiv:2405.19715): residual blocks x + SiLU(Wx + b), then a linear layer to two classes, of
 which class 1 means "accepted". The released checkpoints share one W and b between all blocks. Ours may also standardise

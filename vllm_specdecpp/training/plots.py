@@ -8,9 +8,10 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_specdecpp.training.statistics import Reliability
+if TYPE_CHECKING:
+    from vllm_specdecpp.training.statistics import Reliability
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart with every kind of colour vision (Okabe and Ito, 2008); each group also has its own marker."""
@@ -158,10 +159,9 @@ def _reliability_line(axes: Any, curve: Reliability, *, first: bool, color: str,
         share = (curve.num / curve.num.max() * 0.18).tolist()  # the fullest bin is as high as 0.18 of the panel
         width = 1 / len(share)
         axes.bar([i * width for i in range(len(share))], share, width, align="edge", color="#DDDDDD", zorder=0)
-        low, high = zip(*(wilson(rate, each) for rate, each in zip(y, num, strict=True)), strict=True)
-        below = [rate - each for rate, each in zip(y, low, strict=True)]
-        above = [each - rate for rate, each in zip(y, high, strict=True)]
-        axes.errorbar(x, y, [below, above], color=color, linestyle="none", linewidth=1.2, capsize=2, zorder=3)
+        ends = [_ends(rate, each) for rate, each in zip(y, num, strict=True)]
+        below_above = list(zip(*ends, strict=True))
+        axes.errorbar(x, y, below_above, color=color, linestyle="none", linewidth=1.2, capsize=2, zorder=3)
     (line,) = axes.plot(
         x, y, color=color, marker=marker, markersize=5 if first else 3.5,
         linewidth=1.8 if first else 1.2, alpha=1.0 if first else 0.85, zorder=4 if first else 2,
@@ -169,11 +169,12 @@ def _reliability_line(axes: Any, curve: Reliability, *, first: bool, color: str,
     return line
 
 
-def wilson(rate: float, num: float, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share ``rate`` of ``num`` rows; it holds ``rate`` and stays within [0, 1]."""
-    centre = (rate + z * z / (2 * num)) / (1 + z * z / num)
-    half = z * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num)) / (1 + z * z / num)
-    return max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0)
+def _ends(rate: float, num: float) -> tuple[float, float]:
+    """How far Wilson's interval of a share ``rate`` of ``num`` rows reaches below it, and above."""
+    from scipy.stats import binomtest
+
+    found = binomtest(round(rate * num), round(num)).proportion_ci(method="wilson")
+    return max(rate - found.low, 0.0), max(found.high - rate, 0.0)
 
 
 def _groups(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

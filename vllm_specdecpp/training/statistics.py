@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from sklearn.metrics import brier_score_loss, roc_auc_score
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, pad
 
 NUM_BINS = 15
 EPSILON = 1e-7
@@ -62,8 +64,9 @@ def auc(scores: Tensor, accepted: Tensor) -> float:
         ValueError: one line: no rows, unequal lengths, NaN, or labels outside [0, 1].
     """
     scores, accepted = _checked(scores, accepted)
-    order, ends = _tie_groups(scores)
-    return float(_auc_of_sorted(accepted[order], torch.ones_like(accepted), ends))
+    if len(accepted.unique()) < 2:
+        return math.nan
+    return float(roc_auc_score(accepted.numpy(), scores.nan_to_num().numpy()))  # infinities: the largest numbers
 
 
 def log_loss(probability: Tensor, accepted: Tensor) -> float:
@@ -91,7 +94,7 @@ def brier(probability: Tensor, accepted: Tensor) -> float:
         ValueError: as :func:`log_loss`.
     """
     probability, accepted = _checked(probability, accepted, in_unit=True)
-    return float((probability - accepted).square().mean())
+    return float(brier_score_loss(accepted.numpy(), probability.numpy()))
 
 
 def ece(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> float:
@@ -153,14 +156,19 @@ def resample(
     num_prompts = len(prompts)
     loss_sums = torch.bincount(row_prompt, _losses(probability, accepted), minlength=num_prompts)  # [num_prompts]
     num_rows = torch.bincount(row_prompt, minlength=num_prompts).double()  # [num_prompts]
-    order, ends = _tie_groups(probability)
+    ordered, order = probability.sort()
     accepted, row_prompt = accepted[order], row_prompt[order]
+    first, last = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))  # of equal scores
     generator = torch.Generator().manual_seed(seed)
     aucs, losses = [], []
     for _ in range(resamples):
         drawn = torch.randint(num_prompts, (num_prompts,), generator=generator)
         times = torch.bincount(drawn, minlength=num_prompts).double()  # [num_prompts]
-        aucs.append(_auc_of_sorted(accepted, times[row_prompt], ends))
+        weights = times[row_prompt]  # [num_rows]
+        positive, negative = weights * accepted, weights * (1 - accepted)
+        below = pad(negative.cumsum(0), (1, 0))  # [num_rows + 1]
+        wins = positive @ (below[first] + below[last]) / 2  # a tie counts half
+        aucs.append(wins / (positive.sum() * negative.sum()))  # 0 / 0 is NaN
         losses.append((times * loss_sums).sum() / (times * num_rows).sum())
     return Resamples(torch.stack(aucs), torch.stack(losses))
 
@@ -196,24 +204,4 @@ def _checked(scores: Tensor, accepted: Tensor, in_unit: bool = False) -> tuple[T
 
 def _losses(probability: Tensor, accepted: Tensor) -> Tensor:
     """[num_rows] log-loss of each row."""
-    p = probability.clamp(EPSILON, 1 - EPSILON)
-    return -(accepted * p.log() + (1 - accepted) * (-p).log1p())
-
-
-def _tie_groups(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by rising score [num_rows], and the index of the last row of each group of equal scores [num_groups]."""
-    ordered, order = scores.sort(stable=True)
-    counts = ordered.unique_consecutive(return_counts=True)[1]
-    return order, counts.cumsum(0) - 1
-
-
-def _auc_of_sorted(accepted: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Area under the ROC curve as trapezoids between the groups of equal scores, which makes a tie count half."""
-    positive = weights * accepted  # [num_rows]
-    negative = weights - positive
-    zero = positive.new_zeros(1)
-    above = torch.cat([zero, positive.cumsum(0)[ends]])  # [num_groups + 1]
-    below = torch.cat([zero, negative.cumsum(0)[ends]])  # [num_groups + 1]
-    area = (above.diff() * (below[1:] + below[:-1]) / 2).sum()
-    pairs = above[-1] * below[-1]
-    return area / pairs if pairs > 0 else area.new_tensor(torch.nan)
+    return binary_cross_entropy(probability.clamp(EPSILON, 1 - EPSILON), accepted, reduction="none")

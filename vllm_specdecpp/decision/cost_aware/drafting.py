@@ -83,8 +83,8 @@ class CostAwareRound:
         """Give the tail what it decides by in this round."""
         acceptance, costs = self.rule.acceptance, self.rule.costs
         params.load(
-            limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price, this=acceptance.this.theta,
-            next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
+            limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price,
+            this=acceptance.this.theta, next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
             step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
             verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
         )  # fmt: skip

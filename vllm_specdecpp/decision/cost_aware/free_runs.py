@@ -69,7 +69,7 @@ class FreeRuns:
         """
         num_reqs = len(limits)
         taken = Taken([None] * num_reqs, np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
-        reaches: list[Array] = []
+        reaches: list[NDArray[Any]] = []
         owners: list[int] = []
         for index, (proposed, limit) in enumerate(zip(runs, limits.tolist(), strict=bool(runs))):
             best, best_sum = None, 0.0
@@ -86,9 +86,9 @@ class FreeRuns:
         order = np.argsort(-chance, kind="stable")
         tokens = num_reqs + np.concatenate([[0.0], np.add.accumulate(chance[order])])
         rows = np.arange(num_reqs, num_reqs + len(order) + 1)
-        num = int((tokens / costs.verify.many(rows)).argmax())
-        taken.lengths = np.bincount(owner[order[:num]], minlength=num_reqs)
-        taken.accepted = np.bincount(owner[order[:num]], weights=chance[order[:num]], minlength=num_reqs)
+        best_rows = order[: int((tokens / costs.verify.many(rows)).argmax())]
+        taken.lengths += np.bincount(owner[best_rows], minlength=num_reqs)
+        taken.accepted += np.bincount(owner[best_rows], weights=chance[best_rows], minlength=num_reqs)
         return taken
 
     def chances(self, run: Run) -> Array:

@@ -35,10 +35,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.admission import Admission, Mask, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.sources import Run, RunSource
 

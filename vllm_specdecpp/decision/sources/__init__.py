@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of candidates that need no draft pass: a run costs its rows in the verification, and nothing else.
 
-A new source is one class with the members of :class:`RunSource`, and one :func:`register`. The draft model is no
-:class:`RunSource`: what it proposes is drawn, step by step, by an engine.
+A new source is one class with the members of :class:`RunSource`, and one entry in ``source_registry``. The draft model
+is no :class:`RunSource`: what it proposes is drawn, step by step, by an engine.
 
 Lossless: a run is a function of the prefix, so its q is one-hot. Which run is taken and where it is cut depends on the
 run itself, on the prefix and on past rounds, never on what the target draws: rejection sampling gives the target's law.
@@ -10,14 +10,12 @@ run itself, on the prefix and on past rounds, never on what the target draws: re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from vllm_specdecpp.decision.sources.suffix import SuffixSource
 
 Tokens = NDArray[np.integer[Any]]
 
@@ -51,26 +49,6 @@ class Run:
     source: str
     token_ids: list[int]
     x: NDArray[np.float64]  # [length]
-
-
-SOURCES: dict[str, Callable[[], RunSource]] = {}
-"""Every source of runs, by name."""
-DRAFT_MODEL = "draft_model"
-"""The other source: every engine has it."""
-
-
-def register(make: Callable[[], RunSource], name: str) -> None:
-    """Add a source of runs; every process of an engine must do so.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in SOURCES or name == DRAFT_MODEL:
-        raise ValueError(f"specdecpp: there is a source {name!r} already; choose another name")
-    SOURCES[name] = make
-
-
-register(SuffixSource, "suffix")
 
 
 def propose(sources: Sequence[RunSource], tokens: Tokens, most: int) -> list[Run]:

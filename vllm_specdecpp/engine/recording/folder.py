@@ -92,6 +92,6 @@ class RecordFolder:
 
 
 def _num_bytes(shard: Shard) -> int:
-    """Of the shard's file, rather too many: the tensors, and room for the header and the prompts in it."""
+    """Upper estimate of the shard's file: its tensors, and room for the header and the prompts in it."""
     tensors = sum(value.nbytes for value in vars(shard).values() if isinstance(value, torch.Tensor))
     return tensors + 4096 + sum(len(json.dumps(prompt)) + 16 for prompt in shard.prompts)

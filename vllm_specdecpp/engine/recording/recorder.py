@@ -228,7 +228,7 @@ class RoundRecorder:
         return summary
 
     def close(self) -> None:
-        """Write what is left, as far as the engine writes by itself; it does not from now on."""
+        """Write what is left, if the engine records into a folder, and end that recording."""
         if self._folder is None:
             return
         if self._rounds and not self._full:

@@ -16,6 +16,7 @@ from vllm_specdecpp.decision.cost_aware.reliability import ReliabilityLog
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
 from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.sources import Run, Tokens, propose
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -61,6 +62,7 @@ class CostAwareDrafting:
         outcomes: Mapping[str, tuple[int, int]],
         stop_token_ids: torch.Tensor | None,
         since_last_seconds: float | None,
+        tokens: Callable[[int], Tokens] | None = None,
     ) -> DraftRound:
         """Learn from the round that was just verified, and choose who drafts now.
 
@@ -69,19 +71,33 @@ class CostAwareDrafting:
             outcomes: request id -> candidates verified and accepted, of the requests that were in the last round.
             stop_token_ids: as in :class:`DraftRound`.
             since_last_seconds: from the end of the last round's drafting to now.
+            tokens: index in the batch -> the request's tokens so far; None: no runs in this round.
         """
         if self.rule is not None:
             if self._round is not None:
                 self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
-            self._round = self.rule.begin(batch)
+            runs: list[list[Run]] = []
+            if tokens is not None and self.rule.sources:
+                most = [min(s.limit, self.rule.max_length) for s in batch]
+                runs = [propose(self.rule.sources, tokens(i), n) if n else [] for i, n in enumerate(most)]
+            self._round = self.rule.begin(batch, runs)
             self._round.load(self.tail.params)
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
         longest = torch.tensor([s.limit for s in batch], dtype=torch.int32, device=self._device)  # [num_reqs]
         self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
         return self._state
 
+    def free_runs(self, num_reqs: int) -> list[list[int]]:
+        """[num_reqs] the candidates of requests that take a run in this round; rank 0's on every rank."""
+        taken = torch.full((num_reqs, self.tail.widths.numel()), -1)
+        if self._round is not None:
+            for i, length in enumerate(self._round.free.lengths.tolist()):
+                if length:
+                    taken[i, :length] = torch.tensor(self._round.free.token_ids(i))
+        return [[token for token in row if token >= 0] for row in self._agree(taken).tolist()]
+
     def drop_round(self) -> None:
-        """Another rule drafts from now on: what comes back is not of the last round that was begun here."""
+        """Forget the last round: another rule drafts from now on."""
         self._round = None
 
     def adapt(self, on: bool) -> None:
@@ -119,7 +135,7 @@ class CostAwareDrafting:
         # The times are this round's own only if just these requests, with all their candidates, were in the step.
         whole = len(outcomes) == num_reqs == len(known) and all(
             outcome is not None and outcome[0] == length
-            for outcome, length in zip(known, round_.lengths.tolist(), strict=True)
+            for outcome, length in zip(known, round_.submitted.tolist(), strict=True)
         )
         read = step.get("read", ())
         drafted = step["draft_seconds"] if read or round_.widths else None
@@ -135,14 +151,14 @@ class CostAwareDrafting:
     def _without_overhead(self, seconds: float, round_: CostAwareRound) -> float | None:
         """The time that the cost model may learn from; None while the overhead is not known.
 
-        It is the same for narrow and wide verifications, but the model would learn it as a factor on all of them, and
-        with it too steep a slope where no real round has been yet.
+        Sampling and scheduling were not timed at start-up, and take the same time at every width. The model learns
+        factors: with the overhead of narrow verifications it would also scale up the price of a row in wide ones.
         """
         if self._overheads is None:
             return seconds
         assert self.rule is not None
         costs = self.rule.costs
-        self._overheads.append(seconds - costs.verify.at(len(round_.request_ids) + int(round_.lengths.sum())))
+        self._overheads.append(seconds - costs.verify.at(len(round_.request_ids) + int(round_.submitted.sum())))
         if len(self._overheads) == OVERHEAD_ROUNDS:
             costs.verify = costs.verify.raised(max(statistics.median(self._overheads), 0.0))
             self._overheads = None
@@ -155,10 +171,15 @@ class CostAwareDrafting:
             self.file.save(self.rule.costs.points(), self.rule.state())
 
     def stats(self) -> dict[str, Any]:
-        """The calibration in force and how its estimates came true since the start (:class:`ReliabilityLog`); what
-        admission reckons with (rho: tokens that a second of drafting must bring; speed-up over no drafting as last
-        expected; acceptance and the looks that it rests on; how much faster drafting was than expected; seconds in the
-        purse); and ``costs``: curve -> width -> seconds."""
+        """What the rule has learnt; empty on ranks that follow rank 0.
+
+        Returns:
+            ``calibration``: slope and intercepts in force, and how the estimates came true (:class:`ReliabilityLog`).
+            ``admission``: ``rho``, the tokens that a second of drafting must bring; ``speedup`` over no drafting, as
+            last expected; mean ``acceptance`` and the number of ``looks`` that it rests on; ``correction``, how much
+            faster drafting was than expected; ``purse_seconds``, the balance of the purse.
+            ``costs``: curve -> width -> seconds.
+        """
         if self.rule is None:
             return {}
         acceptance, admission = self.rule.acceptance, self.rule.admission
@@ -175,6 +196,10 @@ class CostAwareDrafting:
                 "looks": admission.records.known,
                 "correction": admission.correction,
                 "purse_seconds": self.rule.purse.balance,
+            },
+            "sources": {
+                name: {"candidates": candidates, "accepted": self.rule.free_runs.accepted[name]}
+                for name, candidates in self.rule.free_runs.candidates.items()
             },
             "costs": {
                 name: {str(width): seconds for width, seconds in curve.items()}

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where costs are kept between starts, a file for each pair of models, machine and versions; how a start uses it."""
+"""Where costs are kept between starts: a file for each pair of models, machine and versions."""
 
 from __future__ import annotations
 
-import logging
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_specdecpp.costs.file import CostFile
-from vllm_specdecpp.costs.model import CostModel, Points
-from vllm_specdecpp.costs.timing import most_tokens
-from vllm_specdecpp.decision.cost_aware import CostAwareRule
-
-logger = logging.getLogger("vllm.specdecpp")
 
 
 def cache_folder() -> Path:
@@ -50,48 +43,6 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
         **more,
     }
     return CostFile(cache_folder(), setting)
-
-
-def start_rule(
-    file: CostFile,
-    measure: Callable[[], Points],
-    agree: Callable[[torch.Tensor], torch.Tensor],
-    scheduler_config: Any,
-    max_length: int,
-    *,
-    lag: int,
-    adapt: bool,
-    scores: str,
-) -> tuple[CostAwareRule | None, bool]:
-    """The cost-aware rule with what the last run left in ``file``, else with costs measured now; on every rank.
-
-    Args:
-        file: where the costs are kept.
-        measure: times both models; ranks meet in it.
-        agree: rank 0's tensor on every rank.
-        scheduler_config: vLLM's, for the widest batch.
-        max_length: upper bound on the candidate length.
-        lag, adapt, scores: as in :class:`CostAwareRule`.
-
-    Returns:
-        The rule, None on ranks that follow rank 0; and whether its costs were measured now.
-    """
-    from vllm.distributed import get_tp_group
-
-    leads = get_tp_group().rank_in_group == 0
-    kept = file.load() if leads else None
-    measured = not bool(agree(torch.tensor([kept is not None])))
-    points = measure() if measured else None
-    if not leads:
-        return None, measured
-    logger.info("specdecpp: what passes cost is kept in %s", file.path)
-    curves = points if kept is None else kept.curves
-    assert curves is not None
-    model = CostModel(**curves, max_reqs=scheduler_config.max_num_seqs, max_tokens=most_tokens(scheduler_config))
-    rule = CostAwareRule(model, max_length, lag=lag, adapt=adapt, scores=scores)
-    if kept is not None and rule.restore(kept.learnt, kept.age_seconds):
-        logger.info("specdecpp: going on with what was learnt %.1f hours ago", kept.age_seconds / 3600)
-    return rule, measured
 
 
 def _cpu_name() -> str:

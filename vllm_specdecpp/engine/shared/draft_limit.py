@@ -16,8 +16,11 @@ logger = init_logger("vllm.specdecpp")
 
 
 def draft_limit(vllm_config: Any) -> int:
-    """Positions that the draft model has, at most ``max_model_len``; also ``max_model_len`` of the speculative config,
-    which vLLM puts there (``SpeculativeConfig._maybe_override_draft_max_model_len``)."""
+    """Positions that the draft model has, at most the target's ``max_model_len``.
+
+    A ``max_model_len`` in the speculative config counts, too: vLLM makes it the draft's
+    (``SpeculativeConfig._maybe_override_draft_max_model_len``).
+    """
     limit = min(
         vllm_config.model_config.max_model_len, vllm_config.speculative_config.draft_model_config.max_model_len
     )  # fmt: skip
@@ -25,8 +28,10 @@ def draft_limit(vllm_config: Any) -> int:
 
 
 def longest_drafted(vllm_config: Any) -> int:
-    """How long a sequence may become while it is drafted for: one token of every round is the target's, and the last
-    candidate of a round is never read by the draft model."""
+    """How long a sequence may become while it is drafted for, in tokens.
+
+    Two more than the draft model has positions: it never reads a round's last candidate, nor the target's own token.
+    """
     return min(int(vllm_config.model_config.max_model_len), draft_limit(vllm_config) + 2)
 
 

@@ -10,8 +10,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, RSWASpec, iter_layer_s
 
 
 def keeps_all_blocks(kv_cache_config: Any, layer_names: Collection[str]) -> bool:
-    """Whether it does, in these layers. Else, as with sliding windows, a row of the block table may name blocks that
-    are another's by now, so that nothing old may be read anew: the draft model must not fall behind.
+    """Whether it does, in these layers.
+
+    With sliding windows it does not: its row of the block table may then name blocks that belong to another request by
+    now. The draft model must not fall behind there, because it could not write old positions later.
 
     Args:
         kv_cache_config: of the engine (``vllm.v1.kv_cache_interface.KVCacheConfig``).

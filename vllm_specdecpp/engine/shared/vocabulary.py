@@ -113,7 +113,7 @@ def _tokenizers(target: Any, draft: Any) -> list[tuple[dict[str, int], dict[str,
 
 @contextmanager
 def compared_by_token() -> Iterator[None]:
-    """While a configuration is made: vLLM's check of the sizes is ours of the tokens, for this pair from then on."""
+    """While a configuration is made: of its pair the tokens are compared, now and later, where vLLM compares sizes."""
     reset = _comparing.set(True)
     try:
         yield
@@ -176,8 +176,10 @@ def fit(model: torch.nn.Module, num_target: int, num_draft: int) -> None:
 
 
 def fit_buffers(speculator: Any) -> None:
-    """Give a V2 speculator's buffer of draft logits the target's width: vLLM compares the two row by row, and where
-    the draft's is narrower would cut the target's, whose padding then is never drawn."""
+    """Give a V2 speculator's buffer of draft logits the target's width.
+
+    vLLM compares draft and target row by row. With a narrower buffer it would cut the target's logits to its width.
+    """
     num_target = speculator.vllm_config.model_config.get_vocab_size()
     if num_target == speculator.vocab_size:
         return

@@ -42,17 +42,17 @@ class RowBlocks:
 
 
 class DraftKV:
-    """How far each request's draft KV is right.
+    """Up to which position each request's draft KV is up to date, and which blocks are stale.
 
-    An entry holds only if the target's next query starts exactly where this round's next token stands, in the very
-    next round: a request that was preempted, resumed or finished in between loses it, and is read from the start of
-    its query, as vLLM does: what the prefix cache holds of the target it holds of the draft, in the same blocks. Except
-    in blocks that the target wrote while no draft pass was run; these are remembered.
+    An entry holds for the next round only, and only if the target's query then starts where this round's next token
+    stands. A request that was preempted, resumed or finished in between loses its entry. It is read from the start of
+    its query, as vLLM does, because the prefix cache holds the draft's KV in the same blocks as the target's. Blocks
+    that the target wrote while no draft pass was run are the exception: they are stale, and remembered as such.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[int, int]] = {}  # request id -> (next position, KV right before this position)
-        self._stale: set[int] = set()  # blocks with target KV whose draft KV is not right
+        self._entries: dict[str, tuple[int, int]] = {}  # request id -> (next position, up to date before this one)
+        self._stale: set[int] = set()  # blocks with the target's KV, but not the draft's
 
     def first_missing(self, row: RowState, blocks: RowBlocks) -> int:
         """The first position whose draft KV has to be written; at most the next token's own position."""

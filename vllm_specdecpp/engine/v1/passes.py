@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.engine.shared.drafter import Drafter
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
 from vllm_specdecpp.engine.v1.inputs import DraftInputs
@@ -21,7 +22,7 @@ from vllm_specdecpp.engine.v1.timing import SinglePasses
 logger = init_logger("vllm.specdecpp")
 
 
-class DraftPasses(DraftModelProposer):
+class DraftPasses(Drafter, DraftModelProposer):
     """vLLM's draft model, pass by pass.
 
     Attributes:
@@ -33,8 +34,8 @@ class DraftPasses(DraftModelProposer):
     num_speculative_tokens: int
     log: RoundLog
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any) -> None:
-        super().__init__(vllm_config, device, runner)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig, runner: Any) -> None:
+        super().__init__(vllm_config, device, config, runner)
         self.pass_widths, self.logits_widths = RowWidths(), RowWidths()
 
     def measure_widths(self) -> None:
@@ -98,11 +99,3 @@ class DraftPasses(DraftModelProposer):
             padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])
             hidden_states = torch.cat([hidden_states, padding])
         return self.model.compute_logits(hidden_states)[:num_rows]
-
-    def agree(self, decision: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return decision
-        message = decision.to(self.device, torch.uint8 if decision.dtype == torch.bool else decision.dtype)
-        return group.broadcast(message.contiguous(), src=0).to(decision.device, decision.dtype)

@@ -8,9 +8,11 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -20,14 +22,13 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.costs.model import Points
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.features import features_from_logits
-from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.round import DraftRound
-from vllm_specdecpp.decision.rules import StopRule, make_estimator
-from vllm_specdecpp.engine.shared import cost_file, vocabulary
-from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
+from vllm_specdecpp.decision.rules import StopRule
+from vllm_specdecpp.decision.sources import Tokens
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog
@@ -37,8 +38,6 @@ from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
-from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.provenance import model_label
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
@@ -60,70 +59,26 @@ class SpecDecPPProposer(DraftPasses):
     validate_same_kv_cache_group = draft_layers.worded(DraftModelProposer.validate_same_kv_cache_group)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any, config: SpecDecPPConfig) -> None:
-        super().__init__(vllm_config, device, runner)
+        super().__init__(vllm_config, device, config, runner)
         self.runner = runner
-        self.config = config
-        self.head: AcceptanceHead | None = None
-        self.rule: StopRule | None = None  # None: the cost-aware one
-        self.cost_aware: CostAwareDrafting | None = None
+        self.rule: StopRule | CostAwareTail
+        self.run_sources = config.run_sources
         self.log = RoundLog(config.trace_rounds)
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
         self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
-        self._max_num_speculative_tokens = self.num_speculative_tokens  # what vLLM's buffers are sized for
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
-        super().load_model(target_model)
-        vocabulary.fit_draft(self.model, self.speculative_config)
-        if self.config.head is not None:
-            self.head = AcceptanceHead.from_pretrained(
-                self.config.head,
-                revision=self.config.head_revision,
-                expected_hidden_size=self.hidden_size,
-                expected_draft=model_label(self.config.model),
-                device=self.device,
-            )
-        if self.config.resolved_rule != "cost_aware":
-            self.rule = make_rule(self.config, self.head)
+    def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
+        """See :meth:`Drafter.put_in_force`; each round takes the least length from the options."""
+        self.rule = rule
 
-    def start_cost_aware(self) -> CostAwareDrafting:
-        """The cost-aware rule, made if there is none yet: costs as the last run left them, else measured now."""
-        if self.cost_aware is not None:
-            return self.cost_aware
-        scheduler, bound = self.vllm_config.scheduler_config, self._max_num_speculative_tokens
-        estimator, file = make_estimator(self.head), cost_file.cost_file(self.vllm_config, self.device)
-        rule, measured = cost_file.start_rule(
-            file, lambda: timing.measure(SinglePasses(self), scheduler, bound, self.agree), self.agree, scheduler,
-            bound, lag=estimator.lag, adapt=self.config.online_calibration, scores=self.config.head or estimator.name,
-        )  # fmt: skip
-        tail = CostAwareTail(estimator, scheduler.max_num_seqs, bound, cost_file.most_tokens(scheduler), self.device)
-        self.cost_aware = CostAwareDrafting(rule, tail, file, self.agree, self.device, measured)
-        return self.cost_aware
-
-    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
-        """Check ``changes`` against the options and put them in force.
-
-        Raises:
-            ValueError: an unknown option, a bad value, or a bound above the start-up value.
-        """
-        config = self.config.with_changes(changes)
-        if config.num_speculative_tokens > self._max_num_speculative_tokens:
-            raise ValueError(
-                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
-                f"{self._max_num_speculative_tokens} given at start-up; restart with a larger one"
-            )
-        rule = None if config.resolved_rule == "cost_aware" else make_rule(config, self.head)
-        self.config, self.rule = config, rule
-        if self.cost_aware is not None:
-            self.cost_aware.drop_round()
-        if rule is None:
-            self.start_cost_aware().adapt(config.online_calibration)
-        self.log.resize(config.trace_rounds)
-        return config
+    def measure_costs(self) -> Points:
+        """See :meth:`Drafter.measure_costs`."""
+        scheduler, bound = self.vllm_config.scheduler_config, self.speculative_config.num_speculative_tokens
+        return timing.measure(SinglePasses(self), scheduler, bound, self.agree)
 
     @torch.inference_mode()
     def propose(
@@ -160,8 +115,17 @@ class SpecDecPPProposer(DraftPasses):
             blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
             missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
-            state, fed = self._begin_round(rows, outcomes, bound, step["since_last_seconds"], missing)
-            candidates: list[list[int]] = [[] for _ in rows]
+
+            def tokens(index: int) -> Tokens:
+                """The request's tokens so far, the next one included."""
+                row, start = rows[index], query_starts[index]
+                now = target_token_ids[start : start + row.next_position - row.first_query_position]
+                older = self.requests.older_tokens(index, row.first_query_position)
+                return np.concatenate([older, now.cpu().numpy(), next_token_ids[index : index + 1].cpu().numpy()])
+
+            given = None if self.recorder is not None else tokens  # a record is of the draft model's candidates
+            since = step["since_last_seconds"]
+            state, fed, candidates = self._begin_round(rows, outcomes, bound, since, missing, given)
             num_fed: list[int | None] = [None] * num_reqs
             if fed:
                 index = torch.tensor(fed)
@@ -180,9 +144,11 @@ class SpecDecPPProposer(DraftPasses):
                 read = [len(p.token_ids) for p in passes]
                 step["read"] = read if sum(read) > 2 * len(fed) else []
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
-                candidates, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
+                drafted, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
                 if self.recorder is not None and trace is not None:
-                    self.recorder.drafted(rows, candidates, trace)
+                    self.recorder.drafted(rows, drafted, trace)
+                self._mix_in(candidates)
+                candidates = [run or mine for run, mine in zip(candidates, drafted, strict=True)]
             self._finish_round(rows, num_fed, candidates, blocks)
         if self.cost_aware is not None:
             self.cost_aware.timed(step)
@@ -195,12 +161,14 @@ class SpecDecPPProposer(DraftPasses):
         bound: int,
         since_last: float | None,
         first_missing: list[int],
-    ) -> tuple[DraftRound, list[int]]:
-        """Decide who drafts, and whom the first pass is for: them, and prompts that are being read."""
+        tokens: Callable[[int], Tokens] | None,
+    ) -> tuple[DraftRound, list[int], list[list[int]]]:
+        """Decide who drafts, whom the first pass is for: them, and prompts that are being read; and who takes a run."""
+        free: list[list[int]] = [[] for _ in rows]
         max_lengths = [self.requests.max_length(row, index, bound) for index, row in enumerate(rows)]
         prompts = [self.requests.is_prefilling(index) for index in range(len(rows))]
         stop_token_ids = self.requests.stop_token_ids(rows)
-        if self.rule is not None:
+        if not isinstance(self.rule, CostAwareTail):
             state = DraftRound(
                 self.rule,
                 torch.tensor(max_lengths, device=self.device),
@@ -211,7 +179,6 @@ class SpecDecPPProposer(DraftPasses):
             drafts = [length > 0 for length in max_lengths]
             keep_up = any(drafts) or not any(max_lengths)
         else:
-            assert self.cost_aware is not None
             batch = [
                 Standing(
                     row.request_id,
@@ -223,15 +190,31 @@ class SpecDecPPProposer(DraftPasses):
                 for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
             ]
             by_request = {rows[index].request_id: outcome for index, outcome in outcomes.items()}
-            state = self.cost_aware.begin(batch, by_request, stop_token_ids, since_last)
+            state = self.cost_aware.begin(batch, by_request, stop_token_ids, since_last, tokens)
+            if self.run_sources:
+                free = self.cost_aware.free_runs(len(rows))
             drafts = state.running.tolist()
             keep_up = False  # a prompt is read when its request is first drafted for
-        return state, [
+        fed = [
             index
             for index, row in enumerate(rows)
             if drafts[index]
             or ((keep_up and prompts[index] or not self.can_catch_up) and self.requests.will_go_on(row, index))
         ]
+        return state, fed, free
+
+    def _mix_in(self, runs: list[list[int]]) -> None:
+        """Draft probabilities of free runs: all on their tokens."""
+        probs, longest = self._last_draft_probs, max(map(len, runs))
+        if probs is None or not longest:
+            return  # vLLM takes all candidates for certain
+        if longest > probs.shape[1]:
+            probs = torch.nn.functional.pad(probs, (0, 0, 0, longest - probs.shape[1]))
+        for row, run in enumerate(runs):
+            if run:
+                probs[row, : len(run)] = 0.0
+                probs[row, torch.arange(len(run)), torch.tensor(run)] = 1.0
+        self._last_draft_probs = probs
 
     @cached_property
     def can_catch_up(self) -> bool:

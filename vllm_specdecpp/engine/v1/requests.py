@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_specdecpp.engine.shared.requests import options_of, stop_tokens_of
 from vllm_specdecpp.engine.v1.inputs import RowState
 from vllm_specdecpp.request_options import RequestOptions
 
@@ -43,7 +44,12 @@ class RunnerRequests:
 
     def token_ids(self, index: int, start: int, end: int) -> list[int]:
         """The request's tokens at positions ``start`` to ``end - 1``, all of them older than this step's."""
-        return self._runner.input_batch.token_ids_cpu[index, start:end].tolist()
+        ids: list[int] = self.older_tokens(index, end)[start:].tolist()
+        return ids
+
+    def older_tokens(self, index: int, end: int) -> Any:
+        """[end] the request's tokens at positions before ``end``, none of this step's; a view."""
+        return self._runner.input_batch.token_ids_cpu[index, :end]
 
     def is_prefilling(self, index: int) -> bool:
         """Whether the prompt is not read to its end yet, so that nothing was sampled."""
@@ -70,11 +76,7 @@ class RunnerRequests:
 
     def options(self, row: RowState) -> RequestOptions:
         """What the request says about its own speculation."""
-        params = self._runner.requests[row.request_id].sampling_params
-        try:
-            return RequestOptions.from_extra_args(params.extra_args if params is not None else None)
-        except ValueError:  # refused on admission, unless an API server process without that check let it in
-            return RequestOptions()
+        return options_of(self._runner.requests[row.request_id].sampling_params)
 
     def will_go_on(self, row: RowState, index: int) -> bool:
         """Whether the request can need the draft model again, so that its KV must be kept right."""
@@ -87,12 +89,6 @@ class RunnerRequests:
 
     def stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
         """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""
-        sets = []
-        for row in rows:
-            params = self._runner.requests[row.request_id].sampling_params
-            ids = set(params.stop_token_ids or ()) if params is not None else set()
-            if params is not None and params.eos_token_id is not None:
-                ids.add(params.eos_token_id)
-            sets.append(sorted(ids))
-        width = max(map(len, sets), default=0)
-        return torch.tensor([ids + [-1] * (width - len(ids)) for ids in sets]) if width else None
+        lists = [stop_tokens_of(self._runner.requests[row.request_id].sampling_params) for row in rows]
+        width = max(map(len, lists), default=0)
+        return torch.tensor([ids + [-1] * (width - len(ids)) for ids in lists]) if width else None

@@ -65,8 +65,10 @@ class SinglePasses:
 
     @property
     def target_to_draft(self) -> float | None:
-        """Size of the target in draft models, where the target takes more than tokens, or has LoRA adapters (whose
-        kernels want to know the requests), so that :meth:`target` cannot run."""
+        """How many times as large as the draft's weights the target's are, if :meth:`target` cannot be run; else None.
+
+        It cannot where the target takes more than token ids, nor with LoRA adapters, whose kernels ask for requests.
+        """
         runner = self._runner
         if not (runner.supports_mm_inputs or runner.uses_mrope or runner.vllm_config.lora_config is not None):
             return None

@@ -11,6 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group, graph_capture
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2 import graphs
 from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
@@ -23,8 +24,8 @@ class CapturedRounds(DraftPasses):
         graphs: the captured rounds; None where they run eagerly.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
+        super().__init__(vllm_config, device, config)
         self.graphs: graphs.DraftGraphs | None = None
         self._full_graphs = False
         self._mode = graphs.EAGER, "vLLM captured no graphs"

@@ -106,6 +106,11 @@ class DeferredRounds:
         self.drain(wait=True)
         return self.log.rounds(clear=clear)
 
+    def resize(self, trace_rounds: int) -> None:
+        """See ``RoundLog.resize``; waits for the device."""
+        self.drain(wait=True)
+        self.log.resize(trace_rounds)
+
     def _account(self, step: _Step) -> None:
         drafted = _drafted(step)
         for _ in range(int(step.num_passes)):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the draft model's KV has fallen behind the target's on Model Runner V2, and how it catches up.
+"""Stale KV of the draft model on Model Runner V2: where it is behind the target's, and how it catches up.
 
-A round that drafts nothing runs no draft pass: K = 0 costs what no speculation costs. The target's KV then gets ahead
-of the draft's, and vLLM's prefix cache may hand such blocks to later requests. So blocks are remembered, on the device,
-since only it knows where a request stands; the host knows which requests have such blocks and about how much they lack.
-Until a first pass is left out for the first time nothing of this is kept, or costs anything.
+A round that drafts nothing runs no draft pass, so that K = 0 costs what no speculation costs. Then the blocks that the
+target has written hold no KV of the draft model: they are stale, and vLLM's prefix cache may hand them to later
+requests. Which blocks are stale is kept on the device, because only the device knows where a request stands. The host
+knows which requests have stale blocks, and about how many tokens they are behind. Nothing is kept before the first
+round without a draft pass.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def reading_passes(spans: Sequence[Span], most: int) -> list[list[Span]]:
 
 
 class DraftKVGaps:
-    """Blocks whose draft KV is not right, and the requests that have such blocks.
+    """The stale blocks, and the requests that are behind.
 
     Call :meth:`arrive` in each step, then either :meth:`leave_out`, or :meth:`catch_up` and, behind the first pass,
     :meth:`read`. Ranks that call the same with the same arguments run the same passes.
@@ -59,14 +60,14 @@ class DraftKVGaps:
     def __init__(self, speculator: Any) -> None:
         self._speculator = speculator
         self._stale: torch.Tensor | None = None  # [num_blocks] bool
-        self._behind: dict[str, int] = {}  # request id -> tokens that the draft model lacks, at most about
-        self._right: dict[str, int] = {}  # how many of these the device has found right after all
+        self._behind: dict[str, int] = {}  # request id -> about how many tokens it is behind, at most
+        self._right: dict[str, int] = {}  # request id -> how many of these the device has found not to be stale
         self._asked: deque[tuple[list[str], HostCopy]] = deque()
 
     @cached_property
     def can_catch_up(self) -> bool:
-        """Whether rounds may do without a draft pass: a request keeps all of its blocks, and each rank holds all
-        positions of a block."""
+        """Whether rounds may run without a draft pass: only if a request keeps all of its blocks, and each rank holds
+        all positions of a block."""
         speculator = self._speculator
         plain = keeps_all_blocks(speculator.kv_cache_config, speculator.draft_attn_layer_names)
         return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
@@ -87,7 +88,7 @@ class DraftKVGaps:
         rows = [row for row, name in enumerate(input_batch.req_ids) if name in new and cached[row]]
         if not rows:
             return
-        # What the prefix cache gave them may lack the draft's KV: only the device can tell, and answers later.
+        # Blocks from the prefix cache may be stale: only the device can tell, and its answer comes later.
         ends = self._speculator.on_device(cached[rows].astype("int64"))
         starts = self._first_stale(input_batch, self._speculator.on_device(rows), ends)
         names = [input_batch.req_ids[row] for row in rows]
@@ -95,9 +96,9 @@ class DraftKVGaps:
         self._asked.append((names, HostCopy(starts)))
 
     def missing(self, request_ids: Sequence[str]) -> list[int]:
-        """Tokens of each request that the draft model would have to read before it drafts; about, and 0 for none.
+        """About how many tokens each request is behind: [num_reqs].
 
-        Ranks may differ in it: what they run must not depend on it.
+        Ranks may get different answers, so the passes that they run must not depend on them.
         """
         while self._asked and self._asked[0][1].is_here():
             names, starts = self._asked.popleft()
@@ -114,7 +115,7 @@ class DraftKVGaps:
         self._grow(input_batch, input_batch.req_ids)
 
     def read(self, input_batch: Any) -> None:
-        """The draft model has read this step's tokens as well: rightly for requests whose KV was right before it."""
+        """The draft model has read this step's tokens, too; they are stale still where older tokens were."""
         if self._stale is None:
             return
         behind = [name for name in input_batch.req_ids if name in self._behind]
@@ -127,15 +128,15 @@ class DraftKVGaps:
         self._grow(input_batch, behind)
 
     def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> list[int]:
-        """Read what these requests lack. Waits for the device if there is any.
+        """Let the draft model read what these requests are behind. Waits for the device if one is.
 
         Args:
             input_batch: of the step.
-            rows: of the batch; those that are not behind are passed over.
-            ends: [num_reqs] int64, positions up to which to read: the first pass reads on from there.
+            rows: of the batch; requests that are not behind are skipped.
+            ends: [num_reqs] int64, positions before which to read; the round's first pass reads the rest.
 
         Returns:
-            Tokens of each pass that this took.
+            Tokens of each pass that was run.
         """
         rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
         if not rows or self._stale is None:
@@ -158,7 +159,7 @@ class DraftKVGaps:
         return [sum(max(end - start, 1) for start, end in taken) for taken in passes]
 
     def _grow(self, input_batch: Any, names: Collection[str]) -> None:
-        """These requests lack this step's tokens, too: a whole chunk of a prompt, else the one that was emitted."""
+        """These requests are behind by this step's tokens, too: a chunk of a prompt, else the one emitted token."""
         for index, name in enumerate(input_batch.req_ids):
             if name in names:
                 chunk = input_batch.is_prefilling_np[index]
@@ -166,8 +167,7 @@ class DraftKVGaps:
                 self._behind[name] = self._behind.get(name, 0) + new
 
     def _first_stale(self, input_batch: Any, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """[num_rows] int64 first position of each of these rows from which on the draft's KV is not right, at most
-        its end [num_rows]."""
+        """First position in a stale block of each of these rows, or its end if there is none: [num_rows] int64."""
         assert self._stale is not None
         size, longest = self._block_size, int(input_batch.seq_lens_cpu_upper_bound.max())
         table = self._speculator.block_tables.block_tables[self._group].gpu
@@ -179,7 +179,7 @@ class DraftKVGaps:
         return torch.minimum(first * size, ends)
 
     def _mark(self, input_batch: Any, stale: bool | torch.Tensor) -> None:
-        """The blocks of the tokens that the target has just read: stale or not, all of them or by request."""
+        """Mark the blocks of the tokens that the target has just read; ``stale`` is for all, or [num_reqs] bool."""
         num_tokens, starts = input_batch.num_tokens, input_batch.query_start_loc
         tables, num_reqs = self._speculator.block_tables, input_batch.num_reqs
         positions = input_batch.positions[:num_tokens]

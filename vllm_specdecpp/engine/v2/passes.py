@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed import get_tp_group
 from vllm.utils import torch_utils
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit
+from vllm_specdecpp.engine.shared.drafter import Drafter
 from vllm_specdecpp.engine.v2.kv import Span
 from vllm_specdecpp.engine.v2.round import DeviceRound
 
@@ -28,12 +29,8 @@ SHORT = 2
 """Tokens a request that the short first pass reads."""
 
 
-class DraftPasses(StandaloneARSpeculator):
+class DraftPasses(Drafter, StandaloneARSpeculator):
     """vLLM's standalone draft model, pass by pass.
-
-    Args:
-        vllm_config: its ``speculative_config`` is a plain ``draft_model`` one.
-        device: where the draft model runs.
 
     Attributes:
         round: what is known of each request of the batch.
@@ -43,9 +40,8 @@ class DraftPasses(StandaloneARSpeculator):
 
     runner: Any
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
-        super().__init__(vllm_config, device)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
+        super().__init__(vllm_config, device, config)
         self.draft_limit = draft_limit(vllm_config)
         # Our own estimates size the verification, where vLLM would fit a model of its own.
         self.use_acceptance_estimator = False
@@ -204,7 +200,3 @@ class DraftPasses(StandaloneARSpeculator):
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
         token_ids = self.agree(super().sample_draft(*args, **kwargs).long())
         return self.round.append_drawn(token_ids, self._logits)
-
-    def agree(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor on every rank: ranks that disagree would run different numbers of draft passes and hang."""
-        return tensor if self._num_ranks == 1 else get_tp_group().broadcast(tensor.contiguous(), src=0)

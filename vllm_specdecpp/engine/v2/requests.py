@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specdecpp.request_options import RequestOptions
+from vllm_specdecpp.engine.shared.requests import options_of, stop_tokens_of
 
 NUM_STOP_TOKENS = 32
 """Stop tokens of a request that end its drafts, the end-of-sequence token first. Drafting on past a stop token wastes
@@ -49,15 +49,10 @@ class BatchRequests:
 
     def add(self, request_id: str, prompt_len: int, params: Any) -> None:
         """Remember what ``vllm.SamplingParams`` say; ``prompt_len`` in tokens."""
-        try:
-            options = RequestOptions.from_extra_args(params.extra_args)
-        except ValueError:  # refused on admission, unless an API server process without that check let it in
-            options = RequestOptions()
         row = np.full(COLUMNS, -1, dtype=np.int64)
-        row[0] = options.bound(_NO_LIMIT)
+        row[0] = options_of(params).bound(_NO_LIMIT)
         row[1] = _NO_LIMIT if params.max_tokens is None else prompt_len + params.max_tokens
-        first = [] if params.eos_token_id is None else [params.eos_token_id]
-        stop_token_ids = [*first, *sorted(set(params.stop_token_ids or ()) - set(first))][:NUM_STOP_TOKENS]
+        stop_token_ids = stop_tokens_of(params)[:NUM_STOP_TOKENS]
         row[2 : 2 + len(stop_token_ids)] = stop_token_ids
         self._rows[request_id] = row
         self._arrived.add(request_id)

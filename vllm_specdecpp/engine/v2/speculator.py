@@ -25,12 +25,12 @@ from vllm.utils import torch_utils
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.costs.timing import most_tokens
+from vllm_specdecpp.costs.file import CostFile
+from vllm_specdecpp.costs.model import Points
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
-from vllm_specdecpp.decision.from_options import make_rule
-from vllm_specdecpp.decision.rules import make_estimator
-from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.decision.rules import StopRule
+from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
@@ -40,9 +40,7 @@ from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.engine.v2.passes import SHORT
 from vllm_specdecpp.engine.v2.requests import BatchRequests
-from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.kernels.cost_aware_tail import MAX_REQS, cost_aware_tail
-from vllm_specdecpp.provenance import model_label
 
 logger = init_logger("vllm.specdecpp")
 
@@ -60,19 +58,17 @@ class SpecDecPPSpeculator(CapturedRounds):
         runner: the ``GPUModelRunner`` that owns this speculator; needed to time the target's passes.
 
     Attributes:
-        cost_aware: that rule's host side, once it was in force.
         submitted: [max_num_reqs] int32 by request state, candidates of the last round.
     """
+
+    host_side = DeviceCostAware
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig, runner: Any = None
     ) -> None:
-        super().__init__(vllm_config, device)
-        self.config = config
+        super().__init__(vllm_config, device, config)
         self.runner = runner
-        self.cost_aware: DeviceCostAware | None = None
-        self._tail: CostAwareTail | None = None
-        self.head: AcceptanceHead | None = None
+        self.launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
         self.requests = BatchRequests()
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
@@ -81,69 +77,30 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
 
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
-        super().load_model(target_model)
-        vocabulary.fit_draft(self.model, self.speculative_config)
-        if self.config.head is not None:
-            self.head = AcceptanceHead.from_pretrained(
-                self.config.head,
-                revision=self.config.head_revision,
-                expected_hidden_size=self.hidden_size,
-                expected_draft=model_label(self.config.model),
-                device=self.device,
-            )
-        self.set_rule(self.config)
-
-    def set_rule(self, config: SpecDecPPConfig) -> None:
-        """Put the rule of these options in force; the cost-aware one drafts to the limit until its costs are known.
+    def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
+        """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
 
         Raises:
-            ValueError: the rule cannot be made.
+            ValueError: no kernel decides as the rule does; the one before stays in force.
         """
-        if config.resolved_rule != "cost_aware":
-            self.round.set_rule(make_rule(config, self.head), config.min_speculative_tokens)
-            return
-        if self._tail is None:
-            most = most_tokens(self.scheduler_config)
-            launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
-            self._tail = CostAwareTail(
-                make_estimator(self.head), self.max_num_reqs, self.num_speculative_steps, most, self.device, launch
-            )
-        self.round.set_rule(self._tail, 1)
-
-    def start_cost_aware(self) -> None:
-        """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
-        if self._tail is not None and self.round.rule is self._tail:
-            if self.cost_aware is None:
-                self.cost_aware = timing.start(self, self._tail, self.config, self.agree)
-            self.cost_aware.adapt(self.config.online_calibration)
-
-    def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
-        """Check ``changes`` against the options and put them in force.
-
-        Raises:
-            ValueError: an unknown option, a bad value, or a bound above the start-up value.
-        """
-        config = self.config.with_changes(changes)
-        if config.num_speculative_tokens > self.num_speculative_steps:
-            raise ValueError(
-                f"specdecpp: num_speculative_tokens={config.num_speculative_tokens} exceeds the "
-                f"{self.num_speculative_steps} given at start-up; restart with a larger one"
-            )
-        before = self.round.rule
-        self.set_rule(config)
-        captured = (self.config.resolved_rule, self.config.min_speculative_tokens)
-        if self.graphs is not None and captured != (config.resolved_rule, config.min_speculative_tokens):
+        before = self.round.rule.name, self.round.min_length
+        self.round.set_rule(rule, min_length)
+        if self.graphs is not None and before != (rule.name, min_length):
             logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
             self.graphs, self._mode = None, (EAGER, "the rule was changed")
-        self.config = config
-        if self.cost_aware is not None and self.round.rule is not before:
-            self.cost_aware.drop_round()
-        self.start_cost_aware()
-        self.log.drain(wait=True)
-        self.log.log.resize(config.trace_rounds)
-        return config
+
+    def cost_file(self) -> CostFile:
+        """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
+        mode, is_async = self.how_rounds_run()[0], self.scheduler_config.async_scheduling
+        lora = self.vllm_config.lora_config
+        ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
+        if lora is not None:
+            ours["lora"] = f"{lora.max_loras} of rank {lora.max_lora_rank}"
+        return cost_file.cost_file(self.vllm_config, self.device, **ours)
+
+    def measure_costs(self) -> Points:
+        """See :meth:`Drafter.measure_costs`."""
+        return timing.measure(self)
 
     @torch.inference_mode()
     def propose(

@@ -1,71 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the cost-aware rule on Model Runner V2: costs from the last start's file, else both models are timed."""
+"""Times single passes of both models, and captured draft rounds, on Model Runner V2."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs import timing as costs
-from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import Points
-from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
-from vllm_specdecpp.engine.shared import cost_file
-from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
 
-Agree = Callable[[torch.Tensor], torch.Tensor]
 _STEPS = 4
 """Further passes of a captured round whose mean is taken for one."""
 
 
-def start(
-    speculator: Any, tail: CostAwareTail, config: SpecDecPPConfig, agree: Agree
-) -> DeviceCostAware:
-    """The rule's host side; every rank must call it.
+def measure(speculator: Any) -> Points:
+    """Time both models as they will run; see :func:`vllm_specdecpp.costs.timing.measure`.
 
     Args:
         speculator: ``SpecDecPPSpeculator``, its models loaded, its graphs captured.
-        tail: decides on the device.
-        config: our options.
-        agree: rank 0's tensor on every rank.
     """
-
-    def told(values: torch.Tensor) -> torch.Tensor:
-        """Rank 0's values, of a tensor on the host; not every backend can send bools."""
-        dtype = torch.uint8 if values.dtype == torch.bool else values.dtype
-        return agree(values.to(speculator.device, dtype)).to(values.device, values.dtype)
-
-    file = _file(speculator)
-    rule, measured = cost_file.start_rule(
-        file, lambda: measure(speculator, told), told, speculator.scheduler_config, speculator.num_speculative_steps,
-        lag=tail.estimator.lag, adapt=config.online_calibration, scores=config.head or tail.estimator.name,
-    )  # fmt: skip
-    return DeviceCostAware(rule, tail, file, agree, speculator.device, measured)
-
-
-def _file(speculator: Any) -> CostFile:
-    """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
-    mode, is_async = speculator.how_rounds_run()[0], speculator.scheduler_config.async_scheduling
-    lora = speculator.vllm_config.lora_config
-    ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
-    if lora is not None:
-        ours["lora"] = f"{lora.max_loras} of rank {lora.max_lora_rank}"
-    return cost_file.cost_file(speculator.vllm_config, speculator.device, **ours)
-
-
-def measure(speculator: Any, agree: Agree) -> Points:
-    """Time both models as they will run; see :func:`vllm_specdecpp.costs.timing.measure`."""
     passes = V2Passes(speculator)
     with passes.adapters():
-        points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, agree)
+        points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, speculator.agree)
     if speculator.graphs is not None:
-        points |= _captured(speculator, passes, agree)
+        points |= _captured(speculator, passes)
     return points
 
 
@@ -139,7 +101,7 @@ class V2Passes:
             torch.cuda.synchronize(self._speculator.device)
 
 
-def _captured(speculator: Any, passes: V2Passes, agree: Agree) -> Points:
+def _captured(speculator: Any, passes: V2Passes) -> Points:
     """First and further passes as they are replayed, by captured batch size."""
     captured = speculator.graphs
     assert captured is not None
@@ -160,6 +122,6 @@ def _captured(speculator: Any, passes: V2Passes, agree: Agree) -> Points:
     whole = [seconds(size, longest) for size in captured.sizes]
     # A further pass can hardly be cheaper than a twentieth of the first; noise must not make it negative.
     steps = [max((w - f) / max(longest - 1, 1), f / 20) for f, w in zip(short, whole, strict=True)]
-    table = agree(torch.tensor([short, steps], dtype=torch.float64)).tolist()
+    table = speculator.agree(torch.tensor([short, steps], dtype=torch.float64)).tolist()
     first, step = (dict(zip(captured.sizes, row, strict=True)) for row in table)
     return {"first": first, "step": step}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_specdecpp.decision import tails
+from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel, OnlineLogistic, bucket, logit, sigmoid
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS
-from vllm_specdecpp.decision.cost_aware.online import AcceptanceModel, OnlineLogistic, bucket, logit, sigmoid
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 
 

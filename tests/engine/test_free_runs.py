@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that cost no draft pass, in a real engine: lossless in any mix with drafting, and taken where they pay."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import engine_harness as harness
+from tests.exact_law import joint_law, p_value
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
+from vllm_specdecpp.source_registry import RUN_SOURCES, register
+
+MAX_LENGTH = 6
+PART = harness.prompts(1, seed=7, shortest=12, longest=12)[0]
+PROMPTS = [[*p, *PART[: 4 + i], *p[::2], *PART[: 2 + i]] for i, p in enumerate(harness.prompts(8, seed=5, longest=30))]
+FLAT = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 64: 20.1e-3}}
+"""Seconds: rows cost nothing, draft passes much."""
+PROMPT, LAW_LENGTH = [3, 5, 3, 7, 3], 4
+
+
+class Mixed:
+    """In place of the rule's choice: each request drafts, takes a run, cut anywhere, or does nothing, by chance."""
+
+    def __init__(self, llm: Any, seed: int) -> None:
+        self.rule = harness.proposer(llm).cost_aware.rule
+        self._random = random.Random(seed)
+        self.kinds: dict[str, int] = {"draft": 0, "run": 0, "both in a batch": 0}
+
+    def begin(self, batch: Any, runs: Any = ()) -> CostAwareRound:
+        limits = np.array([min(s.limit, self._random.randint(1, MAX_LENGTH)) for s in batch])
+        chance = [self._random.random() for _ in batch]
+        free = Taken([None] * len(batch), np.zeros(len(batch), np.int64), np.zeros(len(batch)))
+        for i, proposed in enumerate(runs):
+            if proposed and limits[i] and chance[i] < 0.5:
+                free.runs[i], free.lengths[i] = proposed[0], min(limits[i], len(proposed[0].token_ids))
+        drafts = (limits > 0) & (free.lengths == 0) & (np.array(chance) < 0.9)
+        self.kinds["draft"] += int(drafts.sum())
+        self.kinds["run"] += int((free.lengths > 0).sum())
+        self.kinds["both in a batch"] += bool(drafts.any() and free.lengths.any())
+        return CostAwareRound(self.rule, [s.request_id for s in batch], limits, drafts, 0.0, free=free)
+
+    @classmethod
+    def put(cls, llm: Any, monkeypatch: Any, seed: int) -> Mixed:
+        mixed = cls(llm, seed)
+        monkeypatch.setattr(mixed.rule, "begin", mixed.begin)
+        monkeypatch.setattr(mixed.rule, "finish", lambda *args: None)
+        return mixed
+
+
+class Knows:
+    """A source that says what the target will say, and now and then something else."""
+
+    name = "suffix"
+
+    def __init__(self, texts: list[list[int]], seed: int) -> None:
+        self._texts, self._random = texts, random.Random(seed)
+
+    def run(self, tokens: Any, most: int) -> Any:
+        tokens = tokens.tolist()
+        (text,) = {tuple(t) for t in self._texts if t[: len(tokens)] == tokens}
+        run = [self._random.choice([t] * 5 + [3]) for t in text[len(tokens) : len(tokens) + most]]
+        return np.array(run, dtype=np.int64), np.zeros(len(run))
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny):
+    with harness.engine(tiny.target) as llm:
+        return harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True))
+
+
+@pytest.fixture(scope="module")
+def llm(tiny, baseline):
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
+    }  # fmt: skip
+    # A pass of at most 24 tokens: catching up takes several.
+    with harness.engine(tiny.target, config, enable_prefix_caching=True, max_num_batched_tokens=24) as llm:
+        yield llm
+
+
+def test_runs_that_pay_are_taken_and_no_draft_pass_is_run(llm, baseline):
+    rule = harness.set_costs(llm, FLAT)
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    rule.purse.balance = -1e9  # nothing is tried
+    outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
+    assert harness.token_ids(outputs) == baseline
+    stats = llm.collective_rpc("specdecpp_stats")[0]
+    assert stats["draft_passes"] == 0 and stats["accepted"] > 0
+    runs = stats["cost_aware"]["sources"]["suffix"]
+    # The outcomes of a request's last round are not seen.
+    assert 0 <= runs["accepted"] <= stats["accepted"] and 20 < runs["candidates"] <= stats["candidates"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(llm, baseline, reference, monkeypatch, seed):
+    """And the draft's KV is right behind runs that were accepted, and rejected: its candidates are as ever."""
+    llm.reset_prefix_cache()
+    mixed, draft = Mixed.put(llm, monkeypatch, seed), reference("draft_good")
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, baseline, strict=True)]
+    monkeypatch.setattr(mixed.rule, "sources", [Knows(texts, seed)])
+    harness.take_rounds(llm)
+    drafted = known = 0
+    for _ in range(2):  # the second time with cached prompts
+        outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
+        assert harness.token_ids(outputs) == baseline
+        rounds_of = harness.rounds_of(outputs, harness.take_rounds(llm))
+        for prompt, tokens, rounds in zip(PROMPTS, baseline, rounds_of, strict=True):
+            emitted = 1  # by the prefill
+            for candidates, accepted, _ in rounds:
+                prefix, drawn = [*prompt, *tokens[:emitted]], []
+                for _ in candidates:
+                    drawn.append(draft.steps([*prefix, *drawn])[0].token)
+                drafted += bool(candidates) and candidates == drawn
+                # A run is what the target says as well, where the draft says something else.
+                known += candidates != drawn and accepted > 0
+                emitted += accepted + 1
+    assert min(mixed.kinds.values()) > 20 and known > 20
+    assert drafted >= mixed.kinds["draft"] - 2 * 2 * len(PROMPTS)  # outcomes of last rounds are not seen
+
+
+@pytest.fixture(scope="module", params=["greedy", "probabilistic"])
+def sampling_llm(request, tiny):
+    config = {
+        "method": "specdecpp", "model": tiny.small_draft, "num_speculative_tokens": 5,
+        "draft_sample_method": request.param, "trace_rounds": 100_000,
+    }  # fmt: skip
+    with harness.engine(
+        tiny.small_target, config, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=4096
+    ) as llm:
+        llm.draft_sample_method = request.param
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def law(reference):
+    model = reference("small_target").model
+    return functools.cache(lambda temperature: joint_law(model, PROMPT, LAW_LENGTH, temperature))
+
+
+def samples(llm: Any, seed: int, temperature: float) -> list[tuple[int, ...]]:
+    torch.manual_seed(seed)
+    outputs = harness.generate(
+        llm, [PROMPT] * 4096, temperature=temperature, max_tokens=LAW_LENGTH + 2, ignore_eos=True
+    )
+    return [tuple(tokens[:LAW_LENGTH]) for tokens in harness.token_ids(outputs)]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_any_mix_follows_the_exact_law(sampling_llm, law, monkeypatch, temperature):
+    mixed = Mixed.put(sampling_llm, monkeypatch, 11)
+    harness.take_rounds(sampling_llm)
+    assert p_value(samples(sampling_llm, 1, temperature), law(temperature)) > 1e-4
+    rounds = harness.take_rounds(sampling_llm)
+    accepted, candidates = sum(r["accepted"] for r in rounds), sum(len(r["candidates"]) for r in rounds)
+    assert 0.05 < accepted / candidates < 0.95 and min(mixed.kinds.values()) > 20
+
+
+@pytest.mark.parametrize("row", [[0.125] * 8, [0.0] * 7 + [1.0]], ids=["uniform", "another token"])
+def test_wrong_draft_probabilities_are_noticed(sampling_llm, law, monkeypatch, row):
+    if sampling_llm.draft_sample_method == "greedy":
+        pytest.skip("no draft probabilities")
+    Mixed.put(sampling_llm, monkeypatch, 11)
+    proposer = harness.proposer(sampling_llm)
+    original = proposer._mix_in
+
+    def wrong(runs: list[list[int]]) -> None:
+        original(runs)
+        for index, run in enumerate(runs):
+            proposer._last_draft_probs[index, : len(run)] = torch.tensor(row)
+
+    monkeypatch.setattr(proposer, "_mix_in", wrong)
+    assert p_value(samples(sampling_llm, 1, 1.0), law(1.0)) < 1e-12
+
+
+def test_a_source_that_is_one_class_and_one_registration_is_used(tiny, monkeypatch):
+    class Again:
+        """The last token once more."""
+
+        name = "again"
+        depends_on = "the last token"
+        start = (1.0, 3.0)
+
+        def run(self, tokens: Any, most: int) -> Any:
+            return np.resize(tokens[-1:], most), np.zeros(most)
+
+    monkeypatch.delitem(RUN_SOURCES, "again", raising=False)
+    register("again", Again)
+    config = {"method": "specdecpp", "model": tiny.draft_good, "sources": ["again", "draft_model"], "trace_rounds": 999}
+    try:
+        with harness.engine(tiny.target, config) as llm:
+            harness.set_costs(llm, FLAT).purse.balance = -1e9
+            harness.generate(llm, PROMPTS, ignore_eos=True)
+            sources = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["sources"]
+            runs = [r["candidates"] for r in harness.take_rounds(llm) if r["candidates"]]
+    finally:
+        RUN_SOURCES.pop("again")
+    assert set(sources) == {"again"} and sources["again"]["candidates"] > 0
+    assert all(len(set(run)) == 1 for run in runs)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sources of candidates that there are: one table, which the options and their errors go by.
+
+A new source of runs is one class with the members of :class:`vllm_specdecpp.decision.sources.RunSource`, and one
+:func:`register` at the end of this module. The table does not import the sources, so that options can be read without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_specdecpp.decision.sources import RunSource
+
+DRAFT_MODEL = "draft_model"
+"""The source that every engine has; what it proposes is drawn, step by step."""
+RUN_SOURCES: dict[str, Callable[[], RunSource]] = {}
+"""Every source of runs, by name."""
+
+
+def register(name: str, make: Callable[[], RunSource]) -> None:
+    """Add a source of runs; every process of an engine must do so.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in RUN_SOURCES or name == DRAFT_MODEL:
+        raise ValueError(f"specdecpp: there is a source {name!r} already; choose another name")
+    RUN_SOURCES[name] = make
+
+
+def make_sources(names: Sequence[str]) -> list[RunSource]:
+    """The sources of runs among ``names``."""
+    return [RUN_SOURCES[name]() for name in names if name != DRAFT_MODEL]
+
+
+def one_of_the_sources() -> str:
+    """The end of an error's line: which sources there are."""
+    return f"must name some of {', '.join(map(repr, [*RUN_SOURCES, DRAFT_MODEL]))}, {DRAFT_MODEL!r} among them"
+
+
+def _suffix() -> RunSource:
+    from vllm_specdecpp.decision.sources.suffix import SuffixSource
+
+    return SuffixSource()
+
+
+register("suffix", _suffix)
