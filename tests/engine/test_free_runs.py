@@ -114,7 +114,8 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(llm, baseline, re
         for prompt, tokens, rounds in zip(PROMPTS, baseline, rounds_of, strict=True):
             emitted = 1  # by the prefill
             for candidates, accepted, _ in rounds:
-                prefix, drawn = [*prompt, *tokens[:emitted]], []
+                prefix: list[int] = [*prompt, *tokens[:emitted]]
+                drawn: list[int] = []
                 for _ in candidates:
                     drawn.append(draft.steps([*prefix, *drawn])[0].token)
                 drafted += bool(candidates) and candidates == drawn

@@ -162,7 +162,7 @@ def check(told: Told, truth: Truth) -> None:
     assert wins == [outcome[1] for outcome in known if outcome is not None]
     whole = told.verified == drafted and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
-    assert (told.draft_seconds is not None) == bool(round_.widths or truth.read)
+    assert (told.draft_seconds is not None) == (any(drafted) or bool(truth.read))
     assert told.read == truth.read
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.planted_bugs import Bugs
 from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
@@ -171,15 +171,9 @@ def test_there_the_first_pass_is_run_for_nobody(tiny):
     assert sum(not any(plan.values()) for plan in rule.plans) >= 4 and play.num_caught_up == 0
 
 
-MUTATIONS: dict[str, Callable[[Any], None]] = {}
-
-
-def mutation(name: str) -> Callable[[Any], Any]:
-    def register(plant: Any) -> Any:
-        MUTATIONS[name] = plant
-        return plant
-
-    return register
+MUTATIONS = Bugs()
+"""Each is given what keeps account of the draft's KV."""
+mutation = MUTATIONS.named
 
 
 @mutation("what was left out is not marked")

@@ -102,9 +102,9 @@ class CostAwareRule:
         if not batch:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
-        free = self.free_runs.take(runs, limits, self.costs)
-        admitted = self.admission.plan(batch, self.costs, self.purse, free)
         names = [s.request_id for s in batch]
+        free = self.free_runs.take(names, runs, limits, self.costs)
+        admitted = self.admission.plan(batch, self.costs, self.purse, free)
         free = free.without(admitted.drafts)
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, free)
 
@@ -152,7 +152,7 @@ class CostAwareRule:
             self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, known, np.where(round_.drafts, lengths, 0), wins)
-        self.free_runs.learn(round_.free, verified, accepted, self.adapt)
+        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, self.adapt)
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)
