@@ -39,7 +39,7 @@ MOST_LAUNCHES = {"first": 27, "later": 30}
 def _captured(tiny: Any, change: Callable[[Any], None] = lambda s: None, **options: Any) -> RecordingBackend:
     from vllm.config import set_current_vllm_config
 
-    config, speculator = harness.speculator(tiny, **{"num_speculative_tokens": K, **options})
+    config, speculator = harness.speculator(tiny, **{"num_speculative_tokens": K, "kernels": True, **options})
     speculator.model_state = _model_state()
     for groups in speculator.attn_groups:
         for group in groups:
@@ -163,7 +163,7 @@ def test_specialisation_of_a_round_is_met_before_its_capture(tiny):
     """Every kernel of a replayed round was compiled by the passes that run before the capture."""
     from vllm.config import set_current_vllm_config
 
-    config, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=K)
+    config, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=K, kernels=True)
     speculator.model_state = _model_state()
     for groups in speculator.attn_groups:
         for group in groups:

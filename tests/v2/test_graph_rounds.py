@@ -51,10 +51,10 @@ def _play(
     from vllm.config import set_current_vllm_config
 
     if cost_aware:
-        config, speculator, _ = scripted(tiny, seed)
+        config, speculator, _ = scripted(tiny, seed, kernels=True)
     else:
         config, speculator = harness.speculator(
-            tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH
+            tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH, kernels=True
         )
     speculator.model_state = _model_state()
     for groups in speculator.attn_groups:
