@@ -43,7 +43,7 @@ def _caching(tiny) -> Any:
 
 def _counters(llm) -> list[int]:
     """vLLM's own: candidates, and those accepted."""
-    metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    metrics: dict[str, Any] = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     return [metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")]
 
 

@@ -49,7 +49,7 @@ def speculator(
     oracle.attach(made)
     if not kernels:
         made.round._threshold_tail = tails.threshold_tail
-        made.round._features = _by_twin(made.round._features)
+        made.round._features = _by_twin(made.round._features)  # type: ignore[method-assign]
     made.set_rule(config)
     return vllm_config, made
 
