@@ -68,12 +68,12 @@ def test_free_runs_are_left_out_and_come_back() -> None:
 
     from benchmarks.engines import use_runs
 
-    rule = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
-    worker = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
+    rule: Any = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
+    worker: Any = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
     use_runs(worker, False)
     assert rule.sources == () and list(rule.free_runs.models) == ["suffix"]  # what was learnt stays
     use_runs(worker, True)
-    assert [source.name for source in rule.sources] == ["suffix"]
+    assert tuple(source.name for source in rule.sources) == ("suffix",)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,26 @@ def test_a_requests_own_runs_count_for_it_alone() -> None:
     assert free.chances(run, "another")[0] == free.chances(run)[0]
 
 
+def test_a_source_that_was_left_is_tried_again() -> None:
+    free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0, 1.0]), costs({1: 0.1, 200: 4.0})
+    lengths = []
+    for turn in range(4000):
+        taken = free.take(["a"], [[run]], np.array([3]), model)
+        lengths.append(int(taken.lengths[0]))
+        free.learn(["a"], taken, taken.lengths.tolist(), [0 if turn < 200 else lengths[-1]])
+    assert np.mean(lengths[50:200]) < 0.15 and lengths[-1] == 3
+
+
+def test_a_run_that_a_grammar_cuts_counts_against_its_request_alone() -> None:
+    free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0]), costs({1: 0.1, 200: 4.0})
+    theta = free.models["toy"].theta.copy()
+    for _ in range(60):
+        taken = free.take(["json"], [[run]], np.array([2]), model)
+        free.learn(["json"], taken, [0], [0])
+    assert taken.lengths.tolist() == [0] and free.take(["b"], [[run]], np.array([2]), model).lengths.tolist() == [2]
+    assert free.models["toy"].theta == pytest.approx(theta, abs=0.01) and free.candidates["toy"] == 0
+
+
 def _play(rule: CostAwareRule, run: Run | None, wins: int, rounds: int) -> list[int]:
     """Rounds of one request, whose drafts are never right; the lengths."""
     lengths = []

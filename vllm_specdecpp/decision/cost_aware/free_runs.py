@@ -118,14 +118,25 @@ class FreeRuns:
         for name, run, length, seen, won in zip(
             request_ids, taken.runs, taken.lengths.tolist(), verified, accepted, strict=True
         ):
-            if run is None or seen is None or not min(length, seen):
+            if run is None or seen is None:
+                continue
+            expected, own = self._own.get(name, (0.0, 0.0))
+            if not length:  # not worth its rows: it is to be tried again some day
+                if adapt:
+                    self.models[run.source].rest()
+                keep = math.exp(-1 / _MEMORY)
+                if name in self._own:
+                    self._own[name] = keep * expected, keep * own
+                continue
+            if not seen:  # a grammar cut it, or there was no room: that tells of this request alone
+                self._own[name] = expected + float(self.chances(run)[0]), own
                 continue
             num_seen, num_won = min(length, seen), min(length, seen, max(won, 0))
             self.candidates[run.source] += num_seen
             self.accepted[run.source] += num_won
             observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
-            expected, own = self._own.pop(name, (0.0, 0.0))
             keep = math.exp(-observed / _OWN_MEMORY)
+            self._own.pop(name, None)
             self._own[name] = keep * expected + float(self.chances(run)[:observed].sum()), keep * own + num_won
             if len(self._own) > _MAX_REQUESTS:
                 self._own.popitem(last=False)

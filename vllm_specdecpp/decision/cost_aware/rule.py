@@ -140,14 +140,16 @@ class CostAwareRule:
         num_tokens = num_reqs + int(submitted.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
-        # An outcome that is not known counts as what was expected of it.
-        tokens = num_reqs + float(np.where(known, wins, round_.expected + round_.free.accepted).sum())
+        # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
+        base = num_reqs + float(round_.free.accepted.sum())
+        drafted = np.where(round_.drafts, wins, 0)
+        tokens = base + float(np.where(known, drafted, round_.expected).sum())
         admitted = round_.admitted
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         if round_.widths:
             if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (num_reqs + int(wins.sum())) / admitted.baseline)
+                self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
             self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
