@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything from a clean clone with Python 3.11 and pip alone: make demo, make test.
-# Overridable: PYTHON (makes the environment), VENV (its folder), ARGS (passed on to pytest, demo or bench).
+# Overridable: PYTHON (makes the environment), VENV (its folder), ARGS (passed on to pytest, demo or bench), WORKERS (how
+# many processes run the tests; 0: none but pytest's own, so that --pdb and -s work).
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell $(p) -c 'import venv' 2>/dev/null && echo $(p))) python3.11)
-VENV   ?= .venv
-ARGS   ?=
+VENV    ?= .venv
+ARGS    ?=
+WORKERS ?= 2
 
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.vllm-specdecpp-installed
 MODELS := qwen2.5-coder-1.5b qwen2.5-coder-0.5b
+# A worker takes whole files, as their tests share engines; in the order of collection, the long ones (engines) first.
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+QUICK := -m "not slow and not network"
 # A selection (-k ...) may find nothing in one of several pytest runs: its exit status is then 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
@@ -19,7 +24,7 @@ help:
 	@echo "make demo       fetch two small models, compare speculation off / draft_model / specdecpp on them"
 	@echo "make test       unit and engine tests (no downloads but the environment), and test-v2"
 	@echo "make test-v2    Model Runner V2 and the Triton kernels, interpreted on the CPU"
-	@echo "make test-slow  tests with the real models"
+	@echo "make test-slow  tests with the real models, and slow variants of what make test proves"
 	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.run"
 	@echo "make check      ruff and mypy"
 	@echo "make venv       the environment alone, in $(VENV)"
@@ -46,13 +51,13 @@ bench: models
 	@$(PY) -m benchmarks.run $(ARGS)
 
 test: $(STAMP)
-	@$(PY) -m pytest -m "not slow and not network" $(ARGS) $(MAY_BE_EMPTY)
+	@$(PYTEST) $(QUICK) $(ARGS) $(MAY_BE_EMPTY)
 	@$(MAKE) --no-print-directory test-v2
 
 # A process each: what interprets Triton's kernels, and what watches them, is patched in for the whole process.
 test-v2: $(STAMP)
-	@$(PY) -m pytest -m "not slow and not network" tests/v2 $(ARGS) $(MAY_BE_EMPTY)
-	@$(PY) -m pytest -m "not slow and not network" tests/v2/kernels $(ARGS) $(MAY_BE_EMPTY)
+	@$(PYTEST) $(QUICK) tests/v2 $(ARGS) $(MAY_BE_EMPTY)
+	@$(PYTEST) --dist load $(QUICK) tests/v2/kernels $(ARGS) $(MAY_BE_EMPTY)
 
 test-slow: models
 	@$(PY) -m pytest -m "slow" $(ARGS) $(MAY_BE_EMPTY)

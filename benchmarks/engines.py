@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import NATIVE, OFF, PADDING, Method
+from benchmarks.methods import NATIVE, OFF, PADDING, RUNS, Method
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -113,6 +113,14 @@ def use_padding(worker: Any, on: bool) -> None:
     elif on and getattr(worker, "_benchmark_padding", None) is not None:
         attributes[PADDING_METHOD] = worker._benchmark_padding
         worker._benchmark_padding = None
+
+
+def use_runs(worker: Any, on: bool) -> None:
+    """Runs in the worker: let the cost-aware rule propose free runs, or the draft model alone."""
+    from vllm_specdecpp.source_registry import make_sources
+
+    rule = worker.model_runner.drafter.cost_aware.rule
+    rule.sources = tuple(make_sources(list(rule.free_runs.models))) if on else ()
 
 
 class Engines:
@@ -214,6 +222,8 @@ class Engines:
             self.spec_rpc(restore_proposer)
             self.spec_rpc(use_padding, on=bool(dict(method.options).get(PADDING, 1)))
             self.spec_rpc("specdecpp_configure", **self._rule_arguments(method))
+            if method.name == "cost_aware":
+                self.spec_rpc(use_runs, on=bool(dict(method.options).get(RUNS, 1)))
         self._selected = method
 
     def _rule_arguments(self, method: Method) -> dict[str, Any]:
@@ -226,7 +236,7 @@ class Engines:
             "num_speculative_tokens": self.settings.num_speculative_tokens,
             "min_speculative_tokens": 1,
         }
-        return arguments | {key: value for key, value in method.options if key != PADDING}
+        return arguments | {key: value for key, value in method.options if key not in (PADDING, RUNS)}
 
     def generate(
         self,

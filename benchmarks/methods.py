@@ -9,14 +9,15 @@ from dataclasses import dataclass
 OFF = "off"
 NATIVE = "draft_model"
 
-PADDING = "padding"
-# What `specdecpp_configure` takes besides the rule's name, and how each value is read; and padding=0, which verifies at
-# the width that vLLM would.
+PADDING, RUNS = "padding", "runs"
+# What `specdecpp_configure` takes besides the rule's name, and how each value is read; padding=0, which verifies at the
+# width that vLLM would; and runs=0, which proposes no free runs.
 RULE_OPTIONS: dict[str, type] = {
     "threshold": float,
     "num_speculative_tokens": int,
     "min_speculative_tokens": int,
     PADDING: int,
+    RUNS: int,
 }
 NATIVE_OPTIONS: dict[str, type] = {"K": int}
 

@@ -76,6 +76,6 @@ def _check(owner: str, logits: Tensor, states: Tensor, candidates: Tensor) -> No
             f"specdecpp: {owner}: logits have shape {list(logits.shape)} and strides {list(logits.stride())}, must be "
             "[max_num_reqs, K, vocab_size], contiguous; use the speculator's buffer"
         )
-    check_tensor(owner, "logits", logits.view(-1, logits.shape[2]), LOGITS, (logits.shape[0] * logits.shape[1], logits.shape[2]), logits.device)
+    check_tensor(owner, "logits", logits, LOGITS, logits.shape, logits.device)
     check_tensor(owner, "states", states, INDEX, (len(states),), logits.device)
     check_tensor(owner, "candidates", candidates, torch.int64, (len(states), logits.shape[1]), logits.device)

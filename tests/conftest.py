@@ -7,10 +7,31 @@ numbers are those of a plain Hugging Face model up to rounding.
 
 from __future__ import annotations
 
+import atexit
+import hashlib
+import importlib.util
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+
+def _cache_root() -> str:
+    """An empty folder for vLLM's caches, in which measured costs are kept.
+
+    What vLLM finds out about a class of models, in a process that takes ten seconds, goes beside it for the next time.
+    """
+    root = Path(tempfile.mkdtemp(prefix="specdecpp-cache-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is not None and vllm.origin:
+        version = hashlib.sha256(Path(vllm.origin).with_name("_version.py").read_bytes()).hexdigest()[:12]
+        infos = root.with_name(f"specdecpp-modelinfos-{version}")
+        infos.mkdir(exist_ok=True)
+        (root / "modelinfos").symlink_to(infos)
+    return str(root)
+
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -18,7 +39,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CACHE_ROOT=tempfile.mkdtemp(prefix="specdecpp-cache-"),  # measured costs are kept there
+    VLLM_CACHE_ROOT=_cache_root(),
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
@@ -26,9 +47,13 @@ os.environ.update(
 )
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import pytest
+import pytest  # noqa: E402
 
 V2_TESTS = Path(__file__).parent / "v2"
+LONG_FILES = {
+    "test_features", "test_lossless", "test_ray_collect", "test_server", "test_tensor_parallel", "test_v1_v2",
+    "test_v2_features", "test_v2_vocabulary",
+}  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -39,12 +64,26 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+def pytest_collection_modifyitems(items):
+    """A worker takes whole files: those that last begin, so that the workers end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Folders of the tiny checkpoints."""
     from tests import tiny_models
 
     return tiny_models.ensure()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_engine_ends():
+    """With its module: what comes next may start an engine of its own."""
+    from tests import engine_harness
+
+    yield
+    engine_harness.end_kept()
 
 
 @pytest.fixture(scope="session")

@@ -7,34 +7,71 @@ import gc
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 MAX_MODEL_LEN = 192
 """Of the tiny engines, in tokens."""
+_kept: tuple[str, ExitStack, Any] | None = None
 
 
 @contextmanager
-def engine(model: str, speculative_config: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+def _quick_collections() -> Iterator[None]:
+    """vLLM collects garbage a dozen times in an engine's life, in all that was ever imported: half the time of a tiny
+    engine. Here what is there before stays frozen, and nothing else is."""
+    gc.freeze()
+    with mock.patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None):
+        yield
+
+
+@contextmanager
+def engine(model: str, speculative_config: dict[str, Any] | str | None = None, **options: Any) -> Iterator[Any]:
     """A tiny engine, shut down at the end, whatever happens: only one can live in a process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    end_kept()
     arguments: dict[str, Any] = {
         "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "seed": 0,
         "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4, "max_num_batched_tokens": 512,
-        "enable_prefix_caching": False, "disable_log_stats": True,
+        "enable_prefix_caching": False, "disable_log_stats": True, "num_gpu_blocks_override": 1024,
     }  # fmt: skip
     llm = None
-    try:
-        llm = LLM(model=str(model), speculative_config=speculative_config, **{**arguments, **options})
-        yield llm
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    with _quick_collections():
+        try:
+            llm = LLM(model=str(model), speculative_config=speculative_config, **{**arguments, **options})
+            yield llm
+        finally:
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
+
+
+def kept(model: str, speculative_config: dict[str, Any], **options: Any) -> Any:
+    """The engine of the last such call, its prefix cache and counters empty, if the arguments are the same; else a new
+    one. It goes on until the next engine starts, or the module ends."""
+    global _kept
+    key = repr((model, speculative_config, options))
+    if _kept is None or _kept[0] != key:
+        with ExitStack() as stack:
+            llm = stack.enter_context(engine(model, speculative_config, **options))
+            _kept = key, stack.pop_all(), llm
+    llm = _kept[2]
+    assert llm.reset_prefix_cache()
+    take_rounds(llm)
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    return llm
+
+
+def end_kept() -> None:
+    """Shut down the engine of :func:`kept`, if there is one."""
+    global _kept
+    if _kept is not None:
+        stack, _kept = _kept[1], None
+        stack.close()
 
 
 def prompts(num: int, *, seed: int = 0, shortest: int = 3, longest: int = 40, vocab: int = 512) -> list[list[int]]:

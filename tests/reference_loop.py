@@ -144,6 +144,14 @@ def generate(
     return rounds, output
 
 
+def answer(target: GreedyModel, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """The first ``max_tokens`` greedy tokens without speculation, whatever they are."""
+    output: list[int] = []
+    while len(output) < max_tokens:
+        output.append(target.steps([*prompt, *output])[0].token)
+    return output
+
+
 def load_head(folder: str | Path) -> Callable[[torch.Tensor], float]:
     """The head's P(accept) as a plain function: residual blocks x + SiLU(Wx + b), then two logits, class 1 = accept."""
     num_layers = json.loads((Path(folder) / "config.json").read_text())["num_layers"]

@@ -65,7 +65,7 @@ class SpecDecPPConfig(BaseModel):
     On V2 a draft model whose requests give blocks back (sliding windows) has no ``suffix``."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
-    """Upper bound on the candidate length K (vLLM's name for it)."""
+    """Upper bound on the candidate length K (vLLM's name for it). On GPUs the default is 10 or less (`docs/gpu.md`)."""
 
     min_speculative_tokens: int = Field(default=1, ge=1)
     """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it. Not for
@@ -112,9 +112,9 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"rule={entry.name!r} needs an acceptance head; add head=FOLDER_OR_HUB_ID, or use rule='confidence'"
             )
-        # A running engine keeps its head while another rule is tried out.
-        head_may_idle = bool(info.context and info.context.get("running"))
-        if self.head is not None and not entry.reads_head and not head_may_idle:
+        # A running engine keeps its head and its sources while another rule is tried out.
+        may_idle = bool(info.context and info.context.get("running"))
+        if self.head is not None and not entry.reads_head and not may_idle:
             raise ValueError(f"rule={self.rule!r} does not use head={self.head!r}; leave one of the two out")
         if self.head_revision is not None and self.head is None:
             raise ValueError(f"head_revision={self.head_revision!r} has no head to go with; add head=HUB_ID or drop it")
@@ -131,7 +131,7 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
             )
-        if self.run_sources and self.resolved_rule != "cost_aware":
+        if self.sources is not None and self.run_sources and entry.name != "cost_aware" and not may_idle:
             raise ValueError(
                 f"sources={self.sources} needs rule='cost_aware', which weighs them against each other, not "
                 f"rule={self.resolved_rule!r}; leave one of the two out"
@@ -140,9 +140,9 @@ class SpecDecPPConfig(BaseModel):
 
     @property
     def run_sources(self) -> list[str]:
-        """The sources beside the draft model, by name."""
+        """The sources beside the draft model, by name; only ``cost_aware`` takes their runs."""
         if self.sources is None:
-            return list(RUN_SOURCES) if self.resolved_rule == "cost_aware" else []
+            return list(RUN_SOURCES)
         return [name for name in self.sources if name != DRAFT_MODEL]
 
     @property

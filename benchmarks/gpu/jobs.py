@@ -11,6 +11,8 @@ from benchmarks.gpu.shapes import DRAFTS, TARGETS
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
 CANDIDATES = 5
 """Candidates a round while draft rounds are timed: the fixed rule's, so that all ways draft the same."""
+LONGEST, STOPS = 20, (1, 4, 20)
+"""Rounds of up to 20 candidates that the device ends after so many: what passes that nobody wants cost."""
 MODES = ("native", "eager", "per_pass", "if_nodes")
 ACCEPTANCE = [0.8, 0.64, 0.51, 0.41, 0.33, 0.26, 0.21, 0.17]
 """P(the first k candidates are accepted) of the synthetic verification: 0.8 a candidate."""
@@ -36,6 +38,14 @@ def draft_round_jobs(folder: Path, shapes: list[str], batches: list[int]) -> lis
             {"measure": "draft_rounds", "draft": shape, "way": "if_nodes, rule scored", "target": target,
              "batches": batches, "mode": "if_nodes", "speculative_config": config}
         )  # fmt: skip
+        for mode in MODES[1:]:
+            for stop in STOPS:  # random weights are never sure of a candidate: the rule stops as soon as it may
+                rule = {"rule": "confidence", "threshold": 0.5, "min_speculative_tokens": stop}
+                config = {"method": "specdecpp", "model": draft, "num_speculative_tokens": LONGEST, **rule}
+                jobs.append(
+                    {"measure": "draft_rounds", "draft": shape, "way": f"{mode}, {stop} of {LONGEST}",
+                     "target": target, "batches": batches, "mode": mode, "speculative_config": config}
+                )  # fmt: skip
     return jobs
 
 

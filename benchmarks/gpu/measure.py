@@ -77,16 +77,24 @@ def draft_rounds(job: dict[str, Any]) -> dict[str, Any]:
         rounds = [start.elapsed_time(end) for start, end in timed]
         waits = _host_waits(llm, speculator, propose, between_events, batch)
         rows.append({"batch": batch, "rounds": len(rounds), "ms": statistics.median(rounds), "host_waits": waits})
-    return {"rows": rows}
+    how = () if mode is None else speculator.how_rounds_run()  # the captured ones say how many there are
+    return {"rows": rows, "ran": list(how)}
 
 
 def _host_waits(llm: Any, speculator: Any, propose: Any, timed_propose: Any, batch: int) -> float:
-    """Calls that wait for the device, a draft round: as CUDA's own sync debug mode counts them."""
+    """Calls that wait for the device, a draft round: those of CUDA's own sync debug mode, which leaves out waits for
+    events, and these."""
     import torch
 
     counts: list[int] = []
+    wait, waits = torch.cuda.Event.synchronize, [0]
+
+    def counted(self: Any) -> None:
+        waits[0] += 1
+        wait(self)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        waits[0] = 0
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
@@ -94,13 +102,14 @@ def _host_waits(llm: Any, speculator: Any, propose: Any, timed_propose: Any, bat
                 return propose(*args, **kwargs)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                counts.append(sum("synchroniz" in str(w.message) for w in found))
+                counts.append(waits[0] + sum("synchroniz" in str(w.message) for w in found))
 
-    speculator.propose = watched
+    event: Any = torch.cuda.Event
+    speculator.propose, event.synchronize = watched, counted
     try:
         _generate(llm, batch, 32)
     finally:
-        speculator.propose = timed_propose
+        speculator.propose, event.synchronize = timed_propose, wait
     return statistics.median(counts)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import engine_harness as harness
-from tests.reference_loop import Rule, generate
+from tests.reference_loop import answer
 from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 
@@ -25,7 +25,7 @@ LONG = {"first": {1: 40e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3},
 
 
 @pytest.fixture(scope="module")
-def llm(tiny, baseline):
+def llm(tiny):
     config = {
         "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,
     }  # fmt: skip
@@ -35,9 +35,8 @@ def llm(tiny, baseline):
 
 
 @pytest.fixture(scope="module")
-def baseline(tiny):
-    with harness.engine(tiny.target) as llm:
-        return harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True))
+def baseline(reference):
+    return [answer(reference("target"), prompt, 40) for prompt in PROMPTS]
 
 
 class _Scripted:
@@ -129,10 +128,7 @@ def test_a_prompt_is_read_when_its_request_is_first_drafted_for(llm, reference, 
         return len(seen) >= 3
 
     monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(from_the_third_round_on, seed=1))
-    draft, rule = reference("draft_good"), Rule("fixed", max_length=1)
-    _, tokens = generate(
-        reference("target"), draft, prompt, rule, max_tokens=24, max_model_len=harness.MAX_MODEL_LEN
-    )  # fmt: skip
+    draft, tokens = reference("draft_good"), answer(reference("target"), prompt, 24)
     harness.take_rounds(llm)
     llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
     outputs = harness.generate(llm, [prompt], max_tokens=24, ignore_eos=True)

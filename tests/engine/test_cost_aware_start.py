@@ -15,7 +15,7 @@ from vllm_specdecpp.costs import timing
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_sampled_output_follows_the_exact_law(tiny, reference, method):
-    num, length = 4096, 4
+    num, length = 2048, 4
     prompt = [3, 5, 4, 7, 6]
     config = {
         "method": "specdecpp", "model": tiny.small_draft, "num_speculative_tokens": 5, "draft_sample_method": method,

@@ -31,12 +31,12 @@ def gemma(tmp_path_factory):
 
 def test_a_draft_with_two_kinds_of_layers(gemma):
     """The model drafts for itself: all that it proposes is accepted, beyond the window too."""
-    prompts = harness.prompts(2, seed=8, shortest=30, longest=60)
+    prompts, sampling = harness.prompts(2, seed=8, shortest=30, longest=60), {"ignore_eos": True, "max_tokens": 24}
     with harness.engine(gemma) as llm:
-        expected = harness.token_ids(harness.generate(llm, prompts, ignore_eos=True))
+        expected = harness.token_ids(harness.generate(llm, prompts, **sampling))
     config = {"method": "specdecpp", "model": gemma, "rule": "fixed", "num_speculative_tokens": 6}
     with harness.engine(gemma, config) as llm:
-        assert harness.token_ids(harness.generate(llm, prompts, ignore_eos=True)) == expected
+        assert harness.token_ids(harness.generate(llm, prompts, **sampling)) == expected
         stats = llm.collective_rpc("specdecpp_stats")[0]
         assert stats["accepted"] > 0.98 * stats["candidates"] > 0
 

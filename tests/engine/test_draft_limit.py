@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests import engine_harness as harness
+from tests.reference_loop import answer
 from vllm_specdecpp.engine.shared import draft_limit
 
 POSITIONS = 48
@@ -64,7 +65,7 @@ def _check_rounds(outputs: list[Any], rounds: list[dict[str, Any]], max_tokens: 
     return empty
 
 
-def test_requests_draft_to_the_drafts_last_position(tiny, short, monkeypatch):
+def test_requests_draft_to_the_drafts_last_position(tiny, reference, short, monkeypatch):
     """Prompts that are read in chunks, some of them longer than the draft's context; then one that shares a prefix with
     such a prompt, whose blocks the draft model did not read."""
     prompts, max_tokens = _prompts(), 24
@@ -74,11 +75,7 @@ def test_requests_draft_to_the_drafts_last_position(tiny, short, monkeypatch):
     logger = SimpleNamespace(warning_once=lambda message, limit: warned.append(limit))
     monkeypatch.setattr(draft_limit, "logger", logger)
 
-    def play(llm: Any) -> list[Any]:
-        return [harness.generate(llm, p, ignore_eos=True, max_tokens=max_tokens) for p in (prompts, sharing)]
-
-    with harness.engine(tiny.target, **options) as llm:
-        expected = [harness.token_ids(outputs) for outputs in play(llm)]
+    expected = [[answer(reference("target"), p, max_tokens) for p in asked] for asked in (prompts, sharing)]
     config = {
         "method": "specdecpp", "model": short, "rule": "fixed", "num_speculative_tokens": MAX_LENGTH,
         "trace_rounds": 100_000,

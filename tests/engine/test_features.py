@@ -25,11 +25,26 @@ SCHEMA = {
 }
 
 
+CACHING: dict[str, Any] = {"enable_prefix_caching": True, "block_size": 32, "disable_log_stats": False}
+"""Of the engine that most tests share."""
+
+
 def _config(tiny, **options: Any) -> dict[str, Any]:
     return {
         "method": "specdecpp", "model": tiny.draft_good, "head": tiny.head, "threshold": THRESHOLD,
         "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000, **options,
     }  # fmt: skip
+
+
+def _caching(tiny) -> Any:
+    """The engine that most tests share; what is cached, logged and counted begins anew."""
+    return harness.kept(tiny.target, _config(tiny), skip_tokenizer_init=False, **CACHING)
+
+
+def _counters(llm) -> list[int]:
+    """vLLM's own: candidates, and those accepted."""
+    metrics: dict[str, Any] = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+    return [metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")]
 
 
 def _sampling() -> dict[str, dict[str, Any]]:
@@ -70,13 +85,12 @@ def baseline(tiny):
 @pytest.fixture(scope="module")
 def speculative(tiny):
     """The same requests with our method, and the counters of each kind."""
-    with harness.engine(tiny.target, _config(tiny), skip_tokenizer_init=False) as llm:
-        outputs, stats = {}, {}
-        for name, sampling in _sampling().items():
-            llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
-            outputs[name] = harness.generate(llm, PROMPTS, **sampling)
-            stats[name] = llm.collective_rpc("specdecpp_stats")[0]
-        return outputs, stats
+    outputs, stats = {}, {}
+    for name, sampling in _sampling().items():
+        llm = _caching(tiny)
+        outputs[name] = harness.generate(llm, PROMPTS, **sampling)
+        stats[name] = llm.collective_rpc("specdecpp_stats")[0]
+    return outputs, stats
 
 
 @pytest.mark.parametrize("name", list(_sampling()))
@@ -120,25 +134,82 @@ def _assert_equal(llm, outputs, expected) -> None:
         assert mine == [(r.candidates, r.accepted, r.next_token) for r in theirs], f"request {request}"
 
 
-def test_chunked_prefill(tiny, reference):
-    """Prompts of up to five chunks, so that prefill chunks, first rounds and later rounds share batches."""
-    prompts = harness.prompts(12, seed=4, shortest=20, longest=140)
-    expected = _expected(reference, tiny, prompts, max_tokens=40)
-    with harness.engine(tiny.target, _config(tiny), max_num_batched_tokens=48) as llm:
-        _assert_equal(llm, harness.generate(llm, prompts, ignore_eos=True), expected)
-
-
 def test_prefix_caching(tiny, reference):
     """Prompts that are cached but for one token, among them; the second run reads draft KV that the first one wrote."""
     (shared,) = harness.prompts(1, seed=6, shortest=128, longest=128)
     tails = harness.prompts(10, seed=7, shortest=1, longest=9)
     prompts = [shared + tail for tail in tails] + [shared + [5], shared + [6]]
     expected = _expected(reference, tiny, prompts, max_tokens=24)
-    with harness.engine(tiny.target, _config(tiny), enable_prefix_caching=True, block_size=32) as llm:
-        for _ in range(2):
-            outputs = harness.generate(llm, prompts, ignore_eos=True, max_tokens=24)
-            _assert_equal(llm, outputs, expected)
-        assert min(o.num_cached_tokens for o in outputs) >= 128
+    llm = _caching(tiny)
+    for _ in range(2):
+        outputs = harness.generate(llm, prompts, ignore_eos=True, max_tokens=24)
+        _assert_equal(llm, outputs, expected)
+    assert min(o.num_cached_tokens for o in outputs) >= 128
+
+
+def test_vllms_own_counters_agree(tiny):
+    """vLLM's Prometheus counters of drafted and accepted tokens equal ours, so nothing unsubmitted is verified."""
+    llm = _caching(tiny)
+    before = _counters(llm)
+    harness.generate(llm, harness.prompts(8, seed=2), ignore_eos=True)
+    counted, stats = _counters(llm), llm.collective_rpc("specdecpp_stats")[0]
+    assert [b - a for a, b in zip(before, counted, strict=True)] == [stats["candidates"], stats["accepted"]]
+
+
+@pytest.mark.parametrize("off", [False, True], ids=["drafting", "off"])
+def test_a_prompt_that_is_cached_but_for_one_token_costs_one_row(tiny, monkeypatch, off):
+    """vLLM pads such a prompt to the length of a round, with drafts that its counters book."""
+    (prompt,) = harness.prompts(1, seed=6, shortest=65, longest=65)  # two blocks and a token
+    sampling = {"max_tokens": 12, "extra_args": {"specdecpp": {"enabled": False}} if off else None}
+    rows: list[int] = []
+    llm = _caching(tiny)
+    before = _counters(llm)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule = scheduler.schedule
+
+    def scheduled(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        rows.extend(output.num_scheduled_tokens.values())
+        return output
+
+    first = harness.generate(llm, [prompt], ignore_eos=True, **sampling)
+    monkeypatch.setattr(scheduler, "schedule", scheduled)
+    again = harness.generate(llm, [prompt], ignore_eos=True, **sampling)
+    assert again[0].num_cached_tokens == 64 and harness.token_ids(again) == harness.token_ids(first)
+    assert rows[0] == 1 and (max(rows) == 1) is off
+    assert _counters(llm)[0] - before[0] == llm.collective_rpc("specdecpp_stats")[0]["candidates"]
+
+
+def test_chunked_prefill(tiny, reference):
+    """Prompts of up to five chunks, so that prefill chunks, first rounds and later rounds share batches."""
+    prompts = harness.prompts(12, seed=4, shortest=20, longest=140)
+    expected = _expected(reference, tiny, prompts, max_tokens=24)
+    llm = harness.kept(tiny.target, _config(tiny), max_num_batched_tokens=48)
+    _assert_equal(llm, harness.generate(llm, prompts, ignore_eos=True, max_tokens=24), expected)
+
+
+def test_rounds_that_wait_for_room_are_counted(tiny, monkeypatch):
+    """A step has room for two requests' rounds: those of others are verified later, or cut."""
+    waited = 0
+    llm = harness.kept(tiny.target, _config(tiny), max_num_batched_tokens=48)
+    harness.configure(llm, rule="fixed", threshold=None)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule = scheduler.schedule
+
+    def scheduled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal waited
+        output = schedule(*args, **kwargs)
+        left_out = [r for r in scheduler.running if r.request_id not in output.num_scheduled_tokens]
+        waited += sum(bool(request.spec_token_ids) for request in left_out)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", scheduled)
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 20)
+    with harness.verified_rounds(llm) as rounds:
+        outputs = harness.generate(llm, harness.prompts(6, seed=3, longest=5), ignore_eos=True, max_tokens=40)
+    assert waited > 5
+    assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, rounds)
+    harness.configure(llm, rule="threshold", threshold=THRESHOLD)
 
 
 def test_near_max_model_len(tiny, reference):
@@ -175,12 +246,12 @@ def _check_rounds_from_their_prefixes(
 
 def test_preemption(tiny, reference):
     """Too few KV blocks for four requests: some are thrown out and read again."""
-    max_tokens = 90
+    max_tokens = 50
     prompts = harness.prompts(8, seed=9, shortest=40, longest=60)
     rule = Rule("threshold", THRESHOLD, load_head(tiny.head), max_length=MAX_LENGTH)
     expected = _expected(reference, tiny, prompts, max_tokens=max_tokens)
     with harness.engine(
-        tiny.target, _config(tiny), num_gpu_blocks_override=14, block_size=32, disable_log_stats=False
+        tiny.target, _config(tiny), num_gpu_blocks_override=10, block_size=32, disable_log_stats=False
     ) as llm:
         outputs = harness.generate(llm, prompts, ignore_eos=True, max_tokens=max_tokens)
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
@@ -198,7 +269,7 @@ def test_preemption(tiny, reference):
 
 def test_dynamic_speculation(tiny, reference):
     """vLLM's schedule by batch size, down to no candidates: the draft's KV stays in step for the rounds after."""
-    max_tokens = 40
+    max_tokens = 24
     prompts = harness.prompts(7, seed=10)
     rule = Rule("threshold", THRESHOLD, load_head(tiny.head), max_length=MAX_LENGTH)
     expected = _expected(reference, tiny, prompts, max_tokens=max_tokens)
@@ -223,63 +294,3 @@ def test_dynamic_speculation(tiny, reference):
             emitted += accepted + 1
         assert emitted == len(tokens)
     assert bounds == {0, 3, MAX_LENGTH}
-
-
-def test_vllms_own_counters_agree(tiny):
-    """vLLM's Prometheus counters of drafted and accepted tokens equal ours, so nothing unsubmitted is verified."""
-    prompts = harness.prompts(8, seed=2)
-    with harness.engine(tiny.target, _config(tiny), disable_log_stats=False) as llm:
-        harness.generate(llm, prompts, ignore_eos=True)
-        metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-        stats = llm.collective_rpc("specdecpp_stats")[0]
-    assert metrics["vllm:spec_decode_num_draft_tokens"] == stats["candidates"]
-    assert metrics["vllm:spec_decode_num_accepted_tokens"] == stats["accepted"]
-
-
-def test_rounds_that_wait_for_room_are_counted(tiny):
-    """A step has room for two requests' rounds: those of others are verified later, or cut."""
-    waited = 0
-    config = _config(tiny, head=None, rule="fixed", threshold=None)
-    with harness.engine(tiny.target, config, max_num_batched_tokens=20) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        schedule = scheduler.schedule
-
-        def scheduled(*args: Any, **kwargs: Any) -> Any:
-            nonlocal waited
-            output = schedule(*args, **kwargs)
-            left_out = [r for r in scheduler.running if r.request_id not in output.num_scheduled_tokens]
-            waited += sum(bool(request.spec_token_ids) for request in left_out)
-            return output
-
-        scheduler.schedule = scheduled
-        with harness.verified_rounds(llm) as rounds:
-            outputs = harness.generate(llm, harness.prompts(6, seed=3, longest=5), ignore_eos=True)
-        assert waited > 5
-        assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, rounds)
-
-
-@pytest.mark.parametrize("off", [False, True], ids=["drafting", "off"])
-def test_a_prompt_that_is_cached_but_for_one_token_costs_one_row(tiny, off):
-    """vLLM pads such a prompt to the length of a round, with drafts that its counters book."""
-    (prompt,) = harness.prompts(1, seed=6, shortest=65, longest=65)  # two blocks and a token
-    extra_args = {"specdecpp": {"enabled": False}} if off else None
-    rows: list[int] = []
-    with harness.engine(
-        tiny.target, _config(tiny), enable_prefix_caching=True, block_size=32, disable_log_stats=False
-    ) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        schedule = scheduler.schedule
-
-        def scheduled(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            rows.extend(output.num_scheduled_tokens.values())
-            return output
-
-        first = harness.generate(llm, [prompt], ignore_eos=True, max_tokens=12, extra_args=extra_args)
-        scheduler.schedule = scheduled
-        again = harness.generate(llm, [prompt], ignore_eos=True, max_tokens=12, extra_args=extra_args)
-        metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-        stats = llm.collective_rpc("specdecpp_stats")[0]
-    assert again[0].num_cached_tokens == 64 and harness.token_ids(again) == harness.token_ids(first)
-    assert rows[0] == 1 and (max(rows) == 1) is off
-    assert metrics["vllm:spec_decode_num_draft_tokens"] == stats["candidates"]

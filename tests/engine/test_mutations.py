@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests import engine_harness as harness
+from tests.planted_bugs import Bugs, change_result
 from tests.reference_loop import Rule, generate, load_head
 from vllm_specdecpp.engine.v1 import proposer as v1
 from vllm_specdecpp.engine.v1.inputs import PADDING_SLOT_ID, DraftInputs, DraftKV
@@ -24,27 +25,9 @@ MAX_TOKENS = 32
 PROMPTS = harness.prompts(12, seed=21)
 STOP_IDS = frozenset({2})
 
-Patch = Callable[[Any, Any], None]
-"""Plants a bug, given pytest's monkeypatch and the engine's proposer."""
-MUTATIONS: dict[str, Patch] = {}
-
-
-def mutation(name: str) -> Callable[[Patch], Patch]:
-    def register(patch: Patch) -> Patch:
-        MUTATIONS[name] = patch
-        return patch
-
-    return register
-
-
-def _change_result(monkeypatch: Any, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """``owner.name`` goes on doing what it does; ``change(result, *arguments)`` is returned instead."""
-    original = getattr(owner, name)
-
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        return change(original(*args, **kwargs), *args)
-
-    monkeypatch.setattr(owner, name, changed)
+MUTATIONS = Bugs()
+"""Each is given pytest's monkeypatch and the engine's proposer."""
+mutation = MUTATIONS.named
 
 
 def _change_pass(monkeypatch: Any, name: str, change: Callable[[DraftInputs], dict[str, Any]]) -> None:
@@ -55,7 +38,7 @@ def _change_pass(monkeypatch: Any, name: str, change: Callable[[DraftInputs], di
             return [dataclasses.replace(inputs, **change(inputs)) for inputs in result]
         return dataclasses.replace(result, **change(result))
 
-    _change_result(monkeypatch, v1, name, changed)
+    change_result(monkeypatch, v1, name, changed)
 
 
 def _roll(rows: torch.Tensor) -> torch.Tensor:
@@ -65,7 +48,7 @@ def _roll(rows: torch.Tensor) -> torch.Tensor:
 @mutation("wrong candidate submitted")
 def _(monkeypatch, drafter):
     change = lambda drafts, *_: [[t + (i == 1) * (1 if t < 100 else -1) for i, t in enumerate(d)] for d in drafts]  # noqa: E731
-    _change_result(monkeypatch, drafter, "propose", change)
+    change_result(monkeypatch, drafter, "propose", change)
 
 
 @mutation("wrong candidate fed back")
@@ -132,13 +115,13 @@ def _(monkeypatch, drafter):
         return [dataclasses.replace(inputs, slot_mapping=slot_mapping)]
 
     monkeypatch.setattr(DraftKV, "first_missing", kept)
-    _change_result(monkeypatch, v1, "first_pass", not_written)
+    change_result(monkeypatch, v1, "first_pass", not_written)
 
 
 @mutation("length one too short")
 def _(monkeypatch, drafter):
     change = lambda drafts, *_: [d[:-1] if len(d) > 1 else d for d in drafts]  # noqa: E731
-    _change_result(monkeypatch, drafter, "propose", change)
+    change_result(monkeypatch, drafter, "propose", change)
 
 
 class _LateRule:
@@ -169,7 +152,7 @@ def _(monkeypatch, drafter):
 
 @mutation("upper bound one too low")
 def _(monkeypatch, drafter):
-    _change_result(monkeypatch, drafter.requests, "max_length", lambda bound, *_: max(bound - 1, 0))
+    change_result(monkeypatch, drafter.requests, "max_length", lambda bound, *_: max(bound - 1, 0))
 
 
 @mutation("EOS does not end a draft")
@@ -179,7 +162,7 @@ def _(monkeypatch, drafter):
 
 @mutation("requests swapped: candidates")
 def _(monkeypatch, drafter):
-    _change_result(monkeypatch, drafter, "propose", lambda drafts, *_: drafts[-1:] + drafts[:-1])
+    change_result(monkeypatch, drafter, "propose", lambda drafts, *_: drafts[-1:] + drafts[:-1])
 
 
 @mutation("requests swapped: blocks read by later passes")

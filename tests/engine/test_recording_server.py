@@ -42,19 +42,7 @@ class TestServerMode:
         assert dataset.manifest.source == "server"
         assert all(len(s.token_ids) >= 64 for s in dataset.shards())
 
-    def test_the_rest_is_written_when_the_engine_ends(self, tiny, tmp_path):
-        options = config(tiny, record_dir=str(tmp_path / "data"))
-        with harness.engine(tiny.target, options) as llm:
-            outputs = harness.generate(llm, REQUESTS[:3], max_tokens=16, ignore_eos=True)
-            rounds = harness.take_rounds(llm)
-            assert self.shards(tmp_path / "data") == []
-        (shard,) = open_dataset(tmp_path / "data").shards()
-        assert {p["set"] for p in shard.prompts} == {"server"}
-        assert {p["id"] for p in shard.prompts} == {r["request_id"] for r in rounds}
-        assert len(outputs) == len(shard.prompts)
-        assert len(shard.token_ids) == sum(len(r["candidates"]) for r in rounds)
-
-    def test_a_fraction_of_the_requests(self, tiny, tmp_path):
+    def test_the_rest_is_written_when_the_engine_ends_of_a_fraction_of_the_requests(self, tiny, tmp_path):
         options = config(tiny, record_dir=str(tmp_path / "data"), record_fraction=0.4)
         with harness.engine(tiny.target, options) as llm:
             harness.generate(llm, harness.prompts(24, seed=3), max_tokens=8, ignore_eos=True)
@@ -62,9 +50,12 @@ class TestServerMode:
             wants = harness.proposer(llm).recorder.wants
             chosen = {r["request_id"] for r in rounds if r["candidates"] and wants(r["request_id"])}
             others = {r["request_id"] for r in rounds if not wants(r["request_id"])}
+            assert self.shards(tmp_path / "data") == []
         assert chosen and others
         (shard,) = open_dataset(tmp_path / "data").shards()
-        assert {p["id"] for p in shard.prompts} == chosen
+        assert {p["set"] for p in shard.prompts} == {"server"}
+        assert {p["id"] for p in shard.prompts} == chosen and len(shard.prompts) == len(chosen)
+        assert len(shard.token_ids) == sum(len(r["candidates"]) for r in rounds if r["request_id"] in chosen)
 
     def test_a_server_writes_what_it_served(self, tiny, tmp_path):
         """Processes of its own, ended in order: what was recorded until then is on disk."""

@@ -5,21 +5,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests import engine_harness as harness
 from tests import ranks
+from tests.engine.two_ranks import MAX_TOKENS, PROMPTS
+from tests.reference_loop import answer
 
 RUN_SECONDS = 30
 """How long ranks that wait for each other are watched."""
 MODULE = "tests.engine.two_ranks"
 
 
-def test_ranks_with_different_numbers_decide_alike(tiny, tmp_path):
+def test_ranks_with_different_numbers_decide_alike(reference, tmp_path):
     found = ranks.run(MODULE, tmp_path, alone=False)
     assert found is not None
-    with harness.engine(tiny.target) as llm:
-        expected = harness.token_ids(
-            harness.generate(llm, harness.prompts(8, seed=3), max_tokens=32, ignore_eos=True)
-        )
+    expected = [answer(reference("target"), prompt, MAX_TOKENS) for prompt in PROMPTS]
     for rule, result in found.items():
         assert result["tokens"] == expected, rule
         first, second = result["rounds"]

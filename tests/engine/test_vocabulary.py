@@ -12,6 +12,7 @@ import torch
 
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
+from tests.reference_loop import GreedyModel, answer
 
 MORE_ROWS = 24
 MORE_SMALL_ROWS = 3
@@ -54,15 +55,18 @@ def _pair(tiny: Any, wider: Path, which: str, prefix: str = "") -> tuple[str, st
 
 @pytest.mark.parametrize("which", ["target wider", "draft wider"])
 def test_greedy_output_is_unchanged(tiny, wider, which):
+    from transformers import AutoModelForCausalLM
+
     target, draft = _pair(tiny, wider, which)
-    prompts = harness.prompts(6, seed=3)
-    with harness.engine(target) as llm:
-        expected = harness.token_ids(harness.generate(llm, prompts, ignore_eos=True))
+    prompts, max_tokens = harness.prompts(5, seed=3), 24
+    alone = GreedyModel(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32))
+    expected = [answer(alone, prompt, max_tokens) for prompt in prompts]
     config = {"method": "specdecpp", "model": draft, "rule": "entropy", "num_speculative_tokens": 5}
     with harness.engine(target, config) as llm:
         for rule in ("entropy", "fixed"):
             harness.configure(llm, rule=rule)
-            assert harness.token_ids(harness.generate(llm, prompts, ignore_eos=True)) == expected, rule
+            outputs = harness.generate(llm, prompts, ignore_eos=True, max_tokens=max_tokens)
+            assert harness.token_ids(outputs) == expected, rule
             stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
             assert stats["accepted"] > 0.1 * stats["candidates"] > 0
     if which == "target wider":  # tokens that the draft has no row for were read

@@ -12,6 +12,8 @@ from tests import engine_harness as harness
 from tests import ranks
 
 RULES: list[dict[str, Any]] = [{"rule": "confidence"}, {"rule": "entropy"}, {"rule": "fixed"}, {"rule": "cost_aware"}]
+PROMPTS = harness.prompts(8, seed=3)
+MAX_TOKENS = 32
 
 
 def plant() -> None:
@@ -38,4 +40,4 @@ def plant() -> None:
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, harness.prompts(8, seed=3), max_tokens=32, max_length=6)
+    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=6)

@@ -11,6 +11,9 @@ import pytest
 from benchmarks.engines import Engines, EngineSettings, restore_proposer
 from benchmarks.methods import parse_method, parse_methods
 from benchmarks.provenance import command_line
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.decision.cost_aware import CostAwareRule
+from vllm_specdecpp.source_registry import make_sources
 
 
 def test_the_proposer_is_vllms_own_and_comes_back() -> None:
@@ -58,6 +61,19 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
     assert worker.model_runner._determine_batch_execution_and_padding() == "vLLM's"
     restore_proposer(worker)
     assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
+
+
+def test_free_runs_are_left_out_and_come_back() -> None:
+    from types import SimpleNamespace as Space
+
+    from benchmarks.engines import use_runs
+
+    rule: Any = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
+    worker: Any = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
+    use_runs(worker, False)
+    assert rule.sources == () and list(rule.free_runs.models) == ["suffix"]  # what was learnt stays
+    use_runs(worker, True)
+    assert tuple(source.name for source in rule.sources) == ("suffix",)
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,8 @@ def test_bad_sources_are_refused_in_one_line(options, says):
 
 def test_runs_go_with_the_rule_that_weighs_them():
     assert SpecDecPPConfig(model="d").run_sources == ["suffix"]
-    assert SpecDecPPConfig(model="d", rule="fixed").run_sources == []
     assert SpecDecPPConfig(model="d", sources=["draft_model"]).run_sources == []
+    given = SpecDecPPConfig(model="d", sources=["suffix", "draft_model"])
+    assert given.with_changes({"rule": "fixed"}).with_changes({"rule": "cost_aware"}).run_sources == ["suffix"]
     with pytest.raises(ValueError, match="sources=.* cannot change at run time"):
         SpecDecPPConfig(model="d").with_changes({"sources": ["draft_model"]})

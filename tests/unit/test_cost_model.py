@@ -22,6 +22,22 @@ def test_a_width_that_cost_more_than_a_wider_one_is_believed_once_real_steps_say
     assert [curve.at(w) for w in CPU] == pytest.approx(list(CPU.values()), rel=0.02)
 
 
+def test_a_hill_that_was_measured_outlives_a_start():
+    """Real steps at its top then find the curve as it is, and no new level of all widths."""
+    curve = Curve(Curve({1: 0.020, 2: 0.040, 3: 0.038, 4: 0.022, 8: 0.024}, 16).points(), 16).raised(0.002)
+    for _ in range(30):
+        curve.observe(2, 0.042)
+    assert [curve.at(w) for w in (1, 2, 4, 8)] == pytest.approx([0.022, 0.042, 0.024, 0.026], rel=0.05)
+
+
+def test_where_every_round_reads_no_curve_runs_away():
+    """The first pass was measured a tenth too dear: rounds that read must put it right, and not reading."""
+    costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02}, {1: 0.004, 2: 0.004, 1024: 0.2})
+    for _ in range(3000):
+        costs.observe_draft([1], 0.0054, [3])
+    assert costs.read_seconds(1024) > 0.15 and costs.draft_seconds([1]) == pytest.approx(0.0054, rel=0.1)
+
+
 def test_goes_on_beyond_what_was_measured():
     curve = Curve(CPU, 40)
     slope = (0.199 - 0.109) / (17 - 6)  # of the upper half, not of the last two points

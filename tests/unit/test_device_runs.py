@@ -34,13 +34,15 @@ def test_a_device_takes_what_the_host_takes(seed: int) -> None:
     matches = np.where(rng.random(num_reqs) < 0.7, rng.integers(1, 65, num_reqs), 0)
     limits = rng.integers(0, MOST + 1, num_reqs)
     params = CostAwareParams.allocate(60, MOST, 64, BUCKETS, "cpu")
-    rule.begin([Standing("a", 5, 9, 0, 1)]).load(params)
+    names = [str(i) for i in range(num_reqs)]
+    rule.free_runs._own.update({name: tuple(rng.uniform(0, 20, 2)) for name in names[::2]})
+    rule.begin([Standing(name, 5, 9, 0, 1) for name in names]).load(params)
     runs = [[Run("suffix", [1] * MOST, x_of(m, MOST))] if m else [] for m in matches.tolist()]
-    wanted = rule.free_runs.take(runs, limits, rule.costs)
+    wanted = rule.free_runs.take(names, runs, limits, rule.costs)
     found = take_rows(torch.from_numpy(matches), torch.from_numpy(limits).int(), MOST, params)
     assert found.lengths.tolist() == wanted.lengths.tolist()
     torch.testing.assert_close(found.accepted.double(), torch.from_numpy(wanted.accepted), rtol=1e-4, atol=1e-6)
-    chances = rule.free_runs.chances(Run("suffix", [1] * MOST, x_of(9, MOST)))
+    chances = rule.free_runs.chances(Run("suffix", [1] * MOST, x_of(9, MOST)), names[0])
     alone = take_rows(torch.tensor([9]), torch.tensor([MOST - 1]), MOST, params).accept[0]
     torch.testing.assert_close(alone[:-1].double(), torch.from_numpy(chances[:-1]), rtol=1e-5, atol=0)
     assert alone[-1] == 0
@@ -65,7 +67,7 @@ def test_reported_runs_teach_the_source() -> None:
     rule.begin([Standing("a", 6, 50, 0, 10)], None)
     taken = rule.free_runs.reported(["a", "b"], np.array([3, 0]), np.array([4, 0]), np.array([2.0, 0.0]))
     before = rule.free_runs.models["suffix"].theta.copy()
-    rule.free_runs.learn(taken, [4, None], [2, 0])
+    rule.free_runs.learn(["a", "b"], taken, [4, None], [2, 0])
     assert rule.free_runs.candidates == {"suffix": 4} and rule.free_runs.accepted == {"suffix": 2}
     assert (rule.free_runs.models["suffix"].theta != before).any()
     assert taken.without(np.array([True, False])).lengths.tolist() == [0, 0]

@@ -40,7 +40,7 @@ def test_the_rows_that_are_taken_are_the_best(seed: int) -> None:
     runs = [[run_of(rng.normal(1, 2, rng.integers(1, 5)))] if rng.random() < 0.8 else [] for _ in range(num)]
     limits = rng.integers(0, 5, num)
     model, free = costs({1: 0.1, 3: rng.uniform(0.1, 0.2), 200: rng.uniform(0.3, 4)}), FreeRuns([Toy()])
-    taken = free.take(runs, limits, model)
+    taken = free.take([str(i) for i in range(num)], runs, limits, model)
     best = 0.0
     chances = [free.chances(r[0])[:most] if r else np.empty(0) for r, most in zip(runs, limits, strict=True)]
     for lengths in itertools.product(*(range(len(c) + 1) for c in chances)):
@@ -55,7 +55,7 @@ def test_of_two_sources_the_better_run_is_taken() -> None:
         name = "other"
 
     free = FreeRuns([Toy(), Other()])
-    taken = free.take([[run_of([0.0, 0.0]), run_of([3.0, 3.0], "other")]], np.array([4]), costs())
+    taken = free.take(["a"], [[run_of([0.0, 0.0]), run_of([3.0, 3.0], "other")]], np.array([4]), costs())
     assert taken.runs[0] is not None and taken.runs[0].source == "other" and taken.lengths.tolist() == [2]
 
 
@@ -63,17 +63,49 @@ def test_learns_by_source_from_the_accepted_and_the_first_rejected() -> None:
     free, run = FreeRuns([SuffixSource(), Toy()]), run_of([0.0, 0.0, 0.0])
     before = free.models["suffix"].theta.copy()
     for _ in range(200):
-        taken = free.take([[run]], np.array([3]), costs({1: 0.1, 200: 0.11}))
+        taken = free.take(["a"], [[run]], np.array([3]), costs({1: 0.1, 200: 0.11}))
         assert taken.lengths.tolist() == [3]
-        free.learn(taken, [3], [1])  # one accepted, one rejected, one that tells nothing
+        free.learn(["a"], taken, [3], [1])  # one accepted, one rejected, one that tells nothing
     assert free.chances(run)[0] > 0.9 and free.chances(run)[1] < 0.1
     assert free.chances(run)[2] == pytest.approx(0.5, abs=0.3)
     assert (free.models["suffix"].theta == before).all()
     assert (free.candidates["toy"], free.accepted["toy"]) == (600, 200)
     for unknown in (None, 0):
         theta = free.models["toy"].theta.copy()
-        free.learn(taken, [unknown], [0])
+        free.learn(["a"], taken, [unknown], [0])
         assert (free.models["toy"].theta == theta).all()
+
+
+def test_a_requests_own_runs_count_for_it_alone() -> None:
+    """Where a source is mostly wrong its runs are left, though it is right elsewhere; and they are taken up again."""
+    free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0, 1.0]), costs({1: 0.1, 200: 4.0})
+    for _ in range(60):
+        for name, won in (("code", 3), ("chat", 0)):
+            taken = free.take([name], [[run]], np.array([3]), model)
+            free.learn([name], taken, taken.lengths.tolist(), [min(won, int(taken.lengths[0]))])
+    assert free.take(["code", "chat"], [[run], [run]], np.array([3, 3]), model).lengths.tolist() == [3, 0]
+    assert free.chances(run, "chat")[0] < 0.3 < 0.6 < free.chances(run, "code")[0]
+    assert free.chances(run, "another")[0] == free.chances(run)[0]
+
+
+def test_a_source_that_was_left_is_tried_again() -> None:
+    free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0, 1.0]), costs({1: 0.1, 200: 4.0})
+    lengths = []
+    for turn in range(4000):
+        taken = free.take(["a"], [[run]], np.array([3]), model)
+        lengths.append(int(taken.lengths[0]))
+        free.learn(["a"], taken, taken.lengths.tolist(), [0 if turn < 200 else lengths[-1]])
+    assert np.mean(lengths[50:200]) < 0.15 and lengths[-1] == 3
+
+
+def test_a_run_that_a_grammar_cuts_counts_against_its_request_alone() -> None:
+    free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0]), costs({1: 0.1, 200: 4.0})
+    theta = free.models["toy"].theta.copy()
+    for _ in range(60):
+        taken = free.take(["json"], [[run]], np.array([2]), model)
+        free.learn(["json"], taken, [0], [0])
+    assert taken.lengths.tolist() == [0] and free.take(["b"], [[run]], np.array([2]), model).lengths.tolist() == [2]
+    assert free.models["toy"].theta == pytest.approx(theta, abs=0.01) and free.candidates["toy"] == 0
 
 
 def _play(rule: CostAwareRule, run: Run | None, wins: int, rounds: int) -> list[int]:

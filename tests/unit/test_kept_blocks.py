@@ -43,4 +43,4 @@ def test_such_a_draft_reads_in_every_round(keeps, fed):
         ),
     }  # fmt: skip
     rows = [RowState(str(index), 4, 5) for index in range(3)]
-    assert proposer._begin_round(rows, {}, 3, None, [5, 5, 5])[1] == fed
+    assert proposer._begin_round(rows, {}, 3, None, [5, 5, 5], None)[1] == fed

@@ -59,7 +59,7 @@ def _check(args) -> dict:
     assert args.speculative_config["method"] == "draft_model"
     assert args.speculative_config["model"] == DRAFT
     assert args.worker_cls == "vllm_specdecpp.engine.cpu_worker.CPUWorker"
-    assert args.async_scheduling is False
+    assert args.async_scheduling is None  # left to engine.gpu_defaults
     assert (args.spec_method, args.spec_model, args.spec_tokens) == (None, None, None)
     return args.additional_config["specdecpp"]
 

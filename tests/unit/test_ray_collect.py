@@ -56,6 +56,17 @@ def _toy_collector(folder: Path, failing_unit: int, deaths: int, message: str = 
 UNITS = {3: ["a", "b"], 0: ["c"], 7: ["d", "e", "f"], 1: ["g"], 9: ["h"]}
 
 
+def test_the_unit_of_a_lost_worker_is_collected_again_and_no_other(tmp_path):
+    found = list(collect_with_ray(UNITS, _toy_collector(tmp_path, 7, deaths=1), num_workers=2))
+    assert sorted(unit for unit, _ in found) == sorted(UNITS), "each unit once"
+    attempts = {unit: (tmp_path / f"attempts-{unit}").read_text().split() for unit in UNITS}
+    assert {unit: len(pids) for unit, pids in attempts.items()} == {0: 1, 1: 1, 3: 1, 7: 2, 9: 1}
+    assert len(set(attempts[7])) == 2 and str(os.getpid()) not in sum(attempts.values(), [])
+    assert {unit: (tmp_path / f"unit-{unit}").read_text().split() for unit in UNITS} == UNITS
+    assert {unit: summary["rows"] for unit, summary in found} == {unit: len(ps) for unit, ps in UNITS.items()}
+
+
+@pytest.mark.slow  # the test above with models, whose labels test_relative_paths... compares
 def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path):
     """Two workers label with real (tiny) models; the first that has written unit 1 dies before it can say so."""
     from vllm_specdecpp.data.prompts import Prompt
@@ -116,7 +127,8 @@ def test_a_dataset_is_the_same_with_a_lost_worker_as_without_ray(tiny, tmp_path)
 
 
 def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monkeypatch):
-    """A worker has another working directory: it must neither write nor look elsewhere."""
+    """A worker has another working directory: it must neither write nor look elsewhere. Its labels are those that are
+    made without Ray."""
     from vllm_specdecpp.data.prompts import load_prompts
     from vllm_specdecpp.data.shards import create_dataset, open_dataset
     from vllm_specdecpp.training.collect.command import make_manifest, run
@@ -144,6 +156,11 @@ def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monke
     assert labels.done_units() == {0, 1}
     assert labels.summary().prompts == 3
     assert labels.manifest.target == "models/target"
+    assert run(CollectOptions(out=Path("plain"), responses=Path("answers"), **shared)) == 0
+    for one, other in zip(labels.shards(), open_dataset(tmp_path / "plain").shards(), strict=True):
+        assert one.prompts == other.prompts
+        assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.outcome, other.outcome)
+        torch.testing.assert_close(one.read_hidden_states, other.read_hidden_states, atol=2e-4, rtol=1e-3)
 
 
 def test_a_unit_that_always_loses_its_worker_ends_the_run(tmp_path):

@@ -55,6 +55,14 @@ def test_proposes_by_name_and_leaves_out_what_is_empty() -> None:
     assert sources.propose([source], np.array([5, 6, 7]), 2) == []
 
 
+def test_a_stop_token_ends_a_run() -> None:
+    """What would follow could never be emitted."""
+    tokens = np.array([5, 6, 2, 7, 5])
+    for stops, expected in (([2, -1], [6, 2]), ([], [6, 2, 7]), ([9], [6, 2, 7])):
+        (run,) = sources.propose([SuffixSource()], tokens, 3, stops)
+        assert run.token_ids == expected and len(run.x) == len(expected)
+
+
 @pytest.mark.parametrize("name", ["suffix", "draft_model"])
 def test_a_name_is_taken_once(name: str) -> None:
     with pytest.raises(ValueError, match=f"^specdecpp: there is a source '{name}' already"):

@@ -176,7 +176,8 @@ def check(told: Told, truth: Truth) -> None:
     assert told.verified == [None if outcome is None else outcome[0] for outcome in known]
     wins = [a for a, outcome in zip(told.accepted, known, strict=True) if outcome is not None]
     assert wins == [outcome[1] for outcome in known if outcome is not None]
-    whole = told.verified == [d + r for d, r in zip(drafted, truth.runs, strict=True)] and sorted(truth.next_names) == sorted(names)
+    submitted = [mine + run for mine, run in zip(drafted, truth.runs, strict=True)]
+    whole = told.verified == submitted and sorted(truth.next_names) == sorted(names)
     assert (told.verify_seconds is not None) == whole
     assert (told.draft_seconds is not None) == (any(drafted) or bool(truth.read))
     assert told.read == truth.read

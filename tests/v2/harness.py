@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 
 from tests import engine_harness
 from tests.v2 import oracle
+from vllm_specdecpp.decision import tails
 
 
 @functools.cache
@@ -27,9 +29,13 @@ def _vllm_config(target: str, draft: str, num_speculative_tokens: int, options: 
 
 
 def speculator(
-    tiny: Any, cls: Any = None, *, draft_sample_method: str = "greedy", num_speculative_tokens: int = 6, **options: Any
-) -> tuple[Any, Any]:
-    """vLLM's configuration and a speculator over the oracle, its rule in force."""
+    tiny: Any, *, draft_sample_method: str = "greedy", num_speculative_tokens: int = 6, kernels: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """vLLM's configuration and a speculator over the oracle, its rule in force.
+
+    It scores and decides by the kernels, or by their twins in torch, which are quicker than interpreted kernels.
+    """
     from vllm.config import set_current_vllm_config
 
     from vllm_specdecpp.config import SpecDecPPConfig
@@ -39,10 +45,24 @@ def speculator(
     vllm_config = _vllm_config(tiny.target, tiny.draft_good, num_speculative_tokens, sampling)
     config = SpecDecPPConfig(model=tiny.draft_good, num_speculative_tokens=num_speculative_tokens, **options)
     with set_current_vllm_config(vllm_config):
-        made = (cls or SpecDecPPSpeculator)(vllm_config, torch.device("cpu"), config)
+        made = SpecDecPPSpeculator(vllm_config, torch.device("cpu"), config)
     oracle.attach(made)
+    if not kernels:
+        made.round._threshold_tail = tails.threshold_tail
+        made.round._features = _by_twin(made.round._features)  # type: ignore[method-assign]
     made.set_rule(config)
     return vllm_config, made
+
+
+def _by_twin(features: Any) -> Any:
+    from vllm_specdecpp.engine.v2 import round as device_round
+    from vllm_specdecpp.kernels.logits_summary import logits_summary_torch
+
+    def by_twin(*args: Any) -> Any:
+        with mock.patch.object(device_round, "logits_summary", logits_summary_torch):
+            return features(*args)
+
+    return by_twin
 
 
 def fix_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:

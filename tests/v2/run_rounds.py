@@ -76,8 +76,10 @@ class RunsPlay(ScriptedPlay):
             cap = given if request.cap is None else request.cap
             limits.append(max(min(given, cap, room), 0) if count else 0)
         rule, tokens = self._rule, [np.array(self.requests[name].tokens) for name in batch.req_ids]
-        runs = [propose(rule.sources, t, n) if n else [] for t, n in zip(tokens, limits, strict=True)]
-        taken = rule.free_runs.take(runs, np.array(limits), rule.costs)
+        stops = [list(self.requests[name].stops) for name in batch.req_ids]
+        rows = zip(tokens, limits, stops, strict=True)
+        runs = [propose(rule.sources, t, n, ends) if n else [] for t, n, ends in rows]
+        taken = rule.free_runs.take(batch.req_ids, runs, np.array(limits), rule.costs)
         plan = self.truths[-1].plan
         drafts = np.array([min(plan[name], limit) > 0 for name, limit in zip(batch.req_ids, limits, strict=True)])
         taken = taken.without(drafts)

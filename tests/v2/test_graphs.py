@@ -21,7 +21,7 @@ BEST: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("worse", "mode", "word"),
     [
-        ({}, IF_NODES, "one graph"),
+        ({}, IF_NODES, "device itself"),
         ({"num_ranks": 2}, PER_PASS, "tensor parallelism"),
         ({"has_if_nodes": False}, PER_PASS, "2.13"),
         ({"metadata_in_place": False}, EAGER, "attention backend"),
@@ -48,7 +48,7 @@ def test_eager_whenever_one_condition_of_every_graph_fails():
 )
 def test_batch_sizes(most, sizes):
     assert batch_sizes(most) == sizes
-    assert batch_sizes(10_000) == [1, 2, 4, 8, 16, 32, 64]
+    assert batch_sizes(10_000) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 class Recorder:
@@ -136,7 +136,7 @@ def _captured(mode: str, sizes: list[int], max_length: int = 5) -> tuple[Recorde
 @pytest.mark.parametrize("mode", [IF_NODES, PER_PASS])
 def test_each_size_is_warmed_up_then_captured_largest_first(mode):
     _, batch, _ = _captured(mode, [1, 4, 2])
-    assert batch.prepared == [4, 4, 2, 2, 1, 1]
+    assert batch.prepared == [4, 2, 1, 4, 2, 1]
     assert batch.ran == [(size, step) for size in (4, 2, 1) for step in range(1, 6)]
 
 
@@ -150,6 +150,20 @@ def test_if_nodes_run_exactly_the_passes_that_are_wanted_and_ask_nobody(longest)
     assert graphs.replay(size, 5) is None
     assert batch.ran == [(4, step) for step in range(1, longest + 1)]
     assert backend.fetched == 0
+
+
+@pytest.mark.parametrize("mode", [IF_NODES, PER_PASS])
+@pytest.mark.parametrize("longest", range(1, 6))
+def test_after_a_first_pass_of_its_own_the_later_ones_are_replayed(mode, longest):
+    backend, batch, graphs = _captured(mode, [4])
+    batch.longest = longest
+    batch.any_running.fill_(longest > 1)
+    batch.ran.clear()
+    num_passes = graphs.replay(4, 5, first=False)
+    wanted = longest if mode == IF_NODES else min(longest + 1, 5)
+    assert batch.ran == [(4, step) for step in range(2, wanted + 1)]
+    assert num_passes == (None if mode == IF_NODES else wanted)
+    assert mode == PER_PASS or backend.fetched == 0
 
 
 @pytest.mark.parametrize("longest", range(1, 6))

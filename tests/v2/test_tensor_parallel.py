@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from tests import engine_harness as harness
 from tests import ranks
-from tests.reference_loop import Rule, generate
+from tests.reference_loop import answer
 from tests.v2.two_ranks import MAX_TOKENS, PROMPTS
 
 RUN_SECONDS = 60
@@ -20,9 +17,7 @@ MODULE = "tests.v2.two_ranks"
 def test_ranks_with_different_numbers_decide_alike(tmp_path, reference):
     found = ranks.run(MODULE, tmp_path, alone=False)
     assert found is not None
-    target, draft = reference("target"), reference("draft_good")
-    lengths: dict[str, Any] = {"max_tokens": MAX_TOKENS, "max_model_len": harness.MAX_MODEL_LEN}
-    expected = [generate(target, draft, p, Rule("fixed", max_length=1), **lengths)[1] for p in PROMPTS]
+    expected = [answer(reference("target"), prompt, MAX_TOKENS) for prompt in PROMPTS]
     for rule, result in found.items():
         assert result["tokens"] == expected, rule
         first, second = result["rounds"]

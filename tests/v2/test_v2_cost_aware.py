@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tests.planted_bugs import Bugs, after
 from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, late_copies, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
@@ -70,7 +70,7 @@ def test_a_rank_that_follows_drafts_what_rank_0_loaded(tiny, runs):
 
 
 def _agree_by(speculator: Any, agree: Any) -> None:
-    speculator.agree = speculator.round.agree = speculator.cost_aware._agree = agree
+    speculator.agree = speculator.round.agree_drawn = speculator.cost_aware._agree = agree
 
 
 def test_until_its_costs_are_known_it_drafts_as_far_as_it_may(tiny):
@@ -99,27 +99,9 @@ def test_another_rule_and_back(tiny):
     assert len(set(again.run(num_steps=8))) >= 3 and again.num_checked >= 6
 
 
-MUTATIONS: dict[str, Callable[[Any, Any], None]] = {}
-
-
-def mutation(name: str) -> Callable[[Any], Any]:
-    def register(plant: Any) -> Any:
-        MUTATIONS[name] = plant
-        return plant
-
-    return register
-
-
-def _after(monkeypatch: Any, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """``owner.name`` runs as it is, then ``change(*its arguments)``."""
-    original = getattr(owner, name)
-
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        change(*args)
-        return result
-
-    monkeypatch.setattr(owner, name, changed)
+MUTATIONS = Bugs()
+"""Each is given pytest's monkeypatch and a speculator."""
+mutation = MUTATIONS.named
 
 
 @mutation("last round's parameters are not replaced")
@@ -141,7 +123,7 @@ def _(monkeypatch, s):
         running.copy_(most > 0)
         s._tail.params.limits.copy_(most)
 
-    _after(monkeypatch, s._tail, "start", everybody)
+    after(monkeypatch, s._tail, "start", everybody)
 
 
 @mutation("the plan's longest length is one too short")
@@ -158,8 +140,8 @@ def _(monkeypatch, s):
 @mutation("last round's widths are reported")
 def _(monkeypatch, s):
     kept = s._tail.widths.clone()
-    _after(monkeypatch, s.cost_aware, "drafted", lambda *_: kept.copy_(s._tail.widths))
-    _after(monkeypatch, s._tail, "start", lambda *_: s._tail.widths.copy_(kept))
+    after(monkeypatch, s.cost_aware, "drafted", lambda *_: kept.copy_(s._tail.widths))
+    after(monkeypatch, s._tail, "start", lambda *_: s._tail.widths.copy_(kept))
 
 
 @mutation("scores of other rows are reported")

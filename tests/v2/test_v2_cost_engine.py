@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import engine_harness as harness
-from tests.reference_loop import Rule, generate
+from tests.reference_loop import answer
 from tests.v2 import harness as v2_harness
 from vllm_specdecpp.costs import timing
 
@@ -48,14 +48,7 @@ def llm(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(reference):
-    rule = Rule("fixed", max_length=1)
-    return [
-        generate(
-            reference("target"), reference("draft_good"), p, rule, max_tokens=MAX_TOKENS,
-            max_model_len=harness.MAX_MODEL_LEN,
-        )[1]
-        for p in PROMPTS
-    ]  # fmt: skip
+    return [answer(reference("target"), prompt, MAX_TOKENS) for prompt in PROMPTS]
 
 
 def _run(llm: Any, wanted: Any, reference: Any) -> list[Any]:

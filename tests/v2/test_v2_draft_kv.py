@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.planted_bugs import Bugs
 from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
@@ -136,6 +136,38 @@ def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_ano
     assert gaps._stale is not None and not gaps._stale[:4].any()
 
 
+def test_what_an_accepted_run_skipped_is_stale_until_it_is_read():
+    """Also where the run began with a block, and while others draft; who has no gap has nothing to read."""
+    spans: list[Any] = []
+    tables = _Tables([[1, 2, 5], [4, 3, 6]])
+
+    def read_spans(batch: Any, taken: Any) -> torch.Tensor:
+        spans.append(taken)
+        positions = torch.cat([torch.arange(*span) for span in taken])
+        starts = torch.tensor([0, *np.cumsum([end - start for start, end in taken])])
+        return tables.compute_slot_mappings(batch.idx_mapping, starts, positions, len(positions))
+
+    gaps = _gaps(tables, read_spans)
+    batch = _batch({"a": (4, 8), "b": (4, 8)})
+    gaps.arrive(batch, ())
+    gaps.have_gaps(batch, ["a", "b"], torch.tensor([True, False]))
+    assert gaps._stale is not None
+    assert gaps.catch_up(batch, [], torch.tensor([7, 7])) == []
+    gaps.read(batch)
+    assert gaps._stale.nonzero().flatten().tolist() == [2]
+    assert gaps.num_behind(batch, torch.tensor([8, 8])).tolist() == [3, 0]
+    gaps.told({"a": 3, "b": 0, "gone": 9})
+    assert gaps.missing(["a", "b", "gone"]) == [3, 0, 0]
+    batch = _batch({"a": (8, 9), "b": (8, 9)})
+    gaps.arrive(batch, ())
+    gaps.read(batch)  # what comes behind a gap is as wrong
+    assert gaps._stale.nonzero().flatten().tolist() == [2, 5]
+    gaps.catch_up(batch, [0, 1], torch.tensor([8, 8]))
+    gaps.read(batch)
+    assert spans == [[(4, 8), (8, 8)]] and not gaps._stale.any()
+    assert gaps.missing(["a", "b"]) == [0, 0]
+
+
 def test_what_the_prefix_cache_holds_rightly_is_not_counted_as_missing():
     """The device says so; until it has, all that was cached counts."""
     gaps = _gaps(_Tables([[1, 2, 5], [4, 3, 6]]))
@@ -171,15 +203,9 @@ def test_there_the_first_pass_is_run_for_nobody(tiny):
     assert sum(not any(plan.values()) for plan in rule.plans) >= 4 and play.num_caught_up == 0
 
 
-MUTATIONS: dict[str, Callable[[Any], None]] = {}
-
-
-def mutation(name: str) -> Callable[[Any], Any]:
-    def register(plant: Any) -> Any:
-        MUTATIONS[name] = plant
-        return plant
-
-    return register
+MUTATIONS = Bugs()
+"""Each is given what keeps account of the draft's KV."""
+mutation = MUTATIONS.named
 
 
 @mutation("what was left out is not marked")

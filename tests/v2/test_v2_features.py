@@ -9,24 +9,20 @@ from typing import Any
 import pytest
 
 from tests import engine_harness as harness
-from tests.engine.test_features import (  # the same tests as V1's, on the other runner
-    SCHEMA,
-    test_a_prompt_that_is_cached_but_for_one_token_costs_one_row,
-    test_chunked_prefill,
-    test_dynamic_speculation,
-    test_near_max_model_len,
-    test_preemption,
-    test_prefix_caching,
-    test_rounds_that_wait_for_room_are_counted,
-)
+from tests.engine import test_features as v1
 from tests.engine.test_plain_steps import THINK, reasoning
 
-__all__ = [
-    "test_a_prompt_that_is_cached_but_for_one_token_costs_one_row", "test_chunked_prefill", "test_dynamic_speculation",
-    "test_near_max_model_len", "test_preemption", "test_prefix_caching", "test_rounds_that_wait_for_room_are_counted",
-]  # fmt: skip
-
 MAX_LENGTH = 6
+
+# The same tests as V1's on the other runner; those that share an engine follow each other.
+test_prefix_caching = v1.test_prefix_caching
+test_vllms_own_counters_agree = v1.test_vllms_own_counters_agree
+test_one_row = v1.test_a_prompt_that_is_cached_but_for_one_token_costs_one_row
+test_chunked_prefill = v1.test_chunked_prefill
+test_rounds_that_wait_for_room_are_counted = v1.test_rounds_that_wait_for_room_are_counted
+test_near_max_model_len = v1.test_near_max_model_len
+test_preemption = v1.test_preemption
+test_dynamic_speculation = v1.test_dynamic_speculation
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +50,7 @@ def _sampling() -> dict[str, Any]:
         "log-probabilities": {"logprobs": 3, "ignore_eos": True},
         "choice": {"structured_outputs": StructuredOutputsParams(choice=["accepted", "rejected", "recovered"])},
         "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[0-9]{3}-[a-f]{4,9}\.")},
-        "JSON schema": {"structured_outputs": StructuredOutputsParams(json=json.dumps(SCHEMA))},
+        "JSON schema": {"structured_outputs": StructuredOutputsParams(json=json.dumps(v1.SCHEMA))},
         "two tokens": {"max_tokens": 2, "ignore_eos": True},
         "switched off": {"ignore_eos": True, "extra_args": {"specdecpp": {"enabled": False}}},
         "thinking budget 0": {"thinking_token_budget": 0, "ignore_eos": True},

@@ -9,56 +9,31 @@ from typing import Any
 import pytest
 import torch
 
+from tests.planted_bugs import Bugs, after, change_arguments
 from tests.v2 import harness
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
 
 THRESHOLD, MIN_LENGTH, MAX_LENGTH = 0.45, 2, 5
 
-Patch = Callable[[Any, Any], None]
-"""Plants a bug, given pytest's monkeypatch and a speculator."""
-MUTATIONS: dict[str, Patch] = {}
-
-
-def mutation(name: str) -> Callable[[Patch], Patch]:
-    def register(patch: Patch) -> Patch:
-        MUTATIONS[name] = patch
-        return patch
-
-    return register
-
-
-def _after(monkeypatch: Any, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """``owner.name`` runs as it is, then ``change(*its arguments)``."""
-    original = getattr(owner, name)
-
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        change(*args)
-        return result
-
-    monkeypatch.setattr(owner, name, changed)
-
-
-def _arguments(monkeypatch: Any, owner: Any, name: str, change: Callable[..., tuple[Any, ...]]) -> None:
-    """``owner.name`` is given ``change(*its arguments)``."""
-    original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: original(*change(*args), **kwargs))
+MUTATIONS = Bugs()
+"""Each is given pytest's monkeypatch and a speculator."""
+mutation = MUTATIONS.named
 
 
 @mutation("wrong candidate fed back")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.input_ids[:n].add_(1).remainder_(512))
+    after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.input_ids[:n].add_(1).remainder_(512))
 
 
 @mutation("candidates of the wrong rows fed back")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: _flip(s.input_buffers.input_ids[:n]))
+    after(monkeypatch, s, "_load_candidates", lambda n: _flip(s.input_buffers.input_ids[:n]))
 
 
 @mutation("position one too high in later passes")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.positions[:n].add_(1))
+    after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.positions[:n].add_(1))
 
 
 @mutation("position stands still")
@@ -66,27 +41,27 @@ def _(monkeypatch, s):
     def stand(n: int) -> None:
         s.input_buffers.positions[:n] = s.round.next_positions[:n] + 1
 
-    _after(monkeypatch, s, "_load_candidates", stand)
+    after(monkeypatch, s, "_load_candidates", stand)
 
 
 @mutation("attention misses the newest token")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.seq_lens[:n].sub_(1))
+    after(monkeypatch, s, "_load_candidates", lambda n: s.input_buffers.seq_lens[:n].sub_(1))
 
 
 @mutation("stopped requests write KV")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].copy_(s.idx_mapping[:n]))
+    after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].copy_(s.idx_mapping[:n]))
 
 
 @mutation("KV of candidates not written")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].fill_(-1))
+    after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].fill_(-1))
 
 
 @mutation("KV written into another request's slots")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].copy_(s._writing[:n].roll(1)))
+    after(monkeypatch, s, "_load_candidates", lambda n: s._writing[:n].copy_(s._writing[:n].roll(1)))
 
 
 @mutation("query starts of the first pass are left in place")
@@ -96,28 +71,28 @@ def _(monkeypatch, s):
     def keep(n: int) -> None:
         s.input_buffers.query_start_loc[: n + 1] = before[: n + 1]
 
-    _after(monkeypatch, s.round, "append_drawn", lambda *_: before.copy_(s.input_buffers.query_start_loc))
-    _after(monkeypatch, s, "_load_candidates", keep)
+    after(monkeypatch, s.round, "append_drawn", lambda *_: before.copy_(s.input_buffers.query_start_loc))
+    after(monkeypatch, s, "_load_candidates", keep)
 
 
 @mutation("the short first pass reads the wrong last token")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_short", lambda n: s.input_buffers.input_ids[: 2 * n : 2].add_(1).remainder_(512))
+    after(monkeypatch, s, "_load_short", lambda n: s.input_buffers.input_ids[: 2 * n : 2].add_(1).remainder_(512))
 
 
 @mutation("the short first pass is read one position too low")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_short", lambda n: s.input_buffers.positions[: 2 * n].sub_(1).clamp_(min=0))
+    after(monkeypatch, s, "_load_short", lambda n: s.input_buffers.positions[: 2 * n].sub_(1).clamp_(min=0))
 
 
 @mutation("the short first pass writes no KV")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_load_short", lambda n: s._writing[:n].fill_(-1))
+    after(monkeypatch, s, "_load_short", lambda n: s._writing[:n].fill_(-1))
 
 
 @mutation("the short first pass starts from what was rejected")
 def _(monkeypatch, s):
-    _arguments(monkeypatch, s, "_stage_short", lambda batch, rej, last: (batch, torch.zeros_like(rej), last))
+    change_arguments(monkeypatch, s, "_stage_short", lambda batch, rej, last: (batch, torch.zeros_like(rej), last))
 
 
 @mutation("prompts get the short first pass")
@@ -133,7 +108,7 @@ def _(monkeypatch, s):
         s.input_buffers.positions[: 2 * n : 2] = s.input_buffers.positions[1 : 2 * n : 2]
         s.input_buffers.input_ids[: 2 * n : 2] = s.input_buffers.input_ids[1 : 2 * n : 2]
 
-    _after(monkeypatch, s, "_load_short", skip_first)
+    after(monkeypatch, s, "_load_short", skip_first)
 
 
 @mutation("no first pass when nothing may be drafted")
@@ -150,7 +125,7 @@ def _(monkeypatch, s):
 @mutation("the loop ends with the first request that stops")
 def _(monkeypatch, s):
     monkeypatch.setattr(s, "_goes_on", lambda: bool((s.round.running[: s.num_reqs_seen] > 0).all()))
-    _after(monkeypatch, s.round, "start", lambda n, *_: setattr(s, "num_reqs_seen", n))
+    after(monkeypatch, s.round, "start", lambda n, *_: setattr(s, "num_reqs_seen", n))
 
 
 @mutation("survival is carried over from the last round")
@@ -168,7 +143,7 @@ def _(monkeypatch, s):
 
 @mutation("scores of the wrong rows")
 def _(monkeypatch, s):
-    _after(monkeypatch, s.round, "observe_pass", lambda k, logits, h: _flip(s.round.scores[: len(logits)]))
+    after(monkeypatch, s.round, "observe_pass", lambda k, logits, h: _flip(s.round.scores[: len(logits)]))
 
 
 @mutation("the rule decides one candidate late")
@@ -181,7 +156,7 @@ def _(monkeypatch, s):
         s.round.scores[:n] = 1.0 if k == 1 else late[:n]
         late[:n] = now
 
-    _after(monkeypatch, s.round, "observe_pass", swap)
+    after(monkeypatch, s.round, "observe_pass", swap)
 
 
 @mutation("the least length is ignored")
@@ -222,22 +197,22 @@ def _(monkeypatch, s):
 
 @mutation("one candidate too many at a request's end")
 def _(monkeypatch, s):
-    _arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, _end_later(s, n, lens), rej, new))
+    change_arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, _end_later(s, n, lens), rej, new))
 
 
 @mutation("stop tokens are ignored")
 def _(monkeypatch, s):
-    _after(monkeypatch, s.round, "start", lambda n, *_: s.round.limits[:n, 2:].fill_(-1))
+    after(monkeypatch, s.round, "start", lambda n, *_: s.round.limits[:n, 2:].fill_(-1))
 
 
 @mutation("a prompt that is not read to its end is drafted for")
 def _(monkeypatch, s):
-    _arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, lens, rej, torch.ones_like(new)))
+    change_arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, lens, rej, torch.ones_like(new)))
 
 
 @mutation("rejected candidates count as verified")
 def _(monkeypatch, s):
-    _arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, lens, torch.zeros_like(rej), new))
+    change_arguments(monkeypatch, s.round, "start", lambda n, lens, rej, new: (n, lens, torch.zeros_like(rej), new))
 
 
 @mutation("the scheduler's own number of candidates is ignored")
@@ -248,7 +223,7 @@ def _(monkeypatch, s):
 
 @mutation("a length one too long is handed over")
 def _(monkeypatch, s):
-    _after(monkeypatch, s, "_note", lambda *_: s.submitted.add_(1))
+    after(monkeypatch, s, "_note", lambda *_: s.submitted.add_(1))
 
 
 @mutation("-1 is handed to the target as an input")
@@ -271,7 +246,7 @@ def _end_later(s: Any, num_reqs: int, seq_lens: torch.Tensor) -> torch.Tensor:
     return seq_lens
 
 
-def _play(tiny: Any, monkeypatch: Any, patch: Patch | None) -> list[int]:
+def _play(tiny: Any, monkeypatch: Any, patch: Callable[..., None] | None) -> list[int]:
     config, speculator = harness.speculator(
         tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH,
         min_speculative_tokens=MIN_LENGTH,

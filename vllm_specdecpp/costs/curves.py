@@ -85,6 +85,7 @@ class Curve:
         self._outliers: list[tuple[int, float]] = []  # width, residual
         self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
         self._table: Array | None = None
+        self._measured: Array  # as the table, every hill believed
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
@@ -97,6 +98,7 @@ class Curve:
             ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
             below = ratio[self._below]
             table = self._start * np.exp(below + self._share * (ratio[self._above] - below))
+            self._measured = table
             wider = np.minimum.accumulate(table[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
             unseen = (1 / (1 + weight))[self._bin]
             self._table = table * (np.maximum(wider, _TINY) / np.maximum(table, _TINY)) ** unseen
@@ -201,9 +203,10 @@ class Curve:
         return Curve({width: value + seconds for width, value in self.points().items()}, self.max_width)
 
     def points(self) -> dict[int, float]:
-        """The curve as it is now, at the measured widths and those seen often since."""
+        """The curve as it was measured and seen, at the measured widths and those seen often since."""
         ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]
-        return {width: self.at(width) for width in sorted({*self.widths, *ends})}
+        self.table()
+        return {width: float(self._measured[width]) for width in sorted({*self.widths, *ends})}
 
 
 def _dense(seconds: list[float], widths: list[int], max_width: int) -> Array:

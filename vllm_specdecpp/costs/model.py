@@ -91,18 +91,17 @@ class CostModel:
         for width in widths[1:]:
             counts[width] = counts.get(width, 0) + 1
         parts += [(self.step, width, count * self.step.at(width)) for width, count in counts.items()]
-        drawing = 0.0  # of the first pass, if its reading is one of the parts
         if widths:
-            first = self.first.at(widths[0])
-            if read:
-                drawing = first - min(first, self.read_seconds(_USUAL * widths[0]))
-            else:
-                parts.append((self.first, widths[0], first))
-        expected = drawing + sum(part for _, _, part in parts)
+            drawing = self.first.at(widths[0])
+            if read:  # its usual reading is one of the parts
+                drawing -= min(drawing, self.read_seconds(_USUAL * widths[0]))
+            parts.append((self.first, widths[0], drawing))
+        expected = sum(part for _, _, part in parts)
         if expected <= 0 or not (math.isfinite(seconds) and seconds > 0):
             return
         for curve, width, part in parts:
-            curve.nudge(width, math.log(seconds / expected), part / expected)
+            if part > 0:
+                curve.nudge(width, math.log(seconds / expected), part / expected)
 
     def read_seconds(self, tokens: int) -> float:
         """Seconds of a draft pass that reads ``tokens``; 0 for none."""

@@ -47,7 +47,9 @@ class CostAwareParams:
     """[max_tokens + 1] float32, of a verification, by tokens; beyond its end the last slope goes on."""
     run_odds: Tensor
     """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position (``device_runs``).
-    The tail does not read it."""
+    The tail does not read it, nor:"""
+    run_shifts: Tensor
+    """[max_reqs] float32, what each request's own runs add to these log-odds."""
     bucket_of: np.ndarray
     """[num_positions + 1] int64: the bucket whose intercepts and mean a position has."""
     packed: Tensor
@@ -77,7 +79,7 @@ class CostAwareParams:
         sizes = {
             "limits": max_reqs, "base": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
             "drift": num_positions, "means": num_positions, "step_seconds": max_reqs + 1,
-            "verify_seconds": max_tokens + 1, "run_odds": 1 + num_positions,
+            "verify_seconds": max_tokens + 1, "run_odds": 1 + num_positions, "run_shifts": max_reqs,
         }  # fmt: skip
         packed = torch.zeros(sum(sizes.values()), device=device)
         parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
@@ -86,7 +88,7 @@ class CostAwareParams:
 
     def load(
         self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any,
-        free_rows: int = 0, runs: Any = None,
+        free_rows: int = 0, runs: Any = None, run_shifts: Any = (),
     ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
@@ -103,6 +105,7 @@ class CostAwareParams:
             verify_seconds: [max_tokens + 1].
             free_rows: candidates of free runs, of all requests together.
             runs: [2 + num_buckets] as ``this``, of a free run's candidates; None: there are none.
+            run_shifts: [num_reqs], or empty: as the attribute.
 
         Raises:
             ValueError: an array of another length.
@@ -131,17 +134,19 @@ class CostAwareParams:
                 np.zeros(max_reqs + 1), [price, this[0], next[0], next[0] / fade], own[:-1], after[:-1],
                 (after[:-1] - own[1:]) / fade, means[self.bucket_of[:-1]], step_seconds[: max_reqs + 1],
                 verify_seconds, theta[:1], theta[1] + theta[2:][self.bucket_of[:-1]],
+                np.zeros(max_reqs),
             ],
             out=values, casting="same_kind",
         )  # fmt: skip
         whole = values[: max_reqs + 1].view(np.int32)
+        values[len(values) - max_reqs :][: len(run_shifts)] = run_shifts
         whole[:num_reqs], whole[max_reqs] = limits, num_reqs + free_rows
         # Pinned anew each time: torch hands the memory out again only once this copy is through.
         self.packed.copy_(host, non_blocking=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to view, of those that the tail reads."""
-        others = ("run_odds", "bucket_of", "packed")
+        others = ("run_odds", "run_shifts", "bucket_of", "packed")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

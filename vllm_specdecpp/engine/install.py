@@ -26,6 +26,7 @@ class SpecDecPPWorkerMixin:
     vllm_config: Any
     device: Any
     model_runner: Any
+    _head_aside: list[Any] = []  # its tensors, on the host, while the engine sleeps
 
     def init_device(self) -> None:
         """Replace the drafter after vLLM has built the model runner and before it loads any weights."""
@@ -90,13 +91,33 @@ class SpecDecPPWorkerMixin:
         """Warm up as vLLM does, then time both models at small widths."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._speculator is not None:
-            logger.info("specdecpp: draft rounds run %s: %s", *self._speculator.how_rounds_run())
+            speculator = self._speculator
+            speculator.log.stats(reset=True)  # vLLM's warm-up drafts, too
+            speculator.log.rounds(clear=True)
+            logger.info("specdecpp: draft rounds run %s: %s", *speculator.how_rounds_run())
+            logger.info("specdecpp: verifications run %s", speculator.how_verified)
         else:
             self._proposer.measure_widths()
             if self.device.type == "cpu":
                 self._pad_target()
         self._drafter.start_cost_aware()
         return times
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM; at level 2, which discards all weights, the head is put aside: vLLM knows nothing of it."""
+        head = self._drafter.head
+        if level == 2 and head is not None:
+            self._head_aside = [t.detach().to("cpu", copy=True) for t in (*head.parameters(), *head.buffers())]
+        super().sleep(level)  # type: ignore[misc]
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM; the head is there again with the weights, where captured graphs look for it."""
+        super().wake_up(tags)  # type: ignore[misc]
+        head = self._drafter.head
+        if self._head_aside and head is not None and (tags is None or "weights" in tags):
+            for tensor, kept in zip((*head.parameters(), *head.buffers()), self._head_aside, strict=True):
+                tensor.data.copy_(kept)
+            self._head_aside = []
 
     def _pad_target(self) -> None:
         """Let the target verify at the cheapest measured width; every rank at the same one."""

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.engine import gpu_defaults
 from vllm_specdecpp.engine.hooks import require_supported
 from vllm_specdecpp.engine.shared import vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
@@ -171,6 +172,15 @@ def _select_model_runner(args: Any, user: Mapping[str, Any], config: SpecDecPPCo
         logger.info("specdecpp: using Model Runner V1 (VLLM_USE_V2_MODEL_RUNNER=0): %s", only_v1)
 
 
+def _may_run_v2(config: SpecDecPPConfig) -> bool:
+    """Whether vLLM may choose Model Runner V2."""
+    import vllm.envs as envs
+    from vllm.triton_utils import HAS_TRITON
+
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    return _needs_v1(config) is None and bool(HAS_TRITON if wanted is None else wanted)
+
+
 def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Once vLLM has chosen: it prefers V1 for some models and options.
 
@@ -210,6 +220,8 @@ def expand(args: Any) -> SpecDecPPConfig | None:
         rule = user.get("rule")
         if pair.head is not None and (rule is None or (rule in RULES and RULES[rule].reads_head)):
             user.setdefault("head", pair.head)
+    if user.get("num_speculative_tokens") is None and gpu_defaults.on_gpu():
+        user["num_speculative_tokens"] = gpu_defaults.default_length(args, user)
     config, passed_on = SpecDecPPConfig.from_speculative_config(
         user, passthrough=[f.name for f in fields(SpeculativeConfig)]
     )
@@ -219,8 +231,6 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     args.additional_config = {**(args.additional_config or {}), ADDITIONAL_CONFIG_KEY: config.to_additional_config()}
     args.worker_cls = _worker_cls()
     _select_model_runner(args, user, config)
-    # Lists of each request's own length are what the scheduler then verifies, on either runner.
-    args.async_scheduling = bool(args.async_scheduling)
     return config
 
 
@@ -279,19 +289,30 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         config = expand(self)
         if config is None:
             return original(self, *args, **kwargs)
-        try:
-            with vocabulary.compared_by_token():
-                vllm_config = original(self, *args, **kwargs)
-        except ValidationError as error:
-            what = f"model={config.model!r} as draft of {self.model!r}"
-            raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
+        scheduling = gpu_defaults.Scheduling(self, config, may_run_v2=_may_run_v2(config))
+
+        def make() -> Any:
+            try:
+                with vocabulary.compared_by_token():
+                    return original(self, *args, **kwargs)
+            except ValidationError as error:
+                if scheduling.take_back(_one_line(error)):
+                    return make()
+                what = f"model={config.model!r} as draft of {self.model!r}"
+                raise ValueError(f"specdecpp: {what}: {_one_line(error)}") from error
+
+        vllm_config = make()
+        if not vllm_config.use_v2_model_runner and scheduling.take_back("vLLM chose Model Runner V1"):
+            vllm_config = make()
         _check_model_runner(self, config, vllm_config)
         draft_layers.keep_alike(vllm_config)
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()
+        gpu_defaults.check_memory(self, vllm_config)
         _announce(config)
+        scheduling.announce()
         return vllm_config
 
     return create_engine_config

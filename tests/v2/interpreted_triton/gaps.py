@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's V2 kernels use and Triton 3.9's interpreter gets wrong."""
+"""What kernels use and Triton 3.9's interpreter gets wrong, or slow."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ def mend() -> None:
     _add_log1p()
     _make_comparisons_bool()
     _make_ranges_tensors()
+    _widen_bfloat16_products()
+    _patch_the_language_once()
 
 
 def _add_log1p() -> None:
@@ -60,3 +63,36 @@ def _make_ranges_tensors() -> None:
         scope.set_attr(language, "range", tensors)
 
     interpreter._patch_lang_core = patch
+
+
+def _widen_bfloat16_products() -> None:
+    """bfloat16 is kept as 16-bit integers, and those would be multiplied; float32 holds each exactly."""
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def widened(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        sides = [self.cast_impl(side, tl.float32) if side.dtype == tl.bfloat16 else side for side in (left, right)]
+        return multiply(self, *sides, *rest)
+
+    builder.create_dot = widened
+
+
+def _patch_the_language_once() -> None:
+    """Every launch, and every call of a device function, patches triton.language anew: most of all time."""
+    patch_language = interpreter._patch_lang
+    patched: set[frozenset[str]] = set()
+
+    def patch(function: Any) -> Any:
+        modules = _languages(function)
+        if modules not in patched:
+            patch_language(function)
+            patched.add(modules)
+        return interpreter._LangPatchScope()  # nothing to restore: nothing is compiled in this process
+
+    interpreter._patch_lang = patch
+
+
+@functools.cache
+def _languages(function: Any) -> frozenset[str]:
+    """The modules by which a kernel reaches the language."""
+    return frozenset(name for name, value in function.__globals__.items() if value is tl or value is tl.core)

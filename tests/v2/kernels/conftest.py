@@ -11,7 +11,6 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.v2.kernels import element_guard, interpreter_mends
+from tests.v2.kernels import element_guard
 
-interpreter_mends.install()
 element_guard.install()

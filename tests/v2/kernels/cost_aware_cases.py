@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -131,13 +132,13 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
     )  # fmt: skip
 
 
-def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
+def check_rounds(launch: Any, case: Case, seeds: Iterable[int] = range(6)) -> Counter[str]:
     """Run rounds by ``launch`` and by the oracle; after each step all must agree. Returns what was met how often.
 
     A step whose decision hangs on less than float32 tells apart is not compared; the oracle's state goes on from there.
     """
     met: Counter[str] = Counter()
-    for seed in range(seeds):
+    for seed in seeds:
         rng = np.random.default_rng(1000 + seed)
         round_ = make_round(case, rng)
         oracle = oracle_of(round_)
@@ -156,6 +157,15 @@ def check_rounds(launch: Any, case: Case, seeds: int = 6) -> Counter[str]:
             _compare(a, oracle, made, token_ids, step, f"{case} seed {seed} step {step}")
             met += _events(running, made)
     return met
+
+
+def check_small(launch: Any, seeds: int = 3) -> None:
+    """All that a planted bug must fail: every case of few requests once, then again; most bugs show soon."""
+    check_free(launch)
+    for seed in range(seeds):
+        for case in CASES:
+            if case.num_reqs <= 16:
+                check_rounds(launch, case, [seed])
 
 
 def check_free(launch: Any) -> None:

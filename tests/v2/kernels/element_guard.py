@@ -36,7 +36,10 @@ def install() -> None:
         try:
             return launch(self, *args, **kwargs)
         except InterpreterError as error:
-            raise error.__cause__ if isinstance(error.__cause__, OutOfBounds) else error from None
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OutOfBounds):  # each device function wraps it once more
+                cause = cause.__cause__
+            raise cause or error from None
         finally:
             _elements = outer
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""suffix_match and one_hot_rows, and their twins: what Model Runner V1 finds, and what it tells the rejection sampler."""
+"""suffix_match and one_hot_rows, and their twins."""
 
 from __future__ import annotations
 

@@ -30,13 +30,14 @@ def take_rows(matches: Tensor, limits: Tensor, max_length: int, params: CostAwar
         matches: [num_reqs] whole numbers, tokens that match before each request's run; 0: it has none.
         limits: [num_reqs] int32, candidates at most.
         max_length: K, the longest run.
-        params: of the round; ``run_odds`` and ``verify_seconds`` are read.
+        params: of the round; ``run_odds``, ``run_shifts`` and ``verify_seconds`` are read.
     """
     num_reqs, device = len(matches), matches.device
     steps = torch.arange(max_length, device=device)
     there = (steps < limits[:, None]) & (matches[:, None] > 0)  # [num_reqs, K]
     x = (matches[:, None] + steps).clamp(min=1).float().log()
     odds = params.run_odds[0] * x + params.run_odds[2 : 2 + max_length]  # position 0 is nobody's
+    odds = odds + params.run_shifts[:num_reqs, None]
     accept = torch.where(there, odds.clamp(-30, 30).sigmoid(), 0.0)
     reach = accept.cumprod(dim=1)
     chance, order = reach.flatten().sort(descending=True, stable=True)  # [num_reqs * K]

@@ -87,7 +87,7 @@ class CostAwareRound:
             this=acceptance.this.theta, next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
             step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
             verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
-            runs=self.rule.free_runs.theta,
+            runs=self.rule.free_runs.theta, run_shifts=[self.rule.free_runs.shift(name) for name in self.request_ids],
         )  # fmt: skip
 
     def fill(self, report: Report) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,10 @@ Counts = NDArray[np.int64]
 
 _MEMORY = 500.0
 """Observed candidates after which an old one counts 1/e: texts that repeat themselves come and go."""
+_OWN, _OWN_MEMORY = 2.0, 30.0
+"""Accepted candidates of a request that weigh as much as all others' do, and how many observed ones it remembers."""
+_MAX_REQUESTS = 1024
+"""That are remembered; the one seen longest ago is forgotten."""
 
 
 @dataclass
@@ -52,12 +58,16 @@ class FreeRuns:
 
     A candidate's chance is that of all before it too, so what is taken of a run begins at its start.
 
+    The same match means more in code than in chat: a request's own runs shift its log-odds by the logarithm of accepted
+    over expected.
+
     Args:
         sources: whose runs they are.
     """
 
     def __init__(self, sources: Sequence[RunSource] = ()) -> None:
         self.models = {source.name: OnlineLogistic(*source.start, memory=_MEMORY) for source in sources}
+        self._own: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request -> expected, accepted
         self.candidates, self.accepted = dict.fromkeys(self.models, 0), dict.fromkeys(self.models, 0)
         self._promised: dict[str, tuple[int, float]] = {}  # request id -> rows and accepted ones of the last report
 
@@ -66,10 +76,13 @@ class FreeRuns:
         """[2 + num_buckets] what a device estimates chances by: it has one source."""
         return next((model.theta for model in self.models.values()), None)
 
-    def take(self, runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel) -> Taken:
+    def take(
+        self, request_ids: Sequence[str], runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel
+    ) -> Taken:  # fmt: skip
         """Choose for a round.
 
         Args:
+            request_ids: of the batch.
             runs: [num_reqs] what the sources propose for each request; empty: nothing for anybody.
             limits: [num_reqs] candidates at most.
             costs: the cost model.
@@ -81,7 +94,7 @@ class FreeRuns:
         for index, (proposed, limit) in enumerate(zip(runs, limits.tolist(), strict=bool(runs))):
             best, best_sum = None, 0.0
             for run in proposed:
-                reach = np.cumprod(self.chances(run)[:limit])
+                reach = np.cumprod(self.chances(run, request_ids[index])[:limit])
                 if float(reach.sum()) > best_sum:
                     best, best_sum, taken.runs[index] = reach, float(reach.sum()), run
             if best is not None:
@@ -119,24 +132,51 @@ class FreeRuns:
         """
         rows = zip(matches.tolist(), lengths.tolist(), strict=True)
         name = next(iter(self.models))
-        runs = [Run(name, [], x_of(match, length)) if length else None for match, length in rows]
+        runs = [Run(name, [], x_of(match, max(length, 1))) if match else None for match, length in rows]
         self._promised = dict(zip(request_ids, zip(lengths.tolist(), accepted.tolist(), strict=True), strict=True))
         return Taken(runs, lengths, accepted)
 
-    def chances(self, run: Run) -> Array:
-        """[length] that each candidate is accepted if all before it are."""
-        return sigmoid(self.models[run.source].log_odds(run.x, bucket(np.arange(1, len(run.x) + 1))))
+    def chances(self, run: Run, request_id: str = "") -> Array:
+        """[length] that each candidate is accepted if all before it are; without ``request_id`` of any request."""
+        log_odds = self.models[run.source].log_odds(run.x, bucket(np.arange(1, len(run.x) + 1)))
+        return sigmoid(log_odds + self.shift(request_id))
 
-    def learn(self, taken: Taken, verified: Sequence[int | None], accepted: Sequence[int], adapt: bool = True) -> None:
+    def shift(self, request_id: str) -> float:
+        """What a request's own runs add to the log-odds of its candidates."""
+        expected, accepted = self._own.get(request_id, (0.0, 0.0))
+        return math.log((accepted + _OWN) / (expected + _OWN))
+
+    def learn(
+        self, request_ids: Sequence[str], taken: Taken, verified: Sequence[int | None], accepted: Sequence[int],
+        adapt: bool = True,
+    ) -> None:  # fmt: skip
         """A round has been verified; arguments as in :meth:`.CostAwareRule.finish`."""
-        for run, length, seen, won in zip(taken.runs, taken.lengths.tolist(), verified, accepted, strict=True):
-            if run is None or seen is None or not min(length, seen):
+        for name, run, length, seen, won in zip(
+            request_ids, taken.runs, taken.lengths.tolist(), verified, accepted, strict=True
+        ):
+            if run is None or seen is None:
+                continue
+            expected, own = self._own.get(name, (0.0, 0.0))
+            if not length:  # not worth its rows: it is to be tried again some day
+                if adapt:
+                    self.models[run.source].rest()
+                keep = math.exp(-1 / _MEMORY)
+                if name in self._own:
+                    self._own[name] = keep * expected, keep * own
+                continue
+            if not seen:  # a grammar cut it, or there was no room: that tells of this request alone
+                self._own[name] = expected + float(self.chances(run)[0]), own
                 continue
             num_seen, num_won = min(length, seen), min(length, seen, max(won, 0))
             self.candidates[run.source] += num_seen
             self.accepted[run.source] += num_won
+            observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
+            keep = math.exp(-observed / _OWN_MEMORY)
+            self._own.pop(name, None)
+            self._own[name] = keep * expected + float(self.chances(run)[:observed].sum()), keep * own + num_won
+            if len(self._own) > _MAX_REQUESTS:
+                self._own.popitem(last=False)
             if adapt:
-                observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
                 labels = (np.arange(observed) < num_won).astype(np.float64)
                 self.models[run.source].update(run.x[:observed], bucket(np.arange(1, observed + 1)), labels)
 

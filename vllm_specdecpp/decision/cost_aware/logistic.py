@@ -145,6 +145,13 @@ class OnlineLogistic:
         if x:
             self._step(len(x), w, wx, wxx, miss, miss_x)
 
+    def rest(self) -> None:
+        """Nothing was observed where something might have been: what was learnt fades as by one observation."""
+        keep = math.exp(-1 / self._memory)
+        self._w, self._wx = [keep * x for x in self._w], [keep * x for x in self._wx]
+        self._wxx *= keep
+        self.theta = np.array(self._prior) + keep * (self.theta - np.array(self._prior))
+
     def _step(
         self, n: int, w: list[float], wx: list[float], wxx: float, miss: list[float], miss_x: float
     ) -> None:  # fmt: skip

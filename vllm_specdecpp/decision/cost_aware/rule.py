@@ -104,10 +104,12 @@ class CostAwareRule:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
         names = [s.request_id for s in batch]
-        seen = runs is not None
-        free = self.free_runs.take(runs, limits, self.costs) if seen else self.free_runs.promised(names, limits)
+        unseen = runs is None
+        free = self.free_runs.promised(names, limits)
+        if runs is not None:
+            free = self.free_runs.take(names, runs, limits, self.costs)
         admitted = self.admission.plan(batch, self.costs, self.purse, free)
-        taken = free.without(admitted.drafts) if seen else None
+        taken = None if unseen else free.without(admitted.drafts)
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken)
 
     def finish(
@@ -142,19 +144,21 @@ class CostAwareRule:
         num_tokens = num_reqs + int(submitted.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
-        # An outcome that is not known counts as what was expected of it.
-        tokens = num_reqs + float(np.where(known, wins, round_.expected + round_.free.accepted).sum())
+        # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
+        base = num_reqs + float(round_.free.accepted.sum())
+        drafted = np.where(round_.drafts, wins, 0)
+        tokens = base + float(np.where(known, drafted, round_.expected).sum())
         admitted = round_.admitted
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         if round_.widths:
             if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (num_reqs + int(wins.sum())) / admitted.baseline)
+                self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
             self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, known, np.where(round_.drafts, lengths, 0), wins)
-        self.free_runs.learn(round_.free, verified, accepted, self.adapt)
+        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, self.adapt)
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)

@@ -51,11 +51,13 @@ class Run:
     x: NDArray[np.float64]  # [length]
 
 
-def propose(sources: Sequence[RunSource], tokens: Tokens, most: int) -> list[Run]:
-    """What each source proposes for a request: arguments as in :meth:`RunSource.run`."""
+def propose(sources: Sequence[RunSource], tokens: Tokens, most: int, stop_token_ids: Sequence[int] = ()) -> list[Run]:
+    """What each source proposes for a request: arguments as in :meth:`RunSource.run`; a stop token ends a run."""
     runs = []
     for source in sources:
         token_ids, x = source.run(tokens, most)
+        if len(stop_token_ids) and len(ends := np.flatnonzero(np.isin(token_ids, stop_token_ids))):
+            token_ids, x = token_ids[: ends[0] + 1], x[: ends[0] + 1]
         if len(token_ids):
             runs.append(Run(source.name, token_ids.tolist(), x))
     return runs

@@ -79,7 +79,8 @@ class CostAwareDrafting:
             runs: list[list[Run]] = []
             if tokens is not None and self.rule.sources:
                 most = [min(s.limit, self.rule.max_length) for s in batch]
-                runs = [propose(self.rule.sources, tokens(i), n) if n else [] for i, n in enumerate(most)]
+                stops = [[]] * len(batch) if stop_token_ids is None else stop_token_ids.tolist()
+                runs = [propose(self.rule.sources, tokens(i), n, stops[i]) if n else [] for i, n in enumerate(most)]
             self._round = self.rule.begin(batch, runs)
             self._round.load(self.tail.params)
         self.tail.params.packed.copy_(self._agree(self.tail.params.packed))

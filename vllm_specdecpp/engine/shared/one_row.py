@@ -3,12 +3,15 @@
 
 vLLM pads a prompt that is cached but for one token to ``1 + num_speculative_tokens`` rows with drafts that nobody made,
 so that every request of a step has as many. Ours have different lengths anyway; so the rows are of no use, and vLLM's
-counters book the drafts. With a table of lengths by batch size it does not pad: here one that says the same everywhere.
+counters book the drafts. With a table of lengths by batch size it does not pad: here one that says the same everywhere,
+or, where drafts are booked before they are made, less for batches that would book too much.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from vllm_specdecpp.engine.shared.logits_memory import lengths_by_batch
 
 
 def schedule_one_row(vllm_config: Any) -> None:
@@ -18,5 +21,9 @@ def schedule_one_row(vllm_config: Any) -> None:
     """
     speculative = vllm_config.speculative_config
     if speculative.num_speculative_tokens_per_batch_size is None:
-        widest = vllm_config.scheduler_config.max_num_seqs
-        speculative.num_speculative_tokens_per_batch_size = [(1, widest, speculative.num_speculative_tokens)]
+        scheduler, longest = vllm_config.scheduler_config, speculative.num_speculative_tokens
+        speculative.num_speculative_tokens_per_batch_size = (
+            lengths_by_batch(scheduler.max_num_seqs, longest, scheduler.max_num_batched_tokens)
+            if scheduler.async_scheduling
+            else [(1, scheduler.max_num_seqs, longest)]
+        )

@@ -83,12 +83,15 @@ class DeviceFreeRuns:
         tokens = self._speculator.runner.req_states.all_token_ids.gpu
         self.match(tokens, states, last, limits, starts=starts, matches=matches)
         num_steps = self._candidates.shape[1]
-        self._taken = take_rows(matches, limits, num_steps, tail.params)
-        lengths = torch.where(tail.drafts[rows] > 0, 0, self._taken.lengths)
-        steps = torch.arange(num_steps, device=lengths.device)
+        steps = torch.arange(num_steps, device=tokens.device)
         # A run that comes to the last token goes on as a loop.
         at = starts[:, None] + steps % (last + 1 - starts).clamp(min=1)[:, None]
         run = tokens[states.long()[:, None], at.clamp(max=tokens.shape[1] - 1)].long()
+        # A stop token ends a run.
+        stops = (run[:, :, None] == state.stop_token_ids[rows][:, None, :]).any(dim=2)  # [num_reqs, num_steps]
+        room = torch.where(stops.any(dim=1), stops.int().argmax(dim=1) + 1, num_steps).int()
+        self._taken = take_rows(matches, torch.minimum(limits, room), num_steps, tail.params)
+        lengths = torch.where(tail.drafts[rows] > 0, 0, self._taken.lengths)
         self._candidates[rows] = self._speculator.agree(torch.where(steps < lengths[:, None], run, -1))
         tail.params.base.add_((self._candidates[rows] >= 0).sum())
 

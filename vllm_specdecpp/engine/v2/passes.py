@@ -46,7 +46,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         # Our own estimates size the verification, where vLLM would fit a model of its own.
         self.use_acceptance_estimator = False
         confidences = self.draft_token_confidence_probs if self.enable_adaptive_verification else None
-        self.round = DeviceRound(self.draft_tokens, confidences, self.agree)
+        self.round = DeviceRound(self.draft_tokens, confidences, self.agree if self._num_ranks > 1 else None)
         self._short_tokens = torch.zeros(self.max_num_reqs, SHORT, dtype=torch.int32, device=device)
         self._writing = torch.full_like(self.idx_mapping, -1)  # [max_num_reqs] request state, -1 where no KV is written
         self._step = 1
@@ -109,7 +109,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
             step=step,  # tokens beyond what the target has read: the one that it emitted, and step - 1 candidates
         )
 
-    def _eager_pass(self, input_batch: Any, query_len: int, skip_attn: bool) -> None:
+    def _eager_pass(self, input_batch: Any, query_len: int, skip_attn: bool = False) -> None:
         """Run a loaded pass with attention metadata of its own."""
         num_reqs, metadata, slot_mappings = input_batch.num_reqs, None, None
         if not skip_attn:
@@ -198,5 +198,5 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
-        token_ids = self.agree(super().sample_draft(*args, **kwargs).long())
+        token_ids = super().sample_draft(*args, **kwargs).long()
         return self.round.append_drawn(token_ids, self._logits)

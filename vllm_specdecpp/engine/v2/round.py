@@ -32,22 +32,23 @@ class DeviceRound(DraftRound):
         draft_tokens: [max_num_reqs, num_speculative_steps] int64, where the candidates go; -1 after a request's last.
         confidences: [max_num_reqs, num_speculative_steps] float32, or None: estimated P(candidate k accepted), 0 where
             none was submitted (``DraftModelSpeculator.draft_token_confidence_probs``).
-        agree: gives rank 0's tensor on every rank.
+        agree: gives rank 0's tensor on every rank; None where there is only one.
     """
 
     def __init__(
         self,
         draft_tokens: torch.Tensor,
         confidences: torch.Tensor | None = None,
-        agree: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         max_num_reqs, device = draft_tokens.shape[0], draft_tokens.device
         self.limits = torch.zeros(max_num_reqs, COLUMNS, dtype=torch.int64, device=device)  # BatchRequests.table
         self.next_positions = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)  # of the target's last token
         super().__init__(
-            FixedRule(), torch.zeros(max_num_reqs, dtype=torch.int32, device=device), agree=agree,
+            FixedRule(), torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
             stop_token_ids=self.limits[:, 2:], draft_tokens=draft_tokens, threshold_tail=threshold_tail,
         )  # fmt: skip
+        self.agree_drawn = agree
         self.confidences = confidences
         self._summary = {name: torch.zeros_like(self.survival) for name in SUMMARY}
         self._argmax = torch.zeros_like(self.token_ids)
@@ -64,6 +65,18 @@ class DeviceRound(DraftRound):
                 f"specdecpp: {no_device_tail(rule.name)}; set VLLM_USE_V2_MODEL_RUNNER=0, or choose another rule"
             )
         super().set_rule(rule, min_length)
+
+    def warm(self) -> None:
+        """Compile what decides for batches of every size, between two rounds: nothing is compiled in service."""
+        if not isinstance(self.rule, CostAwareTail):
+            return  # one kernel serves all sizes
+        most, size = len(self.running), 1
+        while size < 2 * most:
+            self.begin()
+            self._scored = True
+            self.append(self.token_ids[: min(size, most)], slice(min(size, most)))
+            size *= 2
+        self.begin()
 
     def start(
         self,
@@ -129,6 +142,11 @@ class DeviceRound(DraftRound):
             [num_reqs] the column of ``draft_tokens``: candidate k, or -1.
         """
         rows = slice(len(token_ids))
+        if self.agree_drawn is not None:
+            # One broadcast a pass: what was scored before the draw, and the draw.
+            packed = torch.stack((token_ids, self.scores[rows].view(torch.int32).long()))  # [2, num_reqs]
+            token_ids, scores = self.agree_drawn(packed)
+            self.scores[rows] = scores.int().view(torch.float32)
         logprobs = None
         if "drawn_logprob" in self._kept:
             # Relative to the largest, whose probability is known.

@@ -30,6 +30,7 @@ from vllm_specdecpp.costs.model import Points
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import StopRule
+from vllm_specdecpp.engine.gpu_defaults import memory_of
 from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
 from vllm_specdecpp.engine.v2 import timing
@@ -80,6 +81,17 @@ class SpecDecPPSpeculator(CapturedRounds):
         vocabulary.fit_buffers(self)
         self.run_sources = [name for name in config.run_sources if name in ON_DEVICE]
         self.runs = DeviceFreeRuns(self) if self.run_sources else None
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; nothing is known of a new KV cache's blocks."""
+        super().set_attn(*args, **kwargs)
+        self.gaps = DraftKVGaps(self)
+
+    def start_cost_aware(self) -> None:
+        """See :meth:`Drafter.start_cost_aware`; nothing is compiled in service."""
+        if self.cost_aware is None:
+            self.round.warm()
+        super().start_cost_aware()
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
@@ -138,7 +150,6 @@ class SpecDecPPSpeculator(CapturedRounds):
         if (costs := self._costs_in_force(dummy_run)) is not None:
             costs.verified(request_ids, input_batch.is_prefilling_np.tolist(), num_sampled, num_rejected)
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        # vLLM's warm-up needs every kernel once, not K_max equal passes.
         bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
         limits = self.requests.table(request_ids, bound, self._longest)
         beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
@@ -150,10 +161,10 @@ class SpecDecPPSpeculator(CapturedRounds):
             self._num_proposals += 1
             self.seeds.add_(self._num_proposals * _SEED_STEP % 2**63)
         self.round.start(num_reqs, input_batch.seq_lens, num_rejected, num_sampled)
+        if is_profile and self.device.type == "cuda":
+            memory_of(self.vllm_config).hold(self.device)
         if dummy_run:
-            longest = int(limits[:, 0].max())
-            self.open()
-            self._draft(input_batch, num_rejected, last_sampled, longest, dummy_run, skip_attn_for_dummy_run)
+            self._dummy_round(input_batch, num_rejected, last_sampled, skip_attn_for_dummy_run)
             return self.draft_tokens[:num_reqs].clamp(min=0)
         self.gaps.arrive(input_batch, self.requests.take_arrived())
         if self.runs is not None:
@@ -267,29 +278,49 @@ class SpecDecPPSpeculator(CapturedRounds):
         room: list[int] = np.where(in_prompt, 0, limits[:, 0]).tolist()
         return room
 
+    def _dummy_round(
+        self, input_batch: Any, num_rejected: torch.Tensor, last_sampled: torch.Tensor, skip_attn: bool
+    ) -> None:
+        """What vLLM asks for to measure memory, to compile, and to learn what a round costs: no KV is written."""
+        if not skip_attn and (size := self._graph_size(input_batch.num_reqs)) is not None:
+            self.prepare_round(size, self.num_speculative_steps)
+            self.replay_alone(size, self.num_speculative_steps)
+            return
+        self.open()
+        self._step = 1
+        self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, skip_attn, None)
+        # Every kernel once, not K_max equal passes.
+        self._later_passes(input_batch, min(2, self.num_speculative_steps), skip_attn)
+
+    def _graph_size(self, num_reqs: int) -> int | None:
+        """Batch size of the captured rounds that serve so many requests; None if there are none."""
+        return None if self.graphs is None else self.graphs.size_for(num_reqs)
+
     def _draft(
-        self,
-        input_batch: Any,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
-        max_length: int,
-        dummy_run: bool = False,
-        skip_attn: bool = False,
+        self, input_batch: Any, num_rejected: torch.Tensor, last_sampled: torch.Tensor, max_length: int
     ) -> int | None:
         """The draft loop; returns how many passes of the draft model it ran, None if only the device knows.
 
         The first pass runs even if nothing may be drafted: it keeps the draft model's KV up to date.
         """
         self._step = 1
-        if dummy_run or not self._can_read_short(input_batch):
-            self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, skip_attn, None)
+        size = self._graph_size(input_batch.num_reqs)
+        is_short = self._can_read_short(input_batch)
+        if not is_short:
+            self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, False, None)
         else:
             self._stage_short(input_batch, num_rejected, last_sampled)
-            if self.graphs is not None and (size := self.graphs.size_for(input_batch.num_reqs)) is not None:
-                self._refresh_first_pass(size, input_batch.seq_lens_cpu_upper_bound)
-                return self.graphs.replay(size, max_length)
-            self._load_short(input_batch.num_reqs)
-            self._eager_pass(input_batch, SHORT, skip_attn)
+            if size is not None:
+                self.refresh_first_pass(size, input_batch.seq_lens_cpu_upper_bound)
+            else:
+                self._load_short(input_batch.num_reqs)
+                self._eager_pass(input_batch, SHORT)
+        if self.graphs is not None and size is not None:
+            return self.graphs.replay(size, max_length, first=is_short)
+        return self._later_passes(input_batch, max_length)
+
+    def _later_passes(self, input_batch: Any, max_length: int, skip_attn: bool = False) -> int:
+        """Passes 2, 3, ... without graphs; returns how many passes were run, the first one among them."""
         for step in range(2, max_length + 1):
             if not self._goes_on():
                 return step - 1
