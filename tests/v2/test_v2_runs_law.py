@@ -43,7 +43,8 @@ class Batch:
         self.runs.match, self.runs.make_certain = suffix_match_torch, one_hot_rows_torch
         if plant is not None:
             plant(self.runs)
-        tail = CostAwareTail(_Given(), NUM_REQS, LENGTH, 4 * NUM_REQS, "cpu")
+        given: Any = _Given()
+        tail = CostAwareTail(given, NUM_REQS, LENGTH, 4 * NUM_REQS, "cpu")
         device.set_rule(tail, 1)
         device.limits[:, 0] = torch.randint(0, LENGTH + 1, (NUM_REQS,))
         device.limits[:, 1], device.limits[:, 2:] = 100, -1
@@ -63,7 +64,7 @@ class Batch:
         for step, q in enumerate(draft, 1):
             logits = q.repeat(NUM_REQS, 1)
             drawn = torch.multinomial(q.softmax(-1), NUM_REQS, replacement=True) if probabilistic else logits.argmax(1)
-            device.rule.estimator.scores = torch.full((NUM_REQS,), 0.9)
+            given.scores = torch.full((NUM_REQS,), 0.9)
             device.observe_pass(step, logits, logits)
             device.append_drawn(drawn, logits)
             if self.speculator.draft_logits is not None:  # vLLM keeps those of all rows
@@ -105,6 +106,7 @@ def test_any_mix_follows_the_law(probabilistic):
         assert batch.round.draft_tokens[row].tolist() == again + [-1] * (LENGTH - length)
         # What vLLM's adaptive verification sizes the verification by.
         chances = 1 / (1 + np.exp(1 - 1.9 * np.log(match + np.arange(length))))
+        assert batch.round.confidences is not None
         assert batch.round.confidences[row, :length].tolist() == pytest.approx(chances.tolist(), rel=1e-5)
 
 
