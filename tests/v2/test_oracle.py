@@ -54,17 +54,18 @@ def test_rule_changes_between_rounds(tiny):
 def test_every_rank_drafts_what_rank_0_says(tiny, monkeypatch):
     """A rank whose own scores say "go on" stops with rank 0; what it would have drawn is replaced as well."""
     config, speculator = harness.speculator(tiny, rule="confidence", threshold=0.9, num_speculative_tokens=4)
-    sent: list[torch.dtype] = []
+    sent: list[tuple[int, ...]] = []
 
     class Rank1:
         def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
             assert src == 0
-            sent.append(tensor.dtype)
-            return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+            sent.append(tuple(tensor.shape))
+            token_ids, scores = tensor  # one message a pass
+            return torch.stack((token_ids, torch.zeros_like(scores)))  # the bits of 0.0
 
     monkeypatch.setattr("vllm_specdecpp.engine.shared.drafter.get_tp_group", Rank1)
     speculator._num_ranks = 2
     always = Stops(threshold=-1.0)  # rank 0's scores are 0: no draft outlives its first candidate
     lengths = Play(speculator, config, always, seed=2).run(num_steps=20)
     assert set(lengths) == {0, 1}
-    assert sent.count(torch.float32) == sent.count(torch.int64) >= 8
+    assert len(sent) >= 8
