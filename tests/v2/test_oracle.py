@@ -65,6 +65,7 @@ def test_every_rank_drafts_what_rank_0_says(tiny, monkeypatch):
 
     monkeypatch.setattr("vllm_specdecpp.engine.shared.drafter.get_tp_group", Rank1)
     speculator._num_ranks = 2
+    speculator.round.agree_drawn = speculator.agree
     always = Stops(threshold=-1.0)  # rank 0's scores are 0: no draft outlives its first candidate
     lengths = Play(speculator, config, always, seed=2).run(num_steps=20)
     assert set(lengths) == {0, 1}
