@@ -89,7 +89,10 @@ def expected(tiny, adapters):
 def started(tiny, expected, tmp_path_factory):
     """An engine with the default rule, and what was seen of its start; only one engine can live at a time."""
     seen: dict[str, Any] = {"dummies": Counter(), "mappings": []}
-    config = {"method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": 4, "trace_rounds": 10_000}
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "sources": ["draft_model"], "num_speculative_tokens": 4,
+        "trace_rounds": 10_000,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         from vllm.lora.worker_manager import WorkerLoRAManager
 
