@@ -106,7 +106,7 @@ def _check(module: Any) -> None:
         threshold_cases.check_rounds(module.threshold_tail, drafted)
     for seed in range(5):
         check_following(module, seed)
-    cost_aware_cases.check_small(module.cost_aware_tail, seeds=5)
+    cost_aware_cases.check_small(module.cost_aware_tail)
 
 
 MUTATIONS = [

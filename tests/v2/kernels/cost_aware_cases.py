@@ -159,7 +159,7 @@ def check_rounds(launch: Any, case: Case, seeds: Iterable[int] = range(6)) -> Co
     return met
 
 
-def check_small(launch: Any, seeds: int = 3) -> None:
+def check_small(launch: Any, seeds: int = 5) -> None:
     """All that a planted bug must fail: every case of few requests once, then again; most bugs show soon."""
     check_free(launch)
     for seed in range(seeds):
