@@ -98,6 +98,19 @@ def test_a_source_that_was_left_is_tried_again() -> None:
     assert np.mean(lengths[50:200]) < 0.15 and lengths[-1] == 3
 
 
+def test_a_large_batch_that_leaves_its_runs_forgets_no_faster_than_one_request(monkeypatch) -> None:
+    monkeypatch.setattr("vllm_specdecpp.decision.cost_aware.free_runs._MAX_REQUESTS", 20)
+    run, model, theta = run_of([-6.0]), costs({1: 0.1, 200: 40.0}), []
+    for num in (1, 30):
+        free, names = FreeRuns([Toy()]), [f"{num}-{i}" for i in range(num)]
+        free.models["toy"].theta[1] = -1.0
+        taken = free.take(names, [[run]] * num, np.full(num, 1), model)
+        free.learn(names, taken, [0] * num, [0] * num)
+        theta.append(float(free.models["toy"].theta[1]))
+        assert not taken.lengths.any() and len(free._own) <= 20
+    assert -1.0 < theta[0] == theta[1] < -0.99
+
+
 def test_a_run_that_a_grammar_cuts_counts_against_its_request_alone() -> None:
     free, run, model = FreeRuns([Toy()]), run_of([1.0, 1.0]), costs({1: 0.1, 200: 4.0})
     theta = free.models["toy"].theta.copy()

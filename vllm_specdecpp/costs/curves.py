@@ -85,24 +85,27 @@ class Curve:
         self._outliers: list[tuple[int, float]] = []  # width, residual
         self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
         self._table: Array | None = None
-        self._measured: Array  # as the table, every hill believed
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
         if self._table is None:
-            (weight, own), (near_weight, near) = self._state
-            drift = float(own.sum()) / (float(weight.sum()) + _SHRINK)
-            nearby = (near + _SHRINK * drift) / (near_weight + _SHRINK)
-            shrink = _SHRINK + self._wide * near_weight
-            ratio = (own + shrink * nearby) / (weight + shrink)
-            ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
-            below = ratio[self._below]
-            table = self._start * np.exp(below + self._share * (ratio[self._above] - below))
-            self._measured = table
-            wider = np.minimum.accumulate(table[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
-            unseen = (1 / (1 + weight))[self._bin]
-            self._table = table * (np.maximum(wider, _TINY) / np.maximum(table, _TINY)) ** unseen
+            seen = self._as_seen()
+            wider = np.minimum.accumulate(seen[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
+            unseen = (1 / (1 + self._state[0, 0]))[self._bin]
+            self._table = seen * (np.maximum(wider, _TINY) / np.maximum(seen, _TINY)) ** unseen
         return self._table
+
+    def _as_seen(self) -> Array:
+        """:meth:`table` with every hill believed."""
+        (weight, own), (near_weight, near) = self._state
+        drift = float(own.sum()) / (float(weight.sum()) + _SHRINK)
+        nearby = (near + _SHRINK * drift) / (near_weight + _SHRINK)
+        shrink = _SHRINK + self._wide * near_weight
+        ratio = (own + shrink * nearby) / (weight + shrink)
+        ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
+        below = ratio[self._below]
+        seen: Array = self._start * np.exp(below + self._share * (ratio[self._above] - below))
+        return seen
 
     def freshness(self, width: int) -> float:
         """Weight of the real steps in this width's bin, in steps; old ones count less."""
@@ -205,8 +208,8 @@ class Curve:
     def points(self) -> dict[int, float]:
         """The curve as it was measured and seen, at the measured widths and those seen often since."""
         ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]
-        self.table()
-        return {width: float(self._measured[width]) for width in sorted({*self.widths, *ends})}
+        seen = self._as_seen()
+        return {width: float(seen[width]) for width in sorted({*self.widths, *ends})}
 
 
 def _dense(seconds: list[float], widths: list[int], max_width: int) -> Array:

@@ -151,6 +151,7 @@ class FreeRuns:
         adapt: bool = True,
     ) -> None:  # fmt: skip
         """A round has been verified; arguments as in :meth:`.CostAwareRule.finish`."""
+        left, observed_of = set(), set()  # sources
         for name, run, length, seen, won in zip(
             request_ids, taken.runs, taken.lengths.tolist(), verified, accepted, strict=True
         ):
@@ -158,27 +159,33 @@ class FreeRuns:
                 continue
             expected, own = self._own.get(name, (0.0, 0.0))
             if not length:  # not worth its rows: it is to be tried again some day
-                if adapt:
-                    self.models[run.source].rest()
+                left.add(run.source)
                 keep = math.exp(-1 / _MEMORY)
-                if name in self._own:
-                    self._own[name] = keep * expected, keep * own
+                self._remember(name, keep * expected, keep * own)
                 continue
             if not seen:  # a grammar cut it, or there was no room: that tells of this request alone
-                self._own[name] = expected + float(self.chances(run)[0]), own
+                self._remember(name, expected + float(self.chances(run)[0]), own)
                 continue
             num_seen, num_won = min(length, seen), min(length, seen, max(won, 0))
             self.candidates[run.source] += num_seen
             self.accepted[run.source] += num_won
             observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
             keep = math.exp(-observed / _OWN_MEMORY)
-            self._own.pop(name, None)
-            self._own[name] = keep * expected + float(self.chances(run)[:observed].sum()), keep * own + num_won
-            if len(self._own) > _MAX_REQUESTS:
-                self._own.popitem(last=False)
+            self._remember(name, keep * expected + float(self.chances(run)[:observed].sum()), keep * own + num_won)
+            observed_of.add(run.source)
             if adapt:
                 labels = (np.arange(observed) < num_won).astype(np.float64)
                 self.models[run.source].update(run.x[:observed], bucket(np.arange(1, observed + 1)), labels)
+
+        if adapt:  # once a round, however many requests there are
+            for source in left - observed_of:
+                self.models[source].rest()
+
+    def _remember(self, request_id: str, expected: float, accepted: float) -> None:
+        self._own.pop(request_id, None)
+        self._own[request_id] = expected, accepted
+        if len(self._own) > _MAX_REQUESTS:
+            self._own.popitem(last=False)
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON."""

@@ -9,7 +9,7 @@ of different lengths, which vLLM's scheduler and rejection sampler take as they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,12 +116,17 @@ class SpecDecPPProposer(DraftPasses):
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
             missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
 
+            @cache
+            def on_host() -> tuple[Tokens, Tokens]:
+                return target_token_ids.cpu().numpy(), next_token_ids.cpu().numpy()
+
             def tokens(index: int) -> Tokens:
                 """The request's tokens so far, the next one included."""
                 row, start = rows[index], query_starts[index]
-                now = target_token_ids[start : start + row.next_position - row.first_query_position]
+                read, emitted = on_host()
+                now = read[start : start + row.next_position - row.first_query_position]
                 older = self.requests.older_tokens(index, row.first_query_position)
-                return np.concatenate([older, now.cpu().numpy(), next_token_ids[index : index + 1].cpu().numpy()])
+                return np.concatenate([older, now, emitted[index : index + 1]])
 
             given = None if self.recorder is not None else tokens  # a record is of the draft model's candidates
             since = step["since_last_seconds"]
