@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.engines import Engines, EngineSettings, Generation
-from benchmarks.methods import NATIVE, OFF, Method, rotated
-from benchmarks.records import Row
-from benchmarks.render import has_colour, round_line
+from benchmarks.common.engines import Engines, EngineSettings, Generation
+from benchmarks.common.methods import NATIVE, OFF, Method, rotated
+from benchmarks.common.records import Row
+from benchmarks.serve.render import has_colour, round_line
 from vllm_specdecpp.setup.models import fetch
 from vllm_specdecpp.setup.packaged_gguf import FetchError
 

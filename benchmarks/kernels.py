@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import provenance
+from benchmarks.common import provenance
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail

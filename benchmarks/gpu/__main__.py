@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import provenance
+from benchmarks.common import provenance
 from benchmarks.gpu import jobs, plots
 from benchmarks.gpu.shapes import DRAFTS
 

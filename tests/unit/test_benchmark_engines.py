@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engines import Engines, EngineSettings, restore_proposer
-from benchmarks.methods import parse_method, parse_methods
-from benchmarks.provenance import command_line
+from benchmarks.common.engines import Engines, EngineSettings, restore_proposer
+from benchmarks.common.methods import parse_method, parse_methods
+from benchmarks.common.provenance import command_line
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware import CostAwareRule
 from vllm_specdecpp.source_registry import make_sources
 
 
 def test_the_proposer_is_vllms_own_and_comes_back() -> None:
-    from benchmarks.engines import use_native_proposer, use_padding
+    from benchmarks.common.engines import use_native_proposer, use_padding
 
     draft_model = pytest.importorskip("vllm.v1.spec_decode.draft_model")
 
@@ -66,7 +66,7 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
 def test_free_runs_are_left_out_and_come_back() -> None:
     from types import SimpleNamespace as Space
 
-    from benchmarks.engines import use_runs
+    from benchmarks.common.engines import use_runs
 
     rule: Any = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
     worker: Any = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
@@ -101,5 +101,5 @@ def test_the_command_line_holds_no_machine_paths(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.chdir(tmp_path / "repo")
     argv = ["--pair", str(tmp_path / "home/m 1"), "org/draft", "--data", str(tmp_path / "data")]
-    expected = "python -m benchmarks.run --pair ~/'m 1' org/draft --data ../data"
-    assert command_line(argv, "benchmarks.run") == expected
+    expected = "python -m benchmarks.serve.run --pair ~/'m 1' org/draft --data ../data"
+    assert command_line(argv, "benchmarks.serve.run") == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.methods import parse_method, parse_methods, rotated
+from benchmarks.common.methods import parse_method, parse_methods, rotated
 
 
 @pytest.mark.parametrize(

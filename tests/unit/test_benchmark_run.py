@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run, session
-from benchmarks.records import RawFile, load_prompts, make_units, output_hash, unit_id
-from benchmarks.report import main as report_main
-from benchmarks.report import write_report
+from benchmarks.common import session
+from benchmarks.common.records import RawFile, load_prompts, make_units, output_hash, unit_id
+from benchmarks.serve import run
+from benchmarks.serve.report import main as report_main
+from benchmarks.serve.report import write_report
 from tests.benchmark_rows import PROVENANCE, SETTINGS, FakeEngines, raw_row, write_prompts
 
 RESULT_KEYS = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.stats import aggregate, rate, rate_ratio
+from benchmarks.common.stats import aggregate, rate, rate_ratio
 from tests.benchmark_rows import METHODS, all_rows, raw_row
 
 

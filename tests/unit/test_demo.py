@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from benchmarks import demo
-from benchmarks.engines import Generation
-from benchmarks.methods import Method, parse_method
-from benchmarks.render import round_line
+from benchmarks.common.engines import Generation
+from benchmarks.common.methods import Method, parse_method
+from benchmarks.serve.render import round_line
 
 
 def test_round_line_shows_accepted_rejected_and_own_token() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head_sweep, head_sweep_report
-from benchmarks.head_sweep import Config, Data, HeadSweepOptions, grid, main, run, run_one, with_head
+from benchmarks.heads import report as head_sweep_report
+from benchmarks.heads import sweep as head_sweep
+from benchmarks.heads.sweep import Config, Data, HeadSweepOptions, grid, main, run, run_one, with_head
 from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.data.prompts import Prompt, digest, split_by_id
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import matrix, session
-from benchmarks.matrix import judged_method, make_cells, make_parser, methods_of
-from benchmarks.matrix_report import cells_of, main, over_better, summary
-from benchmarks.records import RawFile
-from benchmarks.report import main as report_main
+from benchmarks.common import session
+from benchmarks.common.records import RawFile
+from benchmarks.serve import matrix
+from benchmarks.serve.matrix import judged_method, make_cells, make_parser, methods_of
+from benchmarks.serve.matrix_report import cells_of, main, over_better, summary
+from benchmarks.serve.report import main as report_main
 from tests.benchmark_rows import METHODS, FakeEngines, raw_row, write_prompts
 
 
@@ -185,4 +186,4 @@ class TestCommand:
     ) -> None:
         matrix.main(command)
         assert report_main([str(tmp_path / "x.raw.jsonl"), "--out", str(tmp_path / "y.jsonl")]) == 2
-        assert "use python -m benchmarks.matrix_report" in capsys.readouterr().err
+        assert "use python -m benchmarks.serve.matrix_report" in capsys.readouterr().err

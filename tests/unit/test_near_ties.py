@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks.near_ties: which outputs are looked at, where they part, and what counts as a near-tie."""
+"""benchmarks.serve.near_ties: which outputs are looked at, where they part, and what counts as a near-tie."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import near_ties
-from benchmarks.methods import parse_method
-from benchmarks.near_ties import Gap, Place
-from benchmarks.records import RawFile
+from benchmarks.common.methods import parse_method
+from benchmarks.common.records import RawFile
+from benchmarks.serve import near_ties
+from benchmarks.serve.near_ties import Gap, Place
 
 CONFIDENCE = parse_method("confidence")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import overhead
+from benchmarks.simulate import overhead
 
 
 def yardstick():

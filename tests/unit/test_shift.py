@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import shift
-from benchmarks.engines import Engines, Generation
-from benchmarks.records import RawFile
-from benchmarks.shift import sentences, translations, variants_of
-from benchmarks.shift_plot import calibration_error, plot, rate, summary, windows
+from benchmarks.common.engines import Engines, Generation
+from benchmarks.common.records import RawFile
+from benchmarks.serve import shift
+from benchmarks.serve.shift import sentences, translations, variants_of
+from benchmarks.serve.shift_plot import calibration_error, plot, rate, summary, windows
 from tests.benchmark_rows import write_prompts
 
 

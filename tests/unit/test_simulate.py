@@ -9,12 +9,13 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from benchmarks import simulate, simulate_ablation
-from benchmarks.simulate_regret import curve, regret
-from benchmarks.simulate_rules import Informed, Off, calibrated, informed_run
-from benchmarks.simulate_server import Run, Server
-from benchmarks.simulate_settings import SETTINGS, Setting, cost_model, true_costs
-from benchmarks.simulated_streams import DEPTH, make, requests
+from benchmarks.simulate import ablation as simulate_ablation
+from benchmarks.simulate import play as simulate
+from benchmarks.simulate.regret import curve, regret
+from benchmarks.simulate.rules import Informed, Off, calibrated, informed_run
+from benchmarks.simulate.server import Run, Server
+from benchmarks.simulate.settings import SETTINGS, Setting, cost_model, true_costs
+from benchmarks.simulate.streams import DEPTH, make, requests
 from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import simulate
-from benchmarks.simulated_streams import make, recorded
+from benchmarks.simulate import play as simulate
+from benchmarks.simulate.streams import make, recorded
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.training.collect.units import write_responses
 

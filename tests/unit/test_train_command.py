@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.head_sweep import PAPERS
+from benchmarks.heads.sweep import PAPERS
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.dataset import LabelRows, load_rows
 from vllm_specdecpp.data.prompts import split_by_id

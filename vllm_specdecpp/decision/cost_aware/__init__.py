@@ -5,7 +5,7 @@
 ``decision.tails``), ``finish`` it. ``admission`` says who drafts and what a second is worth, ``purse`` what may be
 tried besides; ``records`` how often the draft is right for a request, ``acceptance`` and ``logistic`` what a score
 means, ``output_lengths`` how long a request will go on. What passes take is in ``vllm_specdecpp.costs``.
-``benchmarks.simulate`` runs it against any text and any costs, ``benchmarks.overhead`` times it.
+``benchmarks.simulate`` runs it against any text and any costs, ``benchmarks.simulate.overhead`` times it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Show why a greedy output differs from speculation off: the target's logits at the first token that differs.
 
-    python -m benchmarks.near_ties benchmarks/results/X.raw.jsonl --pair TARGET DRAFT --data DIR --method confidence \
-        --out benchmarks/results/X-near-ties.md
+    python -m benchmarks.serve.near_ties benchmarks/results/X.raw.jsonl --pair TARGET DRAFT --data DIR \
+        --method confidence --out benchmarks/results/X-near-ties.md
 
 Generates the prompts that differ again, checks that the output is the one that was measured, and reads the common
 prefix once more with Hugging Face, one row at a time as speculation off does. Verifying several rows at once rounds
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.engines import Engines, EngineSettings
-from benchmarks.methods import OFF, Method, parse_method
-from benchmarks.provenance import command_line, git_state, versions
-from benchmarks.records import RawFile, load_prompts, output_hash
+from benchmarks.common.engines import Engines, EngineSettings
+from benchmarks.common.methods import OFF, Method, parse_method
+from benchmarks.common.provenance import command_line, git_state, versions
+from benchmarks.common.records import RawFile, load_prompts, output_hash
 from vllm_specdecpp.setup.models import SOURCES, fetch
 
 TIE_SPACINGS = 4
@@ -158,8 +158,10 @@ def report(found: list[Gap], num_compared: int, num_different: int, method: Meth
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring. Exit status 1 if a difference is no near-tie."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.near_ties", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("raw", type=Path, help="X.raw.jsonl of benchmarks.run, temperature 0, batch 1")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve.near_ties", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("raw", type=Path, help="X.raw.jsonl of benchmarks.serve.run, temperature 0, batch 1")
     parser.add_argument("--pair", nargs=2, required=True, metavar=("TARGET", "DRAFT"))
     parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
     parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
@@ -182,9 +184,9 @@ def main(argv: list[str] | None = None) -> int:
         target = str(fetch(args.pair[0])) if args.pair[0] in SOURCES else args.pair[0]
         found = gaps(target, places) if places else []
     except ValueError as error:
-        print(f"benchmarks.near_ties: {error}", file=sys.stderr)
+        print(f"benchmarks.serve.near_ties: {error}", file=sys.stderr)
         return 2
-    command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.near_ties")
+    command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.serve.near_ties")
     page = report(found, compared, len(names), method, command)
     args.out.write_text(page, encoding="utf-8")
     print(page)

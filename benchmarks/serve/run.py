@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure speculation off, vLLM's draft_model and specdecpp's rules on the same prompts, interleaved in one run.
 
-    python -m benchmarks.run --pair TARGET DRAFT --data DIR --sets alpaca gsm8k humaneval mt_bench --prompts 20 \
+    python -m benchmarks.serve.run --pair TARGET DRAFT --data DIR --sets alpaca gsm8k humaneval mt_bench --prompts 20 \
         --methods off draft_model:2 draft_model:4 draft_model:6 draft_model:8 confidence entropy \
         --out benchmarks/results/X.jsonl
 
@@ -15,12 +15,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import options, session
-from benchmarks.methods import parse_methods
-from benchmarks.records import RawFile, load_prompts, make_units
-from benchmarks.report import write_report
+from benchmarks.common import options, session
+from benchmarks.common.methods import parse_methods
+from benchmarks.common.records import RawFile, load_prompts, make_units
+from benchmarks.serve.report import write_report
 
-MODULE = "benchmarks.run"
+MODULE = "benchmarks.serve.run"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str], started: float) -> int:
     raw.start_run(settings, options.provenance(argv, MODULE, methods))
     if not session.execute(args, raw, units, methods, started):
         print("time is up; the same command goes on. To report what is there:")
-        print(f"  python -m benchmarks.report {raw_path} --out {args.out}")
+        print(f"  python -m benchmarks.serve.report {raw_path} --out {args.out}")
         return 0
     print(write_report(raw, args.out, args.force))
     return 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one rule against speculation off and the best fixed K in every cell: set x temperature x batch.
 
-    python -m benchmarks.matrix --pair TARGET DRAFT --data DIR --prompts 32 --turns 8 --max-tokens 96 \
+    python -m benchmarks.serve.matrix --pair TARGET DRAFT --data DIR --prompts 32 --turns 8 --max-tokens 96 \
         --out benchmarks/results/X.jsonl
 
 A cell's prompts are answered in groups of its batch size; all methods answer a group, in a rotated order, before the
@@ -17,12 +17,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import options, session
-from benchmarks.matrix_report import write_report
-from benchmarks.methods import Method, parse_methods
-from benchmarks.records import RawFile, Row, load_prompts, make_units
+from benchmarks.common import options, session
+from benchmarks.common.methods import Method, parse_methods
+from benchmarks.common.records import RawFile, Row, load_prompts, make_units
+from benchmarks.serve.matrix_report import write_report
 
-MODULE = "benchmarks.matrix"
+MODULE = "benchmarks.serve.matrix"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,7 +104,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str], started: float) -> int:
     raw.start_run(options.shared_settings(args), options.provenance(argv, MODULE, methods) | {"judged": judged})
     if not session.execute(args, raw, units, methods, started):
         print("time is up; the same command goes on. To report what is there:")
-        print(f"  python -m benchmarks.matrix_report {raw_path} --out {args.out}")
+        print(f"  python -m benchmarks.serve.matrix_report {raw_path} --out {args.out}")
         return 0
     print(write_report(raw, args.out, args.force))
     return 0

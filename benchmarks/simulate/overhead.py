@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What deciding costs: processor seconds that the cost-aware rule itself takes of a round, by part.
 
-    python -m benchmarks.overhead --batches 1 16 --passes 5
+    python -m benchmarks.simulate.overhead --batches 1 16 --passes 5
 
 A round is `begin`, a `step` for each draft pass and `finish`. Between two calls a few MiB are read, since a model's
 pass leaves none of the rule in the processor's caches; ``--warm`` leaves that out.
@@ -17,7 +17,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import provenance
+from benchmarks.common import provenance
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 
@@ -80,7 +80,9 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     """Print microseconds a round by part, and as the last line all of it as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.simulate.overhead", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="requests in the batch")
     parser.add_argument("--passes", type=int, default=5, help="draft passes a round, at most")
     parser.add_argument("--rounds", type=int, default=500)
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
     options = parser.parse_args(argv)
     if min(*options.batches, options.passes, options.rounds) < 1:
-        print("benchmarks.overhead: --batches, --passes and --rounds must be 1 or more", file=sys.stderr)
+        print("benchmarks.simulate.overhead: --batches, --passes and --rounds must be 1 or more", file=sys.stderr)
         return 2
     print(
         f"{'batch':>5} {'passes':>6} {'begin':>8} {'step':>8} {'finish':>8} {'sum':>8} {'p95':>8}   share  (us a round)"

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.simulate_settings import Setting
-from benchmarks.simulated_streams import DEPTH, Array, Counts, Stream
+from benchmarks.simulate.settings import Setting
+from benchmarks.simulate.streams import DEPTH, Array, Counts, Stream
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 
 

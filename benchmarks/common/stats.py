@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from benchmarks.methods import NATIVE, OFF, parse_method
+from benchmarks.common.methods import NATIVE, OFF, parse_method
 
 RESAMPLES = 4000
 ALL = "all"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train heads over one factor at a time around a centre, and judge each beside what needs no hidden state.
 
-    python -m benchmarks.head_sweep --train data/train --evaluate data/eval --paper data/train_paper --seeds 3 \
+    python -m benchmarks.heads.sweep --train data/train --evaluate data/eval --paper data/train_paper --seeds 3 \
         --out benchmarks/results/X.jsonl
 
 Each run trains, calibrates and judges with the package's own functions. A row a run is appended to X.raw.jsonl: the
@@ -24,9 +24,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from benchmarks import head_sweep_report
-from benchmarks.provenance import command_line, git_state, versions
-from benchmarks.records import RawFile, Row
+from benchmarks.common.provenance import command_line, git_state, versions
+from benchmarks.common.records import RawFile, Row
+from benchmarks.heads import report as head_sweep_report
 from vllm_specdecpp.cli import parse
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
 from vllm_specdecpp.data.prompts import split_by_id
@@ -39,7 +39,7 @@ from vllm_specdecpp.training.fit.held_out import refuse_seen
 from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
 from vllm_specdecpp.training.options import CommandOptions
 
-MODULE = "benchmarks.head_sweep"
+MODULE = "benchmarks.heads.sweep"
 CENTRE: dict[str, Any] = {
     name: TrainOptions.model_fields[name].default
     for name in ("lag", "width", "layers", "tied", "w_rej", "lr", "dropout", "weight_decay", "epochs", "patience")

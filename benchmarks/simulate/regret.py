@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.simulate_server import Run
-from benchmarks.simulated_streams import Array
+from benchmarks.simulate.server import Run
+from benchmarks.simulate.streams import Array
 
 FIRST, WINDOW = 2000, 500
 """Tokens of the cold start, and of the window that the worst loss is looked for in."""

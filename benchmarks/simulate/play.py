@@ -28,13 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import simulate_report
-from benchmarks.provenance import command_line
-from benchmarks.simulate_regret import curve, regret
-from benchmarks.simulate_rules import RULES, Off, calibrated, informed_run
-from benchmarks.simulate_server import Run, Server
-from benchmarks.simulate_settings import SETTINGS, Setting, cost_model
-from benchmarks.simulated_streams import STREAMS, Array, Counts, Stream, make, recorded
+from benchmarks.common.provenance import command_line
+from benchmarks.simulate import report as simulate_report
+from benchmarks.simulate.regret import curve, regret
+from benchmarks.simulate.rules import RULES, Off, calibrated, informed_run
+from benchmarks.simulate.server import Run, Server
+from benchmarks.simulate.settings import SETTINGS, Setting, cost_model
+from benchmarks.simulate.streams import STREAMS, Array, Counts, Stream, make, recorded
 
 FIXED_KS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> str:
     """Commit's SHA, with ``-dirty`` when a file other than a result differs from it; ``unknown`` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str | None:
         try:

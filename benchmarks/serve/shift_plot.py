@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import Row
+from benchmarks.common.records import Row
 
 WINDOW = 4
 """Groups of prompts that a point of a curve covers."""

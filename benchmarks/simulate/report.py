@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What :mod:`benchmarks.simulate` found: lines on a terminal, result rows, a page and plots."""
+"""What :mod:`benchmarks.simulate.play` found: lines on a terminal, result rows, a page and plots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import git_state, versions
+from benchmarks.common.provenance import git_state, versions
 
 Row = Mapping[str, Any]
 HEADER = (

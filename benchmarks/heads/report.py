@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What :mod:`benchmarks.head_sweep` found: a row a configuration and set, a page and a plot."""
+"""What :mod:`benchmarks.heads.sweep` found: a row a configuration and set, a page and a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import RawFile
+from benchmarks.common.records import RawFile
 from vllm_specdecpp.data.manifest import write_whole
 
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Aggregate raw rows into the result rows (JSONL), a markdown table and a plot.
 
-python -m benchmarks.report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
+python -m benchmarks.serve.report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods import NATIVE, OFF, parse_method
-from benchmarks.records import RawFile
-from benchmarks.stats import Cell, Spread, aggregate, complete_units
+from benchmarks.common.methods import NATIVE, OFF, parse_method
+from benchmarks.common.records import RawFile
+from benchmarks.common.stats import Cell, Spread, aggregate, complete_units
 
 
 def method_order(raw: RawFile) -> list[str]:
     """Methods in the order of the command line of the last run."""
     if not raw.runs:
-        raise ValueError(f"{raw.path} holds no run; measure first with python -m benchmarks.run")
+        raise ValueError(f"{raw.path} holds no run; measure first with python -m benchmarks.serve.run")
     return list(raw.runs[-1]["methods"])
 
 
@@ -155,7 +155,9 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     methods = method_order(raw)
     settings = raw.runs[-1]["settings"]
     if "temperature" not in settings:
-        raise ValueError(f"{raw.path} holds several temperatures and batches; use python -m benchmarks.matrix_report")
+        raise ValueError(
+            f"{raw.path} holds several temperatures and batches; use python -m benchmarks.serve.matrix_report"
+        )
     cells = aggregate(raw.rows, methods)
     table = markdown(cells, raw.runs)
     write_files(out, result_rows(cells, raw.runs, settings["temperature"], settings["batch"]), table)
@@ -191,7 +193,9 @@ def report_command(
     args = parser.parse_args(argv)
     try:
         if not args.raw.exists():
-            raise ValueError(f"{args.raw} is missing; measure first with python -m benchmarks.run or benchmarks.matrix")
+            raise ValueError(
+                f"{args.raw} is missing; measure first with python -m benchmarks.serve.run or benchmarks.serve.matrix"
+            )
         print(write(RawFile(args.raw), args.out, args.force))
     except ValueError as error:
         print(f"{module}: {error}", file=sys.stderr)
@@ -201,7 +205,7 @@ def report_command(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
-    return report_command("benchmarks.report", (__doc__ or "").splitlines()[0], write_report, argv)
+    return report_command("benchmarks.serve.report", (__doc__ or "").splitlines()[0], write_report, argv)
 
 
 if __name__ == "__main__":

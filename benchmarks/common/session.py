@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from benchmarks.engines import Engines
-from benchmarks.methods import OFF, Method, rotated
-from benchmarks.options import engine_settings
-from benchmarks.records import RawFile, Row, output_hash, unit_id
+from benchmarks.common.engines import Engines
+from benchmarks.common.methods import OFF, Method, rotated
+from benchmarks.common.options import engine_settings
+from benchmarks.common.records import RawFile, Row, output_hash, unit_id
 
 WARM_UP = "Write a short story about a lighthouse keeper who learns to count to one hundred."
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.engines import EngineSettings
-from benchmarks.methods import Method
-from benchmarks.provenance import command_line, git_state, model_label, versions
-from benchmarks.records import Row
+from benchmarks.common.engines import EngineSettings
+from benchmarks.common.methods import Method
+from benchmarks.common.provenance import command_line, git_state, model_label, versions
+from benchmarks.common.records import Row
 from vllm_specdecpp.setup.models import SOURCES, fetch
 from vllm_specdecpp.setup.packaged_gguf import FetchError
 

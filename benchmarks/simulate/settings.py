@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.simulated_streams import DEPTH
+from benchmarks.simulate.streams import DEPTH
 from vllm_specdecpp.costs.model import CostModel, suggested_widths
 
 READING = 0.0385

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table, result rows (JSONL) and heat maps (PNG) of the cells that benchmarks.matrix has measured.
+"""One table, result rows (JSONL) and heat maps (PNG) of the cells that benchmarks.serve.matrix has measured.
 
-python -m benchmarks.matrix_report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
+python -m benchmarks.serve.matrix_report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.methods import OFF, parse_method
-from benchmarks.records import RawFile, Row
-from benchmarks.report import (
+from benchmarks.common.methods import OFF, parse_method
+from benchmarks.common.records import RawFile, Row
+from benchmarks.common.stats import ALL, Cell, Spread, aggregate, best_fixed_k, complete_units
+from benchmarks.serve.report import (
     check_free,
     heading,
     method_order,
@@ -26,7 +27,6 @@ from benchmarks.report import (
     spread,
     write_files,
 )
-from benchmarks.stats import ALL, Cell, Spread, aggregate, best_fixed_k, complete_units
 
 Place = tuple[float, str, int]
 """Temperature, set, batch."""
@@ -151,7 +151,7 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     check_free(out, force)
     methods = method_order(raw)
     if "judged" not in raw.runs[-1]:
-        raise ValueError(f"{raw.path} holds one temperature and batch; use python -m benchmarks.report")
+        raise ValueError(f"{raw.path} holds one temperature and batch; use python -m benchmarks.serve.report")
     judged = raw.runs[-1]["judged"]
     cells = cells_of(raw.rows, methods)
     table = markdown(cells, raw.runs, judged)
@@ -166,7 +166,7 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
-    return report_command("benchmarks.matrix_report", (__doc__ or "").splitlines()[0], write_report, argv)
+    return report_command("benchmarks.serve.matrix_report", (__doc__ or "").splitlines()[0], write_report, argv)
 
 
 if __name__ == "__main__":

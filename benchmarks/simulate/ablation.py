@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each mechanism and each constant of who drafts earns: simulated with and without, or halved and doubled.
 
-    python -m benchmarks.simulate_ablation --streams markov shift --seeds 4 --out benchmarks/results/x.jsonl
+    python -m benchmarks.simulate.ablation --streams markov shift --seeds 4 --out benchmarks/results/x.jsonl
 
 Each cell is served by the rule as it is and by each changed one, on the same requests, with the same noise in what they
 observe and in what start-up measured. A ratio below 1 says that the change costs, one above 1 that it earns. The batch
@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import simulate
-from benchmarks.provenance import command_line, git_state, versions
-from benchmarks.simulate_server import Run, Server
-from benchmarks.simulate_settings import SETTINGS, cost_model
-from benchmarks.simulated_streams import DEPTH, STREAMS
+from benchmarks.common.provenance import command_line, git_state, versions
+from benchmarks.simulate import play as simulate
+from benchmarks.simulate.server import Run, Server
+from benchmarks.simulate.settings import SETTINGS, cost_model
+from benchmarks.simulate.streams import DEPTH, STREAMS
 from vllm_specdecpp.decision.cost_aware import admission, output_lengths, purse, records
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 
@@ -199,7 +199,7 @@ def _row(row: Mapping[str, Any], names: Sequence[str]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate_ablation", description=summary)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate.ablation", description=summary)
     parser.add_argument("--costs", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--streams", nargs="+", default=list(STREAMS), help="as for benchmarks.simulate")
     parser.add_argument("--without", nargs="*", default=list(MECHANISMS), metavar="NAME", help=", ".join(MECHANISMS))
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     constants = list(CONSTANTS) if options.constants == ["all"] else options.constants
     names = [*options.without, *(name + factor for name in constants for factor in ("/2", "*2"))]
     unknown = {*options.without} - MECHANISMS.keys() | {*constants} - {*CONSTANTS}
-    command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate_ablation")
+    command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate.ablation")
     cells = [(costs, stream) for costs in options.costs for stream in options.streams]
     seeds = range(options.seed, options.seed + options.seeds)
     rows: list[dict[str, Any]] = []
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
                 if options.out is not None:  # after each: a long run that is ended leaves what it has
                     write(rows, options.out, command)
     except ValueError as problem:
-        print(f"benchmarks.simulate_ablation: {problem}", file=sys.stderr)
+        print(f"benchmarks.simulate.ablation: {problem}", file=sys.stderr)
         return 2
     print(page(rows, command))
     return 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve a workload that shifts from code to chat to translation, with and without online calibration.
 
-    python -m benchmarks.shift --pair TARGET DRAFT --data DIR --prompts 16 --max-tokens 64 --out X.jsonl
+    python -m benchmarks.serve.shift --pair TARGET DRAFT --data DIR --prompts 16 --max-tokens 64 --out X.jsonl
 
 Two engines that differ in `online_calibration` alone answer the same prompts in turns, from the same start. After every
 group of prompts a row with tokens/s and what the engine says about its rule is written; X.png plots them. The engines'
@@ -21,14 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks import options
-from benchmarks.engines import Engines
-from benchmarks.methods import parse_method
-from benchmarks.records import RawFile, Row, load_prompts, make_units, unit_id
-from benchmarks.session import WARM_UP, encode
-from benchmarks.shift_plot import plot, summary
+from benchmarks.common import options
+from benchmarks.common.engines import Engines
+from benchmarks.common.methods import parse_method
+from benchmarks.common.records import RawFile, Row, load_prompts, make_units, unit_id
+from benchmarks.common.session import WARM_UP, encode
+from benchmarks.serve.shift_plot import plot, summary
 
-MODULE = "benchmarks.shift"
+MODULE = "benchmarks.serve.shift"
 CODE, CHAT = "humaneval", "mt_bench"
 SENTENCES = ("gsm8k", "alpaca")
 """Sets whose sentences are to be translated."""

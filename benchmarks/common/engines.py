@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.methods import NATIVE, OFF, PADDING, RUNS, Method
+from benchmarks.common.methods import NATIVE, OFF, PADDING, RUNS, Method
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate_server import Run, Server
-from benchmarks.simulate_settings import true_costs
-from benchmarks.simulated_streams import DEPTH, Stream
+from benchmarks.simulate.server import Run, Server
+from benchmarks.simulate.settings import true_costs
+from benchmarks.simulate.streams import DEPTH, Stream
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel, logit
 from vllm_specdecpp.decision.cost_aware.admission import Standing
