@@ -21,7 +21,7 @@ from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.rules import StopRule, make_estimator
-from vllm_specdecpp.engine.shared import cost_file, vocabulary
+from vllm_specdecpp.engine.shared import cost_file, draft_vocab, output_layer, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import model_label
@@ -71,6 +71,8 @@ class Drafter:
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)  # type: ignore[misc]
+        if (token_ids := draft_vocab.read(self.speculative_config.draft_model_config)) is not None:
+            output_layer.trim(self.model, token_ids)
         vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
