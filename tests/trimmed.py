@@ -35,7 +35,7 @@ def save(source: str, folder: Path, token_ids: Sequence[int] = TOKEN_IDS) -> str
 def oracle(source: str, token_ids: Sequence[int] = TOKEN_IDS) -> GreedyModel:
     """The same draft for :mod:`tests.reference_loop`."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    mask = torch.full((model.config.vocab_size,), -torch.inf)
+    mask = torch.full((model.config.vocab_size,), -1e9)  # its 0 · log 0 is 0
     mask[list(token_ids)] = 0.0
     model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + mask)
     return GreedyModel(model)

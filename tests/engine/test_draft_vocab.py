@@ -18,7 +18,7 @@ from tests import engine_harness as harness
 from tests import trimmed
 from tests.engine.test_parity import assert_parity, configure, make_rule
 from tests.exact_law import joint_law, p_value
-from tests.planted_bugs import Bugs, change_result
+from tests.planted_bugs import Bugs, after, change_result
 from tests.reference_loop import generate
 from tests.tiny_models import EOS
 from tests.trimmed import SMALL_TOKEN_IDS, TOKEN_IDS
@@ -64,12 +64,12 @@ def _(monkeypatch, drafter, model):
 
 
 def _map_to(monkeypatch: Any, model: Any, change: Any) -> None:
-    columns = model.logits_processor.specdecpp_columns
-    monkeypatch.setattr(columns, "data", change(columns) % 512)
+    token_ids = model.logits_processor.specdecpp_token_ids
+    monkeypatch.setattr(token_ids, "data", change(token_ids) % 512)
 
 
 def _unmapped(probs: torch.Tensor, nothing: float) -> torch.Tensor:
-    """As if the trimmed columns had been taken for ids."""
+    """As if columns were ids."""
     wrong = torch.full_like(probs, nothing)
     wrong[..., : len(SMALL_TOKEN_IDS)] = probs[..., SMALL_TOKEN_IDS]
     return wrong
@@ -78,12 +78,13 @@ def _unmapped(probs: torch.Tensor, nothing: float) -> torch.Tensor:
 @LAW_BUGS.named("unmapped probability")
 def _(monkeypatch, drafter, model):
     if hasattr(drafter, "draft_logits"):  # Model Runner V2 keeps q as logits
-        change = lambda tokens, *_: drafter.draft_logits.copy_(_unmapped(drafter.draft_logits, -torch.inf))  # noqa: E731
-        change_result(monkeypatch, drafter, "_draft", lambda result, *args: (change(result), result)[1])
+        after(monkeypatch, drafter, "_draft", lambda *_: _unmap(drafter.draft_logits))
     else:
-        change_result(
-            monkeypatch, drafter, "_sample_from_logits", lambda drawn, *_: (drawn[0], _unmapped(drawn[1], 0.0))
-        )
+        change_result(monkeypatch, drafter.columns, "spread", lambda probs, *_: _unmapped(probs, 0.0))
+
+
+def _unmap(logits: torch.Tensor) -> None:
+    logits.copy_(_unmapped(logits, -torch.inf))
 
 
 def drafter_and_model(llm: Any) -> tuple[Any, Any]:

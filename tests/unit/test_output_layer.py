@@ -67,14 +67,20 @@ def rank(monkeypatch):
 def test_logits_are_those_of_the_whole_layer(rank, kind):
     draft = Draft(**kind)
     whole, before = draft.compute_logits(STATES), draft.layer
-    output_layer.trim(draft, IDS)
-    logits = draft.compute_logits(STATES)
-    assert logits.shape == whole.shape and logits.dtype == whole.dtype
-    torch.testing.assert_close(logits[:, IDS], whole[:, IDS])
-    logits[:, IDS] = -torch.inf
-    assert bool((logits == -torch.inf).all())
+    token_ids = output_layer.trim(draft, IDS)
+    assert torch.equal(token_ids, IDS)
+    torch.testing.assert_close(draft.compute_logits(STATES), whole[:, IDS])
     assert (draft.layer is before) == kind.get("tied", False)  # else the whole layer is released
     assert sum(len(p) == len(IDS) or len(p) == 64 for p in draft.parameters()) >= 1  # kept through sleep
+
+
+def test_columns_stand_for_token_ids():
+    columns, values = output_layer.Columns(IDS, ROWS), torch.randn(2, len(IDS), dtype=torch.bfloat16)
+    assert columns.token_ids(torch.tensor([[1, 8]])).tolist() == [[3, 199]]
+    spread = columns.spread(values, -torch.inf)
+    assert spread.shape == (2, ROWS) and torch.equal(spread[:, IDS], values)
+    assert int((spread == -torch.inf).sum()) == 2 * (ROWS - len(IDS))
+    assert output_layer.Columns().spread(values, 0.0) is values and output_layer.Columns().token_ids(IDS) is IDS
 
 
 def test_new_weights_are_cut_as_well(rank):
@@ -87,7 +93,7 @@ def test_new_weights_are_cut_as_well(rank):
     initialize_layerwise_reload(draft)
     draft.lm_head.weight.weight_loader(draft.lm_head.weight, -WEIGHT)
     finalize_layerwise_reload(draft, None)
-    torch.testing.assert_close(draft.compute_logits(STATES)[:, IDS], -(STATES @ WEIGHT.T)[:, IDS])
+    torch.testing.assert_close(draft.compute_logits(STATES), -(STATES @ WEIGHT.T)[:, IDS])
     assert draft.lm_head.weight.data_ptr() == place  # a captured graph reads it
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An output layer cut to some token ids: a draft's largest matrix product, for the tokens that it proposes.
 
-Everything behind sees logits of the whole vocabulary, -inf where there is no row: such a token has probability 0, is
-never drawn, and the target's law stays what it is. Scale and soft cap are the model's own (``LogitsProcessor``).
+All other tokens have probability 0, so the target's law stays what it is. Scale and soft cap are the model's own
+(``LogitsProcessor``). What reads logits may as well read these few columns: on a CPU the top-1 probability and the
+argmax of 16 rows take 45 ms of 151,936 columns, mostly -inf, and 4 ms of 32,768. :meth:`Columns.token_ids` says which
+tokens they are.
 """
 
 from __future__ import annotations
@@ -61,14 +63,39 @@ def _rows(layer: VocabParallelEmbedding, mine: torch.Tensor, token_ids: torch.Te
     return tensor_model_parallel_all_reduce(rows) if layer.tp_size > 1 else rows
 
 
-def trim(model: Module, token_ids: torch.Tensor) -> None:
-    """Let a loaded model compute the logits of these ids alone; its ``compute_logits`` gives -inf for all others.
+class Columns:
+    """What a draft's columns of logits stand for. Static shapes, and no wait for the device.
 
-    The whole layer is released where it is not the embedding as well. Static shapes, and no wait for the device.
+    Args:
+        token_ids: [num_columns] int64 on the draft's device; None: a column for each id.
+        num_ids: of the target's vocabulary.
+    """
+
+    def __init__(self, token_ids: torch.Tensor | None = None, num_ids: int = 0) -> None:
+        self._token_ids, self._num_ids = token_ids, num_ids
+
+    def token_ids(self, columns: torch.Tensor) -> torch.Tensor:
+        """The tokens of drawn columns, of the same shape."""
+        return columns if self._token_ids is None else self._token_ids[columns]
+
+    def spread(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """[num_rows, num_columns] → [num_rows, num_ids], ``fill`` for ids without a column."""
+        if self._token_ids is None:
+            return values
+        return values.new_full((len(values), self._num_ids), fill).index_copy_(1, self._token_ids, values)
+
+
+def trim(model: Module, token_ids: torch.Tensor) -> torch.Tensor:
+    """Let a loaded model's ``compute_logits`` compute these ids' logits alone: [num_tokens, num_ids], in this order.
+
+    The whole layer is released where it is not the embedding as well.
 
     Args:
         model: with one output layer.
         token_ids: [num_ids] int64 on the host, ascending, below the model's number of rows.
+
+    Returns:
+        ``token_ids`` on the model's device.
 
     Raises:
         ValueError: one line: the layer cannot be cut.
@@ -82,27 +109,17 @@ def trim(model: Module, token_ids: torch.Tensor) -> None:
             f"specdecpp: {FILE} cuts the draft's output layer, but that is quantised; leave lm_head out of the "
             "quantisation (ignore), or remove the file"
         )
-    head, num_rows = TrimmedHead(layer, token_ids), processor.org_vocab_size
+    head = TrimmedHead(layer, token_ids)
     if is_head:
         owner, name = next((m, n) for m in model.modules() for n, child in m.named_children() if child is layer)
         setattr(owner, name, head)
     else:  # the embedding stays; the new layer is among the parameters all the same, for sleep and reload
         model.specdecpp_trimmed_head = head
     processor.org_vocab_size = len(token_ids)
-    columns = token_ids.to(layer.weight.device)
-    processor.register_buffer("specdecpp_columns", columns, persistent=False)  # vLLM keeps buffers through its sleep
-
-    def use_rows(_: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return head, *args[1:]
-
-    def spread(_: Module, args: tuple[Any, ...], logits: torch.Tensor | None) -> torch.Tensor | None:
-        if logits is None:  # on ranks that get none
-            return None
-        everything = logits.new_full((len(logits), num_rows), -torch.inf)
-        return everything.index_copy_(1, columns, logits)  # [num_tokens, num_rows]
-
-    processor.register_forward_pre_hook(use_rows)
-    processor.register_forward_hook(spread)
+    processor.register_forward_pre_hook(lambda _, args: (head, *args[1:]))
+    # vLLM keeps a draft's buffers while it sleeps.
+    processor.register_buffer("specdecpp_token_ids", token_ids.to(layer.weight.device), persistent=False)
+    return processor.specdecpp_token_ids
 
 
 def _only(model: Module, kind: type[Any]) -> Any:
