@@ -60,15 +60,15 @@ def plant_wrong_rows() -> None:
 
     original = output_layer._rows
     if os.environ[WRONG_ROWS] == "1":
-        output_layer._rows = lambda layer, mine, ids: original(
-            layer, mine.roll(1, dims=0) if layer.tp_rank == 1 else mine, ids
+        output_layer._rows = lambda layer, mine, token_ids: original(
+            layer, mine.roll(1, dims=0) if layer.tp_rank == 1 else mine, token_ids
         )
 
 
 def reference(target: GreedyModel, draft: str, prompts: list[list[int]], rule: Rule, max_tokens: int) -> list[Any]:
     """What ``by_request`` should be under ``rule``: (candidates, accepted, next token) of each round."""
     model = trimmed.oracle(draft, TOKEN_IDS)
-    limits = {"max_tokens": max_tokens, "max_model_len": harness.MAX_MODEL_LEN}
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_model_len": harness.MAX_MODEL_LEN}
     played = [generate(target, model, prompt, rule, **limits) for prompt in prompts]
     return [[[r.candidates, r.accepted, r.next_token] for r in rounds] for rounds, _ in played]
 

@@ -110,7 +110,7 @@ def expected(tiny, reference):
     @functools.cache
     def run(case: int) -> list[Any]:
         rule = make_rule(CASES[case], None, STOP_IDS)
-        sizes = {"max_tokens": MAX_TOKENS, "max_model_len": harness.MAX_MODEL_LEN, "stop_ids": STOP_IDS}
+        sizes: dict[str, Any] = {"max_tokens": MAX_TOKENS, "max_model_len": harness.MAX_MODEL_LEN, "stop_ids": STOP_IDS}
         return [generate(reference("target"), draft, prompt, rule, **sizes) for prompt in PROMPTS]
 
     return run

@@ -109,7 +109,12 @@ def _of_ranks(rank: Any, monkeypatch: Any, num: int) -> tuple[list[Any], torch.T
         return heads
 
     sent: list[torch.Tensor] = []
-    make(lambda rows: sent.append(rows) or rows)
+
+    def send(rows: torch.Tensor) -> torch.Tensor:
+        sent.append(rows)
+        return rows
+
+    make(send)
     heads = make(lambda rows: torch.stack(sent).sum(dim=0))
     logits = [head.quant_method.apply(head, STATES) for head in heads]
     return heads, torch.cat(logits, dim=1)[:, : len(IDS)]
