@@ -188,13 +188,14 @@ class CostAwareRule:
         columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
         if len(known) == 1:
             x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
-            self.acceptance.update_run(x, int(wins[0]), depth)
+            self.acceptance.update_run(x, int(wins[0]), depth, float(round_.levels[0]))
             return
         scores = np.full((depth, len(known)), np.nan)
         scores[: len(columns)] = np.reshape(columns, (len(columns), len(known)))
         positions = np.arange(1, depth + 1)[:, None]
         seen = (positions <= np.minimum(wins + 1, lengths)) & known
-        self.acceptance.update(scores, np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan))
+        labels = np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan)
+        self.acceptance.update(scores, labels, round_.levels)
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""
