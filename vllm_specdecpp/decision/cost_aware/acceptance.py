@@ -45,8 +45,8 @@ class AcceptanceModel:
     Two logistics over the log-odds x_k of candidate k's score: ``this`` for k itself, ``next`` for k + 1 given that k
     was accepted: the decision to draw k + 1 comes before the pass that would score it. Candidates further on follow the
     same regression (``tails.following``): the expected score of k + 1 is what ``this`` would need to give what ``next``
-    says. So a high score fades to the usual acceptance at the rate at which scores were seen to. For ``next`` a request's
-    record adds to the score (``Admitted.levels``): what is usual differs from one request to another.
+    says. So a high score fades to the usual acceptance at the rate at which scores were seen to. What is usual differs
+    from one request to another: for ``next`` its record adds to the score (``Admitted.levels``).
 
     Where there is no score (NaN, a lagged estimator's first step) the mean acceptance at that position stands in.
 

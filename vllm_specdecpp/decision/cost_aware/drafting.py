@@ -87,8 +87,8 @@ class CostAwareRound:
         params.load(
             limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price,
             levels=self.levels, this=acceptance.this.theta, next=acceptance.next.theta,
-            means=acceptance.mean(_BUCKETS), step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
-            verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
+            means=acceptance.mean(_BUCKETS), step_seconds=costs.step.upto(params.step_seconds.numel()),
+            verify_seconds=costs.verify.upto(params.verify_seconds.numel()),
             runs=self.rule.free_runs.theta, run_shifts=[self.rule.free_runs.shift(name) for name in self.request_ids],
         )  # fmt: skip
 
