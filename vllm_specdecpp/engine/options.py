@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine import gpu_defaults
 from vllm_specdecpp.engine.hooks import require_supported
-from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared import draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.request_options import RequestOptions
@@ -308,6 +308,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         draft_layers.keep_alike(vllm_config)
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
+        draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
         _check_record_dir(config, vllm_config)
         _check_requests_on_admission()
         gpu_defaults.check_memory(self, vllm_config)
