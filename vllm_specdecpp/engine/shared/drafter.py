@@ -24,7 +24,6 @@ from vllm_specdecpp.decision.rules import StopRule, make_estimator
 from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.provenance import model_label
 from vllm_specdecpp.source_registry import make_sources
 
 logger = init_logger("vllm.specdecpp")
@@ -77,7 +76,7 @@ class Drafter:
                 self.config.head,
                 revision=self.config.head_revision,
                 expected_hidden_size=self.hidden_size,
-                expected_draft=model_label(self.config.model),
+                expected_draft=self.config.model,
                 device=self.device,
             )
         self.set_rule(self.config)
