@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import EOS, VOCAB_SIZE
+from tests.tiny_models import EOS, HIDDEN_SIZE, VOCAB_SIZE
 from vllm_specdecpp import cli
 from vllm_specdecpp.shrink import checkpoint, schemes, vocabulary
 from vllm_specdecpp.shrink.vocabulary import Text, choose
@@ -35,26 +35,33 @@ def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("scheme", "steps"), [("int8", 127.5), ("fp8", 8.0), ("int4", 7.5)])
-def test_weights_come_back_within_half_a_step(tiny, tmp_path, capsys, scheme, steps):
-    """By compressed-tensors' own decompression; fp8's steps are relative, 2^-3 of a value's power of two."""
+def decompressed(folder: str | Path, scheme: str) -> dict[str, torch.Tensor]:
+    """Linear layer's weight → [num_out, num_in] float32, by compressed-tensors' own decompression."""
     from compressed_tensors.compressors import BaseCompressor
 
+    config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+    compressor, parts = BaseCompressor.get_value_from_registry(config["format"]), dict[str, dict[str, torch.Tensor]]()
+    for name, value in tensors(folder).items():
+        if "_proj." in name:
+            module, _, part = name.rpartition(".")
+            parts.setdefault(module, {})[part] = value
+    made = schemes.scheme_for(scheme, dict.fromkeys(parts, (HIDDEN_SIZE, HIDDEN_SIZE)))
+    return {f"{name}.weight": compressor.decompress(p, made)["weight"].float() for name, p in parts.items()}
+
+
+@pytest.mark.parametrize(("scheme", "steps"), [("int8", 127.5), ("fp8", 8.0), ("int4", 7.5)])
+def test_weights_come_back_within_half_a_step(tiny, tmp_path, capsys, scheme, steps):
+    """fp8's steps are relative: 2^-3 of a value's power of two. Groups of int4 have 64 inputs here."""
     assert shrink(tiny.draft_good, "--out", tmp_path / "out", "--scheme", scheme) == 0
     before, after = tensors(tiny.draft_good), tensors(tmp_path / "out")
+    found = decompressed(tmp_path / "out", scheme)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    linear = {name: tuple(weight.shape) for name, weight in before.items() if "_proj" in name}
-    made = schemes.scheme_for(scheme, linear)
-    compressor = BaseCompressor.get_value_from_registry(config["format"])
-    assert len(linear) == 14 and config["ignore"] == ["lm_head", "model.embed_tokens"]
+    assert len(found) == 14 and config["ignore"] == ["lm_head", "model.embed_tokens"]
     for name, weight in before.items():
-        if name not in linear:
+        if name not in found:
             assert torch.equal(after[name], weight), name
             continue
-        module = name.removesuffix("weight")
-        parts = {key.removeprefix(module): value for key, value in after.items() if key.startswith(module)}
-        again = compressor.decompress(parts, made)["weight"].float()
-        group = made.weights.group_size or weight.shape[1]
+        group = HIDDEN_SIZE if scheme == "int4" else weight.shape[1]
         largest = weight.unflatten(1, (-1, group)).abs().amax(-1, keepdim=True).expand(-1, -1, group).flatten(1)
         if scheme == "fp8":
             allowed = weight.abs() / (2 * steps) + largest * 2**-9 / 448
@@ -62,7 +69,7 @@ def test_weights_come_back_within_half_a_step(tiny, tmp_path, capsys, scheme, st
             allowed = largest / steps * 0.51
             clipped = weight > largest * (1 - 0.5 / steps)  # there is one step more below zero than above
             allowed = torch.where(clipped, 2 * allowed, allowed)
-        assert bool(((again - weight).abs() <= allowed + 1e-6).all()), name
+        assert bool(((found[name] - weight).abs() <= allowed + 1e-6).all()), name
     assert "a pass reads" in capsys.readouterr().out
 
 
