@@ -49,6 +49,11 @@ COMMANDS = {
         "make the head's score a probability, and measure it", "vllm_specdecpp.training.fit.calibrate"
     ),
     "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
+    "shrink": Command(
+        "make a draft model cheaper: quantised weights, a smaller output layer",
+        "vllm_specdecpp.shrink.command",
+        "nothing was left behind",
+    ),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }
 
@@ -110,7 +115,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
-            "An acceptance head for a pair of models, from its labels to its tuned stop rule.",
+            "For a pair of models: an acceptance head, from its labels to its tuned stop rule; a cheaper draft.",
             "",
             "commands, in the order of their use:",
             *lines,

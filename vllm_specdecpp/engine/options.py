@@ -238,16 +238,22 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Load the head once in the front end, so that a bad one fails here and not inside a worker."""
     if config.head is None:
         return
+    from vllm_specdecpp.head.files import same_model
     from vllm_specdecpp.head.model import AcceptanceHead
-    from vllm_specdecpp.provenance import model_label
+    from vllm_specdecpp.provenance import shrinking
 
-    hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
-    AcceptanceHead.from_pretrained(
+    head = AcceptanceHead.from_pretrained(
         config.head,
         revision=config.head_revision,
-        expected_hidden_size=hidden_size,
-        expected_draft=model_label(config.model),
+        expected_hidden_size=vllm_config.speculative_config.draft_model_config.get_hidden_size(),
+        expected_draft=config.model,
     )
+    origin = shrinking(config.model).get("source")
+    if origin is not None and same_model(str(head.metadata.get("draft", "")), origin):
+        logger.warning(
+            "specdecpp: head %s was trained on %s, the draft before it was shrunk: its scores are calibrated online",
+            config.head, origin,
+        )  # fmt: skip
 
 
 def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
