@@ -46,6 +46,8 @@ class Standing:
     """Tokens that it has emitted."""
     apart: float = 0.0
     """Seconds that reading costs beside what a longer first pass does: its share of a pass of its own (V2)."""
+    constrained: bool = False
+    """Constraints of its own decide what is accepted: its outcomes tell of no other request."""
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Admission:
         if not len(index):
             return out
         mine = [batch[i] for i in index.tolist()]
-        mean, hoped = self.records.of([s.request_id for s in mine])
+        apart = np.array([s.constrained for s in mine])
+        mean, hoped = self.records.of([s.request_id for s in mine], apart)
         out.levels[index] = _SHARE * (logit(mean) - logit_one(self.records.mean))
         limits = np.array([s.limit for s in mine])
         rows, tokens = free_rows[index], free_tokens[index]  # that drafting for a request replaces
@@ -155,7 +158,7 @@ class Admission:
             return self.correction * speed, among[chosen], length
 
         rate, chosen, hopes = 0.0, index[:0], True
-        if self.records.known >= _ENOUGH:
+        if self.records.known_of(apart) >= _ENOUGH:
             rate, chosen, _ = best(mean)
             hopes = bool((hoped > mean).any())
         else:  # nothing says that any of them is not easy

@@ -45,6 +45,7 @@ class CostAwareRound:
         price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
         admitted: why it was begun so.
         free: the runs of requests that do not draft.
+        constrained: [num_reqs] as in :class:`Standing`; nobody, if it is not given.
 
     Attributes:
         running: [num_reqs] requests that draw another candidate.
@@ -58,11 +59,12 @@ class CostAwareRound:
 
     def __init__(
         self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float,
-        admitted: Admitted | None = None, free: Taken | None = None,
+        admitted: Admitted | None = None, free: Taken | None = None, constrained: Mask | None = None,
     ) -> None:  # fmt: skip
         self.rule, self.request_ids, self.limits, self.price = rule, request_ids, limits, price
         self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
         num_reqs = len(request_ids)
+        self.constrained: Mask = np.zeros(num_reqs, dtype=np.bool_) if constrained is None else constrained
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
         self.levels = np.zeros(num_reqs) if admitted is None else admitted.levels

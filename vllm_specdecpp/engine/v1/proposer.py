@@ -67,7 +67,8 @@ class SpecDecPPProposer(DraftPasses):
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
-        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
+        defaults = vllm_config.model_config.get_diff_sampling_param()
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
@@ -191,6 +192,7 @@ class SpecDecPPProposer(DraftPasses):
                     room=self.requests.remaining(row),
                     behind=max(row.next_position - 1 - missing, 0),
                     emitted=self.requests.emitted(row),
+                    constrained=self.requests.is_constrained(row),
                 )
                 for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
             ]
