@@ -39,6 +39,7 @@ class Command:
 
 
 COMMANDS = {
+    "check": Command("say before serving whether a pair would start, and what it takes", "vllm_specdecpp.engine.check"),
     "collect": Command(
         "record labels: which of the draft's tokens the target accepts",
         "vllm_specdecpp.training.collect.command",
@@ -110,7 +111,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
-            "An acceptance head for a pair of models, from its labels to its tuned stop rule.",
+            "A pair of models before it is served, and an acceptance head for it, from labels to the tuned stop rule.",
             "",
             "commands, in the order of their use:",
             *lines,
