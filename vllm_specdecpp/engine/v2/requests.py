@@ -41,6 +41,7 @@ class BatchRequests:
         self._rows: dict[str, np.ndarray] = {}  # request id -> [COLUMNS] int64
         self._finished: list[str] = []
         self._arrived: set[str] = set()
+        self._seeded: set[str] = set()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._rows
@@ -53,6 +54,7 @@ class BatchRequests:
         for request_id in scheduler_output.finished_req_ids:
             self._rows.pop(request_id, None)
             self.constrained.discard(request_id)
+            self._seeded.discard(request_id)
             self._finished.append(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             if request.sampling_params is not None:
@@ -69,6 +71,12 @@ class BatchRequests:
         self._arrived.add(request_id)
         if is_constrained(params, self._defaults):
             self.constrained.add(request_id)
+        if params.seed is not None:
+            self._seeded.add(request_id)
+
+    def seeded(self, request_ids: Sequence[str]) -> list[int]:
+        """Rows of the requests that brought a seed: they draft their likeliest candidates (``engine.v2.sampler``)."""
+        return [row for row, request_id in enumerate(request_ids) if request_id in self._seeded]
 
     def take_arrived(self) -> set[str]:
         """The requests that came, or came back after a preemption, since the last call."""

@@ -156,6 +156,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         limits[beyond, 0] = 0
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        if self.draft_logits is not None and (seeded := self.requests.seeded(request_ids)):
+            self.temperature.index_fill_(0, input_batch.idx_mapping[self.on_device(seeded)].long(), 0.0)
         if isinstance(self.round.rule, CostAwareTail):
             # vLLM's noise goes by seed and position: a token drawn anew would be the one that the rule has learnt from.
             self._num_proposals += 1
