@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine import front_end, gpu_defaults
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
-from vllm_specdecpp.engine.hooks import require_supported
+from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.shared import draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.v1 import draft_layers
