@@ -22,9 +22,9 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine import front_end, gpu_defaults
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
-from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.shared import draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
+from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
 from vllm_specdecpp.source_registry import ON_DEVICE
