@@ -39,6 +39,7 @@ class Command:
 
 
 COMMANDS = {
+    "check": Command("say before serving whether a pair would start, and what it takes", "vllm_specdecpp.engine.check"),
     "collect": Command(
         "record labels: which of the draft's tokens the target accepts",
         "vllm_specdecpp.training.collect.command",
@@ -49,6 +50,11 @@ COMMANDS = {
         "make the head's score a probability, and measure it", "vllm_specdecpp.training.fit.calibrate"
     ),
     "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
+    "shrink": Command(
+        "make a draft model cheaper: quantised weights, a smaller output layer",
+        "vllm_specdecpp.shrink.command",
+        "nothing was left behind",
+    ),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }
 
@@ -110,7 +116,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
-            "An acceptance head for a pair of models, from its labels to its tuned stop rule.",
+            "Before a pair of models is served; a cheaper draft; an acceptance head, from labels to the stop rule.",
             "",
             "commands, in the order of their use:",
             *lines,

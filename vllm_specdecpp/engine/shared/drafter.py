@@ -25,7 +25,6 @@ from vllm_specdecpp.engine.shared import cost_file, draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.output_layer import Columns, trim
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.provenance import model_label
 from vllm_specdecpp.source_registry import make_sources
 
 logger = init_logger("vllm.specdecpp")
@@ -84,7 +83,7 @@ class Drafter:
                 self.config.head,
                 revision=self.config.head_revision,
                 expected_hidden_size=self.hidden_size,
-                expected_draft=model_label(self.config.model),
+                expected_draft=self.config.model,
                 device=self.device,
             )
         self.set_rule(self.config)

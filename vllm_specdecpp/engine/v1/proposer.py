@@ -36,7 +36,7 @@ from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
-from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.rows import draft_greedily, logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class SpecDecPPProposer(DraftPasses):
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
-        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
+        defaults = vllm_config.model_config.get_diff_sampling_param()
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
@@ -149,10 +150,12 @@ class SpecDecPPProposer(DraftPasses):
                 read = [len(p.token_ids) for p in passes]
                 step["read"] = read if sum(read) > 2 * len(fed) else []
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
-                drafted, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
+                seeded = sampling_metadata.generators  # see engine.v1.own_noise
+                sampling = draft_greedily(sampling_metadata, seeded)
+                drafted, num_fed = self._draft(index, passes, state, block_table, sampling, trace)
                 if self.recorder is not None and trace is not None:
                     self.recorder.drafted(rows, drafted, trace)
-                self._mix_in(candidates)
+                self._mix_in([run or drafted[row] * (row in seeded) for row, run in enumerate(candidates)])
                 candidates = [run or mine for run, mine in zip(candidates, drafted, strict=True)]
             self._finish_round(rows, num_fed, candidates, blocks)
         if self.cost_aware is not None:
@@ -191,6 +194,7 @@ class SpecDecPPProposer(DraftPasses):
                     room=self.requests.remaining(row),
                     behind=max(row.next_position - 1 - missing, 0),
                     emitted=self.requests.emitted(row),
+                    constrained=self.requests.is_constrained(row),
                 )
                 for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
             ]
@@ -209,7 +213,7 @@ class SpecDecPPProposer(DraftPasses):
         return state, fed, free
 
     def _mix_in(self, runs: list[list[int]]) -> None:
-        """Draft probabilities of free runs: all on their tokens."""
+        """Draft probabilities of candidates that were not drawn: all on their tokens."""
         probs, longest = self._last_draft_probs, max(map(len, runs))
         if probs is None or not longest:
             return  # vLLM takes all candidates for certain
