@@ -109,7 +109,7 @@ def play(options: ShrinkOptions, draft: str, prompts: Sequence[Sequence[int]]) -
     Raises:
         ValueError: it does not start.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     print(f"specdecpp: starting an engine with the draft {draft} ...", file=sys.stderr)
