@@ -39,6 +39,7 @@ class Command:
 
 
 COMMANDS = {
+    "check": Command("say before serving whether a pair would start, and what it takes", "vllm_specdecpp.engine.check"),
     "collect": Command(
         "record labels: which of the draft's tokens the target accepts",
         "vllm_specdecpp.training.collect.command",
@@ -115,7 +116,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
-            "For a pair of models: an acceptance head, from its labels to its tuned stop rule; a cheaper draft.",
+            "Before a pair of models is served; a cheaper draft; an acceptance head, from labels to the stop rule.",
             "",
             "commands, in the order of their use:",
             *lines,

@@ -57,7 +57,7 @@ def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, tempera
         runner.drafter.recorder, runner.rejection_sampler = None, vllms_own[0]
     else:
         vllms_own[:] = [runner.rejection_sampler]
-    assert runner.drafter.recorder is None and type(runner.rejection_sampler).__name__ == "RejectionSampler"
+    assert runner.drafter.recorder is None and type(runner.rejection_sampler).__name__ == "OwnNoise"
     harness.configure(llm, rule="confidence", threshold=0.8)
     harness.take_rounds(llm)
     tokens, rounds, state = run()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import engine_harness as harness
 from tests.unit.test_shrink import decompressed, tensors
@@ -42,6 +42,21 @@ def test_vllm_reads_the_weights_that_were_written(tiny, tmp_path, scheme):
             stats = llm.collective_rpc("specdecpp_stats")[0]
             accepted.append(stats["accepted"] / stats["candidates"])
     assert 0.05 < accepted[0] == pytest.approx(accepted[1], rel=0.25), accepted
+
+
+def test_a_draft_of_fewer_tokens_proposes_these_alone(tiny, tmp_path, caplog):
+    counts, out = tmp_path / "texts.jsonl", tmp_path / "fewer"
+    counts.write_text("".join(json.dumps({"id": i, "text": f"wrap(text, {i})"}) + "\n" for i in range(60)))
+    arguments = ["--scheme", "none", "--vocab", "300", "--counts", str(counts)]
+    assert cli.main(["shrink", tiny.draft_good, "--out", str(out), *arguments]) == 0
+    config = {"method": "specdecpp", "model": str(out), "rule": "fixed", "trace_rounds": 1000}
+    with harness.engine(tiny.target, config) as llm:
+        harness.generate(llm, harness.prompts(8, seed=3), ignore_eos=True, max_tokens=24)
+        rounds = harness.take_rounds(llm)
+    proposed = {token for r in rounds for token in r["candidates"]}
+    assert sum(r["accepted"] for r in rounds) > 20
+    assert len(proposed) > 50 and proposed <= set(load_file(out / "draft_vocab.safetensors")["d2t"].tolist())
+    assert "draft proposes 300 of 512 token ids" in caplog.text
 
 
 def test_a_head_of_the_unshrunk_draft_is_taken_with_a_warning(tiny, tmp_path, caplog):

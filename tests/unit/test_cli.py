@@ -177,7 +177,7 @@ def test_help_falls_back_on_the_modules_docstring(toy, capsys):
     ("arguments", "expected"),
     [
         (["toys"], "vllm-specdecpp: unknown command 'toys'; did you mean toy?"),
-        (["--forse"], "vllm-specdecpp: unknown option '--forse'; known: collect"),
+        (["--forse"], "vllm-specdecpp: unknown option '--forse'; known: check"),
         (["toy", "a", "--learning_rate", "1"], "toy: unknown option --learning_rate; did you mean --learning-rate?"),
         (["toy", "--forse"], "vllm-specdecpp toy: unknown option --forse; did you mean --force?"),
         (["toy", "a", "--o", "b"], "unknown option --o; "),

@@ -93,7 +93,7 @@ class Play:
         extra_args = None if request.cap is None else {"specdecpp": {"num_speculative_tokens": request.cap}}
         params = types.SimpleNamespace(
             extra_args=extra_args, max_tokens=request.end - request.prefill,
-            eos_token_id=STOP_TOKEN if request.stops else None, stop_token_ids=[],
+            eos_token_id=STOP_TOKEN if request.stops else None, stop_token_ids=[], seed=None,
         )  # fmt: skip
         self.speculator.requests.add(name, request.prefill, params)
 

@@ -171,7 +171,8 @@ def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> Non
     ) as llm:
         if "cost-aware" in name:
             v2_harness.fix_costs(llm, CURVES)
-        params = [SamplingParams(seed=i, **common) for i in range(num_samples)]
+        np.random.seed(11)  # vLLM's seeds of requests that bring none
+        params = [SamplingParams(seed=i if i % 4 == 0 else None, **common) for i in range(num_samples)]
         outputs = llm.generate([{"prompt_token_ids": PROMPT}] * num_samples, params, use_tqdm=False)
         rounds = harness.take_rounds(llm)
     assert len({len(r["candidates"]) for r in rounds}) >= 3

@@ -15,7 +15,7 @@ from vllm_specdecpp.engine.v2.requests import NUM_STOP_TOKENS, BatchRequests
 
 def _params(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(**{
-        "extra_args": None, "max_tokens": 10, "eos_token_id": None, "stop_token_ids": [], **options,
+        "extra_args": None, "max_tokens": 10, "eos_token_id": None, "stop_token_ids": [], "seed": None, **options,
     })  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], file_bytes: int = FILE_BYTES) -> None:
-    """Write ``model.safetensors``, or several files with their index."""
+    """Write ``model.safetensors``, or several files, and their index: without one vLLM would load every file there."""
     names: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
     total = 0
@@ -175,9 +175,8 @@ def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], fil
         name = "model.safetensors" if len(names) == 1 else f"model-{number:05d}-of-{len(names):05d}.safetensors"
         (folder / f"{number}.part.safetensors").rename(folder / name)
         weight_map |= dict.fromkeys(inside, name)
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_the_rest(source: Path, folder: Path) -> None:

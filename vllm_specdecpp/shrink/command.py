@@ -44,9 +44,10 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    from vllm_specdecpp.engine.shared import draft_vocab
     from vllm_specdecpp.head.files import replace
     from vllm_specdecpp.provenance import command_line, model_label, model_revision, now, versions
-    from vllm_specdecpp.shrink import schemes, vocabulary
+    from vllm_specdecpp.shrink import schemes
     from vllm_specdecpp.shrink.checkpoint import copy_the_rest, new_folder, open_checkpoint, write_tensors
 
     out = options.out.expanduser()
@@ -86,8 +87,8 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
             config = source.config | {"quantization_config": schemes.config_entry(name, scheme, stay)}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if kept is not None:
-            ids = {vocabulary.TENSOR: torch.tensor(kept.ids)}  # [num_kept] int64
-            replace(folder / vocabulary.FILE, lambda path: save_file(ids, path))
+            ids = {draft_vocab.TENSOR: torch.tensor(kept.ids)}  # [num_kept] int64
+            replace(folder / draft_vocab.FILE, lambda path: save_file(ids, path))
         share = 1.0 if kept is None else len(kept.ids) / num_rows
         before, after = source.bytes_a_pass(source.sizes), source.bytes_a_pass(sizes, share)
         found = {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens the draft's output layer keeps: those that the target emits most, counted; and all that end a text.
 
-A token that is left out is never proposed (q = 0); the target emits it all the same. Kept ids stand in
-``draft_vocab.safetensors`` beside the draft's weights: ``d2t``, [num_kept] int64, ascending token ids.
+A token that is left out is never proposed (q = 0); the target emits it all the same. Kept ids stand beside the draft's
+weights, in the file of ``engine.shared.draft_vocab``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 from vllm_specdecpp.data.prompts import COLUMNS, split_by_id
 
-FILE, TENSOR = "draft_vocab.safetensors", "d2t"
 HELD_OUT = 0.1
 _ANSWERS = ("response", "answer", "output")
 _SAME_TOKENS = 0.95

@@ -9,8 +9,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import RejectionSampler, apply_sampling_constraints
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_specdecpp.engine.v1.own_noise import OwnNoise
 
-class RecordingRejectionSampler(RejectionSampler):
+
+class _Recording(RejectionSampler):
     """Same tokens and random numbers as ``vllm.v1.sample.rejection_sampler.RejectionSampler``.
 
     p and q are those that the sampler compares: p after penalties, temperature, top-k and top-p; q with the request's
@@ -53,6 +55,10 @@ class RecordingRejectionSampler(RejectionSampler):
         """
         taken, self._accept_probs = self._accept_probs, None
         return taken
+
+
+class RecordingRejectionSampler(OwnNoise, _Recording):
+    """Our rejection sampler, which keeps p before a request with a seed has drawn from it."""
 
 
 def acceptance(

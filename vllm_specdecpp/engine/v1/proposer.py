@@ -36,7 +36,7 @@ from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
-from vllm_specdecpp.engine.v1.rows import logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.rows import draft_greedily, logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class SpecDecPPProposer(DraftPasses):
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
-        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
+        defaults = vllm_config.model_config.get_diff_sampling_param()
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
@@ -149,10 +150,12 @@ class SpecDecPPProposer(DraftPasses):
                 read = [len(p.token_ids) for p in passes]
                 step["read"] = read if sum(read) > 2 * len(fed) else []
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
-                drafted, num_fed = self._draft(index, passes, state, block_table, sampling_metadata, trace)
+                seeded = sampling_metadata.generators  # see engine.v1.own_noise
+                sampling = draft_greedily(sampling_metadata, seeded)
+                drafted, num_fed = self._draft(index, passes, state, block_table, sampling, trace)
                 if self.recorder is not None and trace is not None:
                     self.recorder.drafted(rows, drafted, trace)
-                self._mix_in(candidates)
+                self._mix_in([run or drafted[row] * (row in seeded) for row, run in enumerate(candidates)])
                 candidates = [run or mine for run, mine in zip(candidates, drafted, strict=True)]
             self._finish_round(rows, num_fed, candidates, blocks)
         if self.cost_aware is not None:
@@ -191,6 +194,7 @@ class SpecDecPPProposer(DraftPasses):
                     room=self.requests.remaining(row),
                     behind=max(row.next_position - 1 - missing, 0),
                     emitted=self.requests.emitted(row),
+                    constrained=self.requests.is_constrained(row),
                 )
                 for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
             ]
@@ -209,7 +213,7 @@ class SpecDecPPProposer(DraftPasses):
         return state, fed, free
 
     def _mix_in(self, runs: list[list[int]]) -> None:
-        """Draft probabilities of free runs: all on their tokens."""
+        """Draft probabilities of candidates that were not drawn: all on their tokens."""
         probs, longest = self._last_draft_probs, max(map(len, runs))
         if probs is None or not longest:
             return  # vLLM takes all candidates for certain
@@ -262,7 +266,7 @@ class SpecDecPPProposer(DraftPasses):
         while state.goes_on():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
-            logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
+            logits = self.compute_logits(hidden_states)  # [num_running, num_columns]
             features = features_from_logits(
                 logits,
                 hidden_states,
@@ -274,9 +278,10 @@ class SpecDecPPProposer(DraftPasses):
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
-            token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
+            token_ids, probs = self._sample_from_logits(logits, metadata)  # columns; [num_running, num_columns]
             token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
+            token_ids = self.columns.token_ids(token_ids)
             column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
             submits = column[running] >= 0  # [num_running]
             if trace is not None:
@@ -284,7 +289,7 @@ class SpecDecPPProposer(DraftPasses):
                 trace.step(running[submits], features.select(submits), logprobs_of)
             drawn.append(column)
             if probs is not None:
-                probabilities.append(scatter(probs, running, num_reqs, fill=0))
+                probabilities.append(scatter(self.columns.spread(probs, 0.0), running, num_reqs, fill=0))
             if not state.goes_on():
                 break
             keep = state.running[running] > 0  # [num_running]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ def select_rows(metadata: Any, rows: torch.Tensor) -> Any:
     """vLLM's ``SamplingMetadata`` of some rows, as far as drawing candidates reads it."""
     temperature = metadata.temperature
     return dataclasses.replace(metadata, temperature=None if temperature is None else temperature[rows])
+
+
+def draft_greedily(metadata: Any, rows: Collection[int]) -> Any:
+    """vLLM's ``SamplingMetadata``, by which the requests of these rows draft their likeliest candidates."""
+    if not rows:
+        return metadata
+    index = torch.tensor(list(rows), device=metadata.temperature.device)
+    temperature = metadata.temperature.index_fill(0, index, 0.0)  # [num_reqs]
+    all_greedy = len(rows) == len(temperature)
+    return dataclasses.replace(metadata, temperature=temperature, all_random=False, all_greedy=all_greedy)
 
 
 def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

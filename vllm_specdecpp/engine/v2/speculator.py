@@ -72,7 +72,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         super().__init__(vllm_config, device, config)
         self.runner = runner
         self.launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
-        self.requests = BatchRequests()
+        self.requests = BatchRequests(vllm_config.model_config.get_diff_sampling_param())
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
         self._longest = longest_drafted(vllm_config)
@@ -156,6 +156,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         limits[beyond, 0] = 0
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        if self.draft_logits is not None and (seeded := self.requests.seeded(request_ids)):
+            self.temperature.index_fill_(0, input_batch.idx_mapping[self.on_device(seeded)].long(), 0.0)
         if isinstance(self.round.rule, CostAwareTail):
             # vLLM's noise goes by seed and position: a token drawn anew would be the one that the rule has learnt from.
             self._num_proposals += 1
@@ -248,6 +250,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             prompts.tolist(),
             np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
             (next_positions + 1 - prompt_lens).tolist(),
+            [name in self.requests.constrained for name in names],
         )
         self.round.admit()
         return self._tell(plan)
