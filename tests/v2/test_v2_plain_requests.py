@@ -14,6 +14,7 @@ from tests.engine import test_plain_requests as v1
 
 test_nothing_else_that_vllm_refuses_slips_through = v1.test_nothing_else_that_vllm_refuses_slips_through
 test_greedy_answers_are_those_without_speculation = v1.test_greedy_answers_are_those_without_speculation
+test_at_k_0_no_draft_pass_is_run = v1.test_at_k_0_no_draft_pass_is_run
 test_sampled_answers_follow_the_exact_law = v1.test_sampled_answers_follow_the_exact_law
 
 
