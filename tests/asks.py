@@ -52,7 +52,7 @@ NOTES = {
 
 
 def marked() -> dict[int, list[str]]:
-    """Number: the tests that carry it, as paths below ``tests/``; of another module's tests that run on V2 too, both."""
+    """Number: the tests that carry it, as paths below ``tests/``; of tests that run on V2 too, both."""
     found: dict[int, list[str]] = defaultdict(list)
     owners: dict[tuple[str, str], int] = {}
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("tests/*/**/test_*.py"))}
@@ -84,10 +84,9 @@ def _borrowed(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
         for alias in node.names
     }
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Attribute):
-            if isinstance(node.value.value, ast.Name):
-                module = modules.get(node.value.value.id, "")
-                yield node.targets[0].id, module, node.value.attr
+        match node:
+            case ast.Assign(targets=[ast.Name(name)], value=ast.Attribute(ast.Name(module), test)):
+                yield name, modules.get(module, ""), test
 
 
 def _name(path: Path, test: str) -> str:

@@ -61,7 +61,8 @@ def test_a_grammar_begins_where_reasoning_ends_inside_a_draft(tiny, parser):
         content = parser.extract_content_ids(parser, harness.token_ids(outputs)[0])
         answer = llm.get_tokenizer().decode(content, skip_special_tokens=True)
     with harness.engine(tiny.target, **options) as llm:
-        assert harness.token_ids(outputs) == harness.token_ids(harness.generate(llm, [prompt], max_tokens=60, **grammar))
+        wanted = harness.token_ids(harness.generate(llm, [prompt], max_tokens=60, **grammar))
+    assert harness.token_ids(outputs) == wanted
     assert re.fullmatch(r"[0-9]{3}-[a-f]{2}", answer)
     assert any(parser.end in candidates[:accepted] for candidates, accepted, _ in rounds)
 

@@ -30,6 +30,7 @@ START_SECONDS = 180
 STOP_SECONDS = 30
 NUM_REQUESTS = 8
 MAX_TOKENS = 24
+API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def _free_port() -> int:
@@ -45,15 +46,17 @@ def _get(url: str) -> str:
 
 @contextmanager
 def _server(
-    target: str, speculative: list[str], log: Path, module: str = "vllm.entrypoints.openai.api_server", **environment: str
+    target: str, speculative: list[str], log: Path, module: str = API_SERVER, **environment: str
 ) -> Iterator[str]:
     """The server's base URL; its process group is ended by id, whatever happens."""
     port = _free_port()
     command = [
         sys.executable, "-m", module, *(["serve"] if module.endswith("cli.main") else []), "--model", target,
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enforce-eager",
         "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes", *speculative,
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *speculative,
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with log.open("w") as out:
@@ -217,7 +220,8 @@ TOOL = {
         "parameters": {
             "type": "object",
             "properties": {
-                "seat": {"type": "string", "enum": ["aisle", "window", "middle"]}, "count": {"type": "integer", "maximum": 99}
+                "seat": {"type": "string", "enum": ["aisle", "window", "middle"]},
+                "count": {"type": "integer", "maximum": 99},
             },
             "required": ["seat", "count"],
             "additionalProperties": False,
@@ -249,10 +253,12 @@ def test_tool_calls_stream_as_they_come_whole(server, client):
 
 @pytest.mark.asks(20)
 def test_the_responses_api_streams_as_it_answers_whole(server, client):
-    arguments: dict[str, Any] = {"model": "tiny", "input": "what is 3 times 4?", "max_output_tokens": MAX_TOKENS, "temperature": 0}
+    arguments: dict[str, Any] = {
+        "model": "tiny", "input": "what is 3 times 4?", "max_output_tokens": MAX_TOKENS, "temperature": 0
+    }  # fmt: skip
     whole = client.responses.create(**arguments).output_text
-    deltas = [e.delta for e in client.responses.create(**arguments, stream=True) if e.type == "response.output_text.delta"]
-    assert "".join(deltas) == whole != ""
+    events = client.responses.create(**arguments, stream=True)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole != ""
 
 
 def test_one_request_with_its_own_bound(server, client):

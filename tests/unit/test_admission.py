@@ -37,9 +37,6 @@ def standing(name: str = "a", limit: int = 20, room: int = 1000, behind: int = 0
     return Standing(name, limit, room, behind, emitted)
 
 
-
-
-
 def plan(
     batch: Sequence[Standing], model: CostModel, accept: dict[str, float] | None = None, mean: float = 0.7,
     looks: float = 500.0, purse: float = 0.0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM refuses with speculation, on Model Runner V2; and custom logits processors, which V2 applies to candidates."""
+"""What vLLM refuses with speculation, on Model Runner V2; and custom logits processors, which V2 can serve."""
 
 from __future__ import annotations
 

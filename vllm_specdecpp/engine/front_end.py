@@ -56,7 +56,8 @@ def show_metrics() -> None:
 
     if getattr(AsyncLLM, "_specdecpp_installed", False):
         return
-    log_async, log, get, attach = AsyncLLM.do_log_stats, LLMEngine.do_log_stats, LLMEngine.get_metrics, route.attach_router
+    log_async, attach = AsyncLLM.do_log_stats, route.attach_router
+    log, get = LLMEngine.do_log_stats, LLMEngine.get_metrics
 
     @functools.wraps(log_async)
     async def do_log_stats_async(self: Any) -> None:

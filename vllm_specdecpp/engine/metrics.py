@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics beside vLLM's own, in the registry that a server's ``/metrics`` shows, and the dashboard that is made of them.
+"""Metrics beside vLLM's own, in the registry that a server's ``/metrics`` shows, and a dashboard of them.
 
 The worker counts (``Drafter.take_metrics``). Whoever shows the numbers takes what is new first, so that several API
 servers add up; vLLM's counters of candidates and accepted tokens are the sums of ours (:data:`COUNTERS`).
@@ -90,8 +90,9 @@ class EngineMetrics:
         if new["candidates"]:
             line += f", accepted {new['accepted'] / new['candidates']:.1%}"
         if new["observed_candidates"]:
-            estimated, found = (new[name] / new["observed_candidates"] for name in ("estimated_accepted", "observed_accepted"))
-            line += f", acceptance estimated {estimated:.1%} and observed {found:.1%}"
+            of = new["observed_candidates"]
+            line += f", acceptance estimated {new['estimated_accepted'] / of:.1%}"
+            line += f" and observed {new['observed_accepted'] / of:.1%}"
         if "rho" in self._last:
             line += f", rho {self._last['rho']:.1f} tokens/s, {new['exploring_seconds']:.2f} s exploring"
         logger.info(line)
@@ -100,15 +101,19 @@ class EngineMetrics:
 def dashboard() -> str:
     """A Grafana dashboard, as JSON: ``python -m vllm_specdecpp.engine.metrics > docs/grafana.json``."""
 
+    own = '{model_name=~"$model"}'
+
     def rate(name: str, by: str = "") -> str:
-        total = f"rate({PREFIX}{name}_total{{model_name=~\"$model\"}}[$__rate_interval])"
+        total = f"rate({PREFIX}{name}_total{own}[$__rate_interval])"
         return f"sum by ({by or 'engine'}) ({total})"
 
     panels = [
         ("Mean candidate length", {"": f"{rate('candidates')} / {rate('rounds')}"}, "short"),
         ("Rounds by candidate length", {"{{candidates}}": rate("rounds", "candidates")}, "ops"),
         ("Candidates by source", {"{{source}}": rate("candidates", "source")}, "ops"),
-        ("Acceptance by source", {"{{source}}": f"{rate('accepted', 'source')} / {rate('candidates', 'source')}"}, "percentunit"),
+        ("Acceptance by source", {
+            "{{source}}": f"{rate('accepted', 'source')} / {rate('candidates', 'source')}"
+        }, "percentunit"),
         ("Acceptance, estimated and observed", {
             what: f"{rate(name)} / {rate('observed_candidates')}"
             for what, name in (("estimated", "estimated_accepted"), ("observed", "observed_accepted"))
@@ -118,10 +123,12 @@ def dashboard() -> str:
         ("Requests: drafted, or at K = 0 and why", {"{{drafts}}": rate("requests", "drafts")}, "ops"),
         ("Rows booked in vain", {"": rate("booked_rows")}, "ops"),
         ("Share of time spent exploring", {"": rate("exploring_seconds")}, "percentunit"),
-        ("rho, tokens per second", {"": f"{PREFIX}rho{{model_name=~\"$model\"}}"}, "short"),
-        ("Expected speedup", {"": f"{PREFIX}expected_speedup{{model_name=~\"$model\"}}"}, "short"),
-        ("Costs in force", {"{{what}} {{tokens}}": f"{PREFIX}cost_seconds{{model_name=~\"$model\"}}"}, "s"),
-        ("vLLM's own count of candidates", {"": "sum(rate(vllm:spec_decode_num_draft_tokens_total[$__rate_interval]))"}, "ops"),
+        ("rho, tokens per second", {"": f"{PREFIX}rho{own}"}, "short"),
+        ("Expected speedup", {"": f"{PREFIX}expected_speedup{own}"}, "short"),
+        ("Costs in force", {"{{what}} {{tokens}}": f"{PREFIX}cost_seconds{own}"}, "s"),
+        ("vLLM's own count of candidates", {
+            "": "sum(rate(vllm:spec_decode_num_draft_tokens_total[$__rate_interval]))"
+        }, "ops"),
     ]  # fmt: skip
     made = [
         {

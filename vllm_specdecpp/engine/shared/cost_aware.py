@@ -232,4 +232,3 @@ class CostAwareDrafting:
                 for name, curve in self.rule.costs.points().items()
             },
         }
-

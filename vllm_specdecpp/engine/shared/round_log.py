@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 logger = logging.getLogger("vllm.specdecpp")
 
 ALARM_AFTER = 2000

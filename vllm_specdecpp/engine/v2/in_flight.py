@@ -61,7 +61,7 @@ class DeferredRounds:
         self.log = RoundLog(trace_rounds)
         self._pending: deque[_Step] = deque()
         self._last: _Step | None = None
-        self._candidates: dict[str, tuple[list[int], str]] = {}  # request id -> what its last round submitted, why not more
+        self._candidates: dict[str, tuple[list[int], str]] = {}  # request id -> its last round's, and why not more
 
     def step(
         self,
