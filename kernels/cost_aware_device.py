@@ -63,12 +63,14 @@ def following(
     log_odds,  # [BLOCK_REQS] float32 of a candidate's score, or what the score of a later one is expected to be
     scored,  # [BLOCK_REQS] bool; without a score the mean acceptance stands in
     position,  # of that candidate
+    levels,  # [BLOCK_REQS] float32, what the request's record adds to its log-odds
     slopes_ptr,
     next_ptr,
     drift_ptr,
     means_ptr,
 ):
     """Acceptance of the candidate after, and the log-odds expected of its score: [BLOCK_REQS] each."""
+    log_odds += levels
     after = tl.load(slopes_ptr + 1) * log_odds + tl.load(next_ptr + position)
     accept = tl.where(scored, sigmoid(after), tl.load(means_ptr + position + 1))
     # The score that would give the same acceptance, were it the candidate's own.

@@ -57,6 +57,7 @@ def _cost_aware_tail_kernel(
     means_ptr,
     step_seconds_ptr,
     verify_seconds_ptr,
+    levels_ptr,
     num_reqs,
     num_stop,
     stop_stride,
@@ -83,6 +84,7 @@ def _cost_aware_tail_kernel(
     running = tl.load(running_ptr + reqs, mask=inside, other=0) != 0
     lengths = tl.load(lengths_ptr + reqs, mask=inside, other=0)
     room = tl.load(limits_ptr + reqs, mask=inside, other=0) - lengths - 1
+    levels = tl.load(levels_ptr + reqs, mask=inside, other=0.0)
     price = tl.load(price_ptr)
     num_running = tl.sum(running.to(tl.int32), axis=0)
     tl.store(widths_ptr + step - 1, num_running)
@@ -105,7 +107,7 @@ def _cost_aware_tail_kernel(
     tl.store(survival_ptr + reqs, survival, mask=inside)
     reach = survival
     if LAG == 1:
-        accept, log_odds = following(log_odds, scored, position, slopes_ptr, next_ptr, drift_ptr, means_ptr)
+        accept, log_odds = following(log_odds, scored, position, levels, slopes_ptr, next_ptr, drift_ptr, means_ptr)
         reach *= accept
 
     # Who goes on: the best number of requests and the best number of candidates ahead.
@@ -117,7 +119,7 @@ def _cost_aware_tail_kernel(
     chosen = reqs < 0
     for ahead in range(1, horizon + 1):
         accept, log_odds = following(
-            log_odds, scored, position + LAG + ahead - 1, slopes_ptr, next_ptr, drift_ptr, means_ptr
+            log_odds, scored, position + LAG + ahead - 1, levels, slopes_ptr, next_ptr, drift_ptr, means_ptr
         )
         product *= accept
         value += tl.where(ahead <= room, product, 0.0)

@@ -81,7 +81,7 @@ def _cost_aware_tail() -> Iterator[Variant]:
     whole = ("widths_ptr", "limits_ptr", "base_ptr")
     real = (
         "expected_ptr", "scores_log_ptr", "price_ptr", "slopes_ptr", "this_ptr", "next_ptr", "drift_ptr", "means_ptr",
-        "step_seconds_ptr", "verify_seconds_ptr",
+        "step_seconds_ptr", "verify_seconds_ptr", "levels_ptr",
     )  # fmt: skip
     types = _ROUND | dict.fromkeys(whole, "*i32") | dict.fromkeys(real, "*fp32")
     for num_reqs in (1, 64, 128, 256, 512, module.MAX_REQS):

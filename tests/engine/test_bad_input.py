@@ -158,10 +158,11 @@ def test_malformed_pairs_file(tiny, monkeypatch, tmp_path, content):
     ("engine_options", "word"),
     [
         ({"async_scheduling": True}, "--async-scheduling"),
+        ({"logits_processors": ["a.module:Processor"]}, "a.module:Processor"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
     ],
-    ids=["async", "worker", "pipeline"],
+    ids=["async", "processors", "worker", "pipeline"],
 )
 def test_engine_options_that_do_not_go_together(tiny, engine_options, word):
     assert word in _message(tiny.target, _config(tiny), **engine_options)

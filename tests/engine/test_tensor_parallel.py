@@ -6,15 +6,22 @@ from __future__ import annotations
 import pytest
 
 from tests import ranks
-from tests.engine.two_ranks import MAX_TOKENS, PROMPTS
-from tests.reference_loop import answer
+from tests.engine.two_ranks import MAX_LENGTH, MAX_TOKENS, PROMPTS, THRESHOLD
+from tests.reference_loop import Rule, answer
 
 RUN_SECONDS = 30
 """How long ranks that wait for each other are watched."""
 MODULE = "tests.engine.two_ranks"
 
 
-def test_ranks_with_different_numbers_decide_alike(reference, tmp_path):
+@pytest.fixture(scope="module")
+def by_request(tiny, reference):
+    """The rounds of rank 0's draft, which is not the noisy one, under the rule ``confidence``."""
+    rule = Rule("confidence", THRESHOLD, max_length=MAX_LENGTH)
+    return ranks.reference(reference("target"), tiny.draft_good, PROMPTS, rule, MAX_TOKENS)
+
+
+def test_ranks_with_different_numbers_decide_alike(reference, by_request, tmp_path):
     found = ranks.run(MODULE, tmp_path, alone=False)
     assert found is not None
     expected = [answer(reference("target"), prompt, MAX_TOKENS) for prompt in PROMPTS]
@@ -23,6 +30,14 @@ def test_ranks_with_different_numbers_decide_alike(reference, tmp_path):
         first, second = result["rounds"]
         assert first == second and len(first) > 30, rule
     assert len({len(r["candidates"]) for r in found["confidence"]["rounds"][0]}) >= 4
+    assert found["confidence"]["by_request"] == by_request
+
+
+@pytest.mark.slow
+def test_a_rank_with_the_wrong_rows_is_noticed(by_request, tmp_path):
+    """The test's power: the draft's output layer is cut to some token ids, of which each rank has a share."""
+    found = ranks.run(MODULE, tmp_path, alone=False, wrong_rows=True)
+    assert found is not None and found["confidence"]["by_request"] != by_request
 
 
 @pytest.mark.slow

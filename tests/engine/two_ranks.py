@@ -11,7 +11,11 @@ import torch
 from tests import engine_harness as harness
 from tests import ranks
 
-RULES: list[dict[str, Any]] = [{"rule": "confidence"}, {"rule": "entropy"}, {"rule": "fixed"}, {"rule": "cost_aware"}]
+THRESHOLD, MAX_LENGTH = 0.5, 6
+RULES: list[dict[str, Any]] = [
+    {"rule": "confidence", "threshold": THRESHOLD}, {"rule": "entropy", "threshold": None},
+    {"rule": "fixed"}, {"rule": "cost_aware"},
+]  # fmt: skip
 PROMPTS = harness.prompts(8, seed=3)
 MAX_TOKENS = 32
 
@@ -34,10 +38,11 @@ def plant() -> None:
         return logits + scale * torch.randn_like(logits) if get_tp_group().rank_in_group == 1 else logits
 
     SpecDecPPProposer.compute_logits = noisy  # type: ignore[method-assign]
+    ranks.plant_wrong_rows()
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPProposer.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPProposer._planted = True
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=6)
+    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)

@@ -13,10 +13,10 @@ from vllm_specdecpp.decision.tail_params import CostAwareParams
 
 def following(model, x, position, num):
     """[num_reqs, num] acceptance of the candidates after those scored ``x`` at ``position``."""
-    params = CostAwareParams.allocate(1, 20, 1, BUCKETS, "cpu")
+    params = CostAwareParams.allocate(len(x), 20, 1, BUCKETS, "cpu")
     params.load(
         limits=[1], price=0.0, this=model.this.theta, next=model.next.theta, means=model.mean(np.arange(8)),
-        step_seconds=np.zeros(2), verify_seconds=np.zeros(2),
+        step_seconds=np.zeros(len(x) + 1), verify_seconds=np.zeros(2),
     )  # fmt: skip
     return tails.following(torch.tensor(x, dtype=torch.float32), position, num, params).double().numpy()
 

@@ -34,6 +34,18 @@ def test_a_cheaper_wider_verification_is_seen_over_a_hill():
         assert made.go_on.tolist() == [goes_on] and made.submit.all()
 
 
+def test_a_request_that_was_easy_drafts_on_where_one_that_was_not_stops():
+    rule = paper_rule()
+    rule.admission.records.update(["easy", "hard"] * 20, [3] * 40, [3, 1] * 20)
+    levels = rule.begin(standings(["easy", "hard", "new"], [8] * 3)).levels
+    assert levels[0] > 1 > 0 > levels[1] and abs(levels[2]) < 0.5
+    for level, goes_on in zip(levels, (True, False, False), strict=True):
+        round_ = set_round(6, 8.0, 0.08, {1: 0.1, 9: 0.11})
+        round_.rule.acceptance.next.theta[:2] = 0.3, 0.3
+        round_.levels[:] = level
+        assert round_.step(np.array([0.5])).go_on.tolist() == [goes_on]
+
+
 def test_a_last_look_that_is_not_worth_its_row_is_dropped():
     for row, submits in ((0.001, True), (0.0014, True), (0.0016, False)):
         made = set_round(1, 600.0, 0.01, {1: 0.02, 9: 0.02 + 8 * row}).step(np.array([0.5]))

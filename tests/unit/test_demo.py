@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,11 +52,85 @@ def test_demo_summary_has_the_agreed_object() -> None:
     assert demo.summary(results, 2)[1]["outputs_equal"] is False
 
 
-def test_demo_prompts_are_there() -> None:
-    prompts = demo.load_prompts(6)
-    assert {prompt["set"] for prompt in prompts} == {"code", "chat", "maths"}
-    with pytest.raises(ValueError, match="choose 1 to 6"):
-        demo.load_prompts(7)
+def test_half_of_any_first_prompts_are_code_to_edit_or_continue() -> None:
+    sets = [prompt["set"] for prompt in demo.load_prompts()]
+    assert sets[::2] == ["edits", "code"] * 2 and not {"edits", "code"} & set(sets[1::2])
+
+
+class FakeEngines:
+    """Every method takes so many seconds a token."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.now = seconds, 0.0
+        self.asked: list[int] = []
+
+    def encode(self, prompt: str) -> list[int]:
+        return [1, 2, 3]
+
+    def spec_rpc(self, method: str, clear: bool) -> list[Any]:
+        return []
+
+    def generate(self, method: Method, prompts: Any, max_tokens: int, temperature: float) -> Generation:
+        self.now += self.seconds * max_tokens
+        self.asked.append(max_tokens)
+        return Generation([[1] * max_tokens], self.seconds * max_tokens, {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens", "num_prompts"),
+    [(0.01, 96, 8), (0.1, 73, 8), (0.3, 24, 7), (0.6, 24, 3), (5.0, 24, 1)],
+)
+def test_the_demo_keeps_to_its_time(seconds: float, tokens: int, num_prompts: int) -> None:
+    """Slow machines give shorter answers, then fewer; one prompt is always answered by all methods."""
+    engines: Any = FakeEngines(seconds)
+    results, rounds = demo.measure(engines, demo.load_prompts(), 5.0, clock=lambda: engines.now)
+    assert len(rounds) == num_prompts and {len(found) for found in results.values()} == {num_prompts}
+    assert abs(engines.asked[-1] - tokens) <= 1
+    assert engines.now <= 300 or num_prompts == 1
+
+
+def processes_of(session: int) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = path.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # has ended
+            continue
+        state, _, _, of = rest.split()[:4]
+        if int(of) == session and state != "Z":
+            found.append(name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGTERM, "starting engine 'spec'"), (signal.SIGINT, "prompt 1/8")]
+)
+def test_an_interrupted_demo_leaves_no_process(tiny: Any, tmp_path: Path, number: int, line: str) -> None:
+    for name, model in ((demo.TARGET, tiny.target), (demo.DRAFT, tiny.draft_good)):
+        shutil.copytree(model, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 4096}))
+    environment = os.environ | {"SPECDECPP_MODELS": str(tmp_path), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.demo"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        lines = []
+        for found in process.stderr:
+            lines.append(found)
+            if line in found:
+                break
+        else:
+            raise AssertionError("".join(lines))
+        if number == signal.SIGTERM:
+            time.sleep(3)  # its processes are starting
+        assert len(processes_of(process.pid)) > 1
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert processes_of(process.pid) == []
 
 
 def test_demo_says_where_outputs_part() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +45,30 @@ def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
         clock.now += 10.0
 
     times = timing.time_widths(run, timing.coarse_to_fine(100), _same, clock=clock)
-    assert list(times) == [1, 4, 16, 100]  # the range before its inside
+    assert list(times) == [1, 4, 16, 64]
+
+
+@pytest.mark.parametrize(("builds", "wide"), [(0.0, 1), (2.0, 2)])
+def test_a_long_run_is_not_repeated_where_no_kernel_is_built(builds: float, wide: int) -> None:
+    clock, runs = _Clock(), Counter[int]()
+
+    def run(width: int) -> None:
+        runs[width] += 1
+        clock.now += 0.02 * width + (builds if runs[width] == 1 else 0.0)
+
+    times = timing.time_widths(run, timing.coarse_to_fine(64), _same, clock=clock, seconds=100)
+    assert times == pytest.approx({n: 0.02 * n for n in times})
+    assert {runs[n] for n in times if n > 25} == {wide} and runs[1] == 1 + timing.REPEATS
+
+
+def test_a_width_that_would_end_too_late_is_left_out_and_narrower_ones_are_not() -> None:
+    clock = _Clock()
+
+    def run(width: int) -> None:
+        clock.now += 0.02 * width
+
+    times = timing.time_widths(run, timing.coarse_to_fine(256), _same, clock=clock)
+    assert 256 not in times and 128 not in times and {1, 2, 4, 8, 16, 64} <= times.keys()
 
 
 def test_no_width_beyond_the_wanted_one_or_the_bound():
@@ -118,8 +142,8 @@ def test_measure(monkeypatch, ratio):
     ("token_seconds", "most", "widths"),
     [
         (1e-3, 100, [1, 2, 3, 4, 16, 64, 100]),
-        (1e-3, 2048, [1, 2, 3, 4, 16, 64, 256, 2048]),
-        (5e-3, 2048, [1, 2, 3, 4, 16, 64, 256]),  # the widest one would take twice 10 s
+        (5e-4, 2048, [1, 2, 3, 4, 16, 64, 256, 2048]),
+        (1e-3, 2048, [1, 2, 3, 4, 16, 64, 256]),  # the widest one would take twice 2 s
         (1e-3, 2, [1, 2]),
     ],
 )

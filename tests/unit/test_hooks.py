@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from vllm_specdecpp.engine import hooks
+from vllm_specdecpp.engine import supported
 
 OTHER_VERSION = "0.33.0"
 
 
 def test_ledger_matches_the_installed_vllm():
-    assert hooks.problems() == ()
+    assert supported.problems() == ()
 
 
 def test_every_entry_says_why():
-    for hook in hooks.LEDGER:
+    for hook in supported.LEDGER:
         assert hook.why, hook.symbol
-    assert len({hook.symbol for hook in hooks.LEDGER}) == len(hooks.LEDGER)
+    assert len({hook.symbol for hook in supported.LEDGER}) == len(supported.LEDGER)
 
 
 @pytest.mark.parametrize(
@@ -37,39 +37,39 @@ def test_every_entry_says_why():
     ],
 )
 def test_a_changed_symbol_is_found(source, expected):
-    found = hooks.find_problems(lambda _: source, (hooks.Hook("m:C.f", ("self", "x")),))
+    found = supported.find_problems(lambda _: source, (supported.Hook("m:C.f", ("self", "x")),))
     assert found == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize("version", [None, "0.31.4", "0.34.0", "1.0"])
 def test_an_unknown_vllm_is_refused_in_one_line(monkeypatch, version):
-    hooks.problems.cache_clear()
-    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
+    supported.problems.cache_clear()
+    monkeypatch.setattr(supported, "vllm_version", lambda: version)
     try:
         with pytest.raises(ValueError, match="supported version") as caught:
-            hooks.require_supported()
+            supported.require_supported()
     finally:
-        hooks.problems.cache_clear()
+        supported.problems.cache_clear()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0"])
 def test_a_supported_vllm_is_checked_symbol_by_symbol(monkeypatch, version):
-    hooks.problems.cache_clear()
-    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
-    monkeypatch.setattr(hooks, "_installed_source", lambda module: None)
+    supported.problems.cache_clear()
+    monkeypatch.setattr(supported, "vllm_version", lambda: version)
+    monkeypatch.setattr(supported, "_installed_source", lambda module: None)
     try:
-        assert len(hooks.problems()) == len(hooks.LEDGER)
+        assert len(supported.problems()) == len(supported.LEDGER)
     finally:
-        hooks.problems.cache_clear()
+        supported.problems.cache_clear()
 
 
 @pytest.mark.parametrize(("version", "warns"), [("0.32.0", False), ("0.33.0", True)])
 def test_a_version_that_was_never_run_is_said_to_be(monkeypatch, caplog, version, warns):
-    monkeypatch.setattr(hooks, "vllm_version", lambda: version)
-    monkeypatch.setattr(hooks, "problems", lambda: ())
-    monkeypatch.setattr(hooks.logger, "propagate", True)
-    hooks.require_supported()
+    monkeypatch.setattr(supported, "vllm_version", lambda: version)
+    monkeypatch.setattr(supported, "problems", lambda: ())
+    monkeypatch.setattr(supported.logger, "propagate", True)
+    supported.require_supported()
     assert ("never run" in caplog.text) is warns
 
 
@@ -97,7 +97,7 @@ def other_sources(tmp_path_factory):
 
 @pytest.mark.timeout(1000)
 def test_ledger_matches_the_other_version(other_sources):
-    assert hooks.find_problems(other_sources) == []
+    assert supported.find_problems(other_sources) == []
 
 
 @pytest.mark.timeout(1000)

@@ -369,9 +369,9 @@ def test_register_never_raises(monkeypatch, caplog):
 
 
 def test_an_unsupported_vllm_still_serves_without_us(no_hub, monkeypatch):
-    from vllm_specdecpp.engine import hooks
+    from vllm_specdecpp.engine import supported
 
-    monkeypatch.setattr(hooks, "problems", lambda: ("X.y is gone",))
+    monkeypatch.setattr(supported, "problems", lambda: ("X.y is gone",))
     assert options.expand(_args()) is None
     with pytest.raises(ValueError, match="X.y is gone"):
         options.expand(_args(speculative_config={"method": "specdecpp", "model": DRAFT}))

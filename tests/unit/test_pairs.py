@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,8 +55,15 @@ def test_published_head_folders_name_their_own_pair() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    [CODER, CODER.lower(), CODER.upper(), f"/models/{CODER.rsplit('/', 1)[-1]}", "~/m/qwen2.5-coder-1.5b-instruct/",
-     "./Qwen2.5-Coder-1.5B-Instruct", "/cache/hub/models--Qwen--Qwen2.5-Coder-1.5B-Instruct/snapshots/0123abcd"],
+    [
+        CODER,
+        CODER.lower(),
+        CODER.upper(),
+        f"/models/{CODER.rsplit('/', 1)[-1]}",
+        "~/m/qwen2.5-coder-1.5b-instruct/",
+        "./Qwen2.5-Coder-1.5B-Instruct",
+        "/cache/hub/models--Qwen--Qwen2.5-Coder-1.5B-Instruct/snapshots/0123abcd",
+    ],
 )
 def test_find_by_hub_id_or_folder(target: str) -> None:
     assert find_pair(target).draft == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -168,3 +176,53 @@ def test_a_file_that_is_not_text_is_named(user_file: Path) -> None:
     user_file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not valid JSON"):
         known_pairs()
+
+
+def config(folder: Path, **fields: Any) -> str:
+    """A model's folder that nothing but its configuration tells apart."""
+    write(folder / "config.json", json.dumps(fields))
+    return str(folder)
+
+
+QWEN_7B = {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "draft"),
+    [
+        ("mine", QWEN_7B, "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("our-coder-awq", QWEN_7B | {"quantization_config": {}}, "Qwen/Qwen2.5-Coder-0.5B-Instruct"),
+        ("deepseek-r1-7b", QWEN_7B, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"),
+        ("grown", QWEN_7B | {"vocab_size": 151936 + 64}, "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("inside", {"model_type": "vlm", "text_config": QWEN_7B}, "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("llama-3", {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 128256},
+         "meta-llama/Llama-3.2-1B-Instruct"),
+        ("llama-2", {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80, "vocab_size": 32000},
+         "meta-llama/Llama-2-7b-chat-hf"),
+    ],
+)  # fmt: skip
+def test_a_copy_goes_by_its_configuration(tmp_path: Path, name: str, fields: dict[str, Any], draft: str) -> None:
+    target = config(tmp_path / name, **fields)
+    assert find_pair(target).draft == draft
+    beside = checkpoint(tmp_path / draft.rsplit("/", 1)[-1])
+    assert find_pair(target).draft == str(beside)
+
+
+@pytest.mark.parametrize(
+    "change", [{"model_type": "qwen3"}, {"hidden_size": 3585}, {"vocab_size": 100_000}, {"vocab_size": "x"}]
+)
+def test_another_configuration_is_no_copy(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no draft is known"):
+        find_pair(config(tmp_path / "mine", **(QWEN_7B | change)))
+
+
+def test_a_quantised_copy_on_the_hub_goes_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    fetched = Path(config(tmp_path, **QWEN_7B)) / "config.json"
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *names: {("org/q-awq", "config.json"): fetched}[names]
+    )
+    assert find_pair("org/q-awq").draft == "Qwen/Qwen2.5-0.5B-Instruct"
+    with pytest.raises(ValueError, match="no draft is known for target 'org/other'"):
+        find_pair("org/other")

@@ -48,14 +48,15 @@ def test_at_price_0_all_is_drafted() -> None:
 def check_following(module: Any, seed: int) -> None:
     """Against the oracle's chain."""
     rng = np.random.default_rng(seed)
-    round_ = cost_aware_cases.make_round(cost_aware_cases.Case(2, max_length=20), rng)
+    round_ = cost_aware_cases.make_round(cost_aware_cases.Case(7, max_length=20), rng)
     round_.rule.acceptance.next.theta[0] = rng.uniform(0.2, 4)
     oracle, params = cost_aware_cases.oracle_of(round_), cost_aware_cases.load_params(round_)
     x = [*rng.uniform(-8, 8, 6).tolist(), None]
     given = torch.tensor([np.nan if value is None else value for value in x])
     for position in (0, 1, 3, 14, 20):
         got = module.following(given, position, 6, params)
-        np.testing.assert_allclose(got, [oracle._following(value, position, 6) for value in x], rtol=1e-5)
+        wanted = [oracle._following(value, position, 6, oracle.levels[i]) for i, value in enumerate(x)]
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -150,6 +151,9 @@ MUTATIONS = [
     ("lengths += submits", "lengths += ran"),
     ("carried.clamp_(-MAX_LOG_ODDS, MAX_LOG_ODDS)", "carried"),
     ("params.drift[at]", "params.drift[position]"),
+    (".add_(levels))", ")"),
+    ("[log_odds + levels]", "[log_odds]"),
+    ("params.levels[: len(log_odds)]", "params.levels[:1]"),
     ("params.means[position + 1 : end + 1]", "params.means[position:end]"),
     ("index - beyond) + beyond * (table[-1] - table[-2])", "index - beyond)"),
     ("descending=True, stable=True", "descending=True"),

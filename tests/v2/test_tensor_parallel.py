@@ -6,15 +6,22 @@ from __future__ import annotations
 import pytest
 
 from tests import ranks
-from tests.reference_loop import answer
-from tests.v2.two_ranks import MAX_TOKENS, PROMPTS
+from tests.reference_loop import Rule, answer
+from tests.v2.two_ranks import MAX_LENGTH, MAX_TOKENS, PROMPTS, THRESHOLD
 
 RUN_SECONDS = 60
 """How long ranks that wait for each other are watched."""
 MODULE = "tests.v2.two_ranks"
 
 
-def test_ranks_with_different_numbers_decide_alike(tmp_path, reference):
+@pytest.fixture(scope="module")
+def by_request(tiny, reference):
+    """The rounds of rank 0's draft, which is not the noisy one, under the rule ``confidence``."""
+    rule = Rule("confidence", THRESHOLD, max_length=MAX_LENGTH)
+    return ranks.reference(reference("target"), tiny.draft_good, PROMPTS, rule, MAX_TOKENS)
+
+
+def test_ranks_with_different_numbers_decide_alike(tmp_path, reference, by_request):
     found = ranks.run(MODULE, tmp_path, alone=False)
     assert found is not None
     expected = [answer(reference("target"), prompt, MAX_TOKENS) for prompt in PROMPTS]
@@ -25,6 +32,14 @@ def test_ranks_with_different_numbers_decide_alike(tmp_path, reference):
         assert len({len(r["candidates"]) for r in first}) >= 4, rule
         # Rank 0's draft, not the noisy one.
         assert sum(r["accepted"] for r in first) > 0.5 * sum(len(r["candidates"]) for r in first), rule
+    assert found["confidence"]["by_request"] == by_request
+
+
+@pytest.mark.slow
+def test_a_rank_with_the_wrong_rows_is_noticed(tmp_path, by_request):
+    """The test's power: the draft's output layer is cut to some token ids, of which each rank has a share."""
+    found = ranks.run(MODULE, tmp_path, alone=False, wrong_rows=True)
+    assert found is not None and found["confidence"]["by_request"] != by_request
 
 
 @pytest.mark.slow

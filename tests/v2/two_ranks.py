@@ -18,7 +18,8 @@ from tests.v2 import interpreted_triton
 
 interpreted_triton.install()
 
-RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": 0.8}]
+THRESHOLD, MAX_LENGTH = 0.8, 5
+RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": THRESHOLD}]
 PROMPTS = harness.prompts(4, seed=31)
 MAX_TOKENS = 16
 CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}}
@@ -53,6 +54,7 @@ def plant() -> None:
         return CURVES
 
     StandaloneARSpeculator.compute_draft_logits = noisy
+    ranks.plant_wrong_rows()
     timing.measure = measure_in_vain  # type: ignore[assignment]
     timing.SECONDS_PER_CURVE = 0.1
     CostModel.observe_draft = lambda *args: None  # type: ignore[method-assign]
@@ -63,4 +65,4 @@ def plant() -> None:
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=5)
+    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)

@@ -91,8 +91,11 @@ class Curve:
         if self._table is None:
             seen = self._as_seen()
             wider = np.minimum.accumulate(seen[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
-            unseen = (1 / (1 + self._state[0, 0]))[self._bin]
-            self._table = seen * (np.maximum(wider, _TINY) / np.maximum(seen, _TINY)) ** unseen
+            hills = np.flatnonzero(seen > wider)
+            if len(hills):
+                unseen = 1 / (1 + self._state[0, 0, self._bin[hills]])
+                seen[hills] *= (np.maximum(wider[hills], _TINY) / seen[hills]) ** unseen
+            self._table = seen
         return self._table
 
     def _as_seen(self) -> Array:
@@ -125,6 +128,11 @@ class Curve:
             return table[widths]
         beyond = np.maximum(widths - last, 0)
         return table[np.minimum(widths, last)] + beyond * (table[-1] - table[-2])
+
+    def upto(self, num: int) -> Array:
+        """[num] :meth:`at` of width 0, 1, 2, ..."""
+        table = self.table()
+        return table[:num] if num <= len(table) else self.many(np.arange(num))
 
     def observe(self, width: int, seconds: float) -> bool:
         """Take in a real step. Returns whether it counted; an outlier does not."""

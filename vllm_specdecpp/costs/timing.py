@@ -22,8 +22,10 @@ MAX_TOKENS = 4096
 """Widest verification that the cost model keeps apart; beyond it the slope goes on."""
 MAX_WIDTH = 256
 """Widest pass that is timed; the curves go on with their slope."""
-SECONDS_PER_CURVE = 8.0
-"""Once this much time is spent, the widths between those that were timed are left to the line between them."""
+SECONDS_PER_CURVE = 3.0
+"""A width that would end later is left to the line through those that were timed; real rounds put it right."""
+LONG = 0.5
+"""Seconds of a run that is not repeated, if the width before it needed no kernels to be built."""
 REPEATS = 3
 """Timed runs of a narrow width; one is enough for wide ones, which last longer and where less depends on each."""
 NARROW = 16
@@ -65,11 +67,11 @@ def time_widths(
         run: one pass; returns when the device has finished it. Ranks of a tensor-parallel group meet in it.
         widths: in the order in which they are timed.
         agree: rank 0's tensor on every rank, so that all stop at the same width.
-        seconds: no further width is begun after this time; four always are.
+        seconds: in which all widths but the first four are timed, as far as can be foreseen.
         clock: seconds from any start.
     """
     times: dict[int, float] = {}
-    start = clock()
+    start, builds = clock(), True
 
     def once(width: int) -> float:
         before = clock()
@@ -77,10 +79,15 @@ def time_widths(
         return clock() - before
 
     for width in widths:
-        run(width)  # the first run of a width builds its kernels
-        times[width] = once(width)
-        if bool(agree(torch.tensor([clock() - start > seconds]))) and len(times) >= 4:
-            break
+        if len(times) >= 4:
+            near = max(w for w in times if w < width or w == min(times))
+            late = clock() - start + times[near] * width / near > seconds
+            if bool(agree(torch.tensor([late]))):
+                continue
+        times[width] = first = once(width)
+        if bool(agree(torch.tensor([builds or first < LONG]))):
+            times[width] = once(width)
+            builds = first > 1.3 * times[width]
     for _ in range(REPEATS - 1):
         for width in times:
             if width <= NARROW:
@@ -93,12 +100,12 @@ def time_widths(
 def coarse_to_fine(max_width: int) -> list[int]:
     """Widths to time, up to ``max_width`` or :data:`MAX_WIDTH`.
 
-    First powers of four and the widest, then powers of two, then the rest: timing that ends early covers the range.
+    First powers of four, then the widest, then powers of two, then the rest: timing that ends early covers the range.
     """
     max_width = min(max_width, MAX_WIDTH)
     fours = [4**n for n in range(max_width.bit_length()) if 4**n < max_width]
     twos = [2 * n for n in fours if 2 * n < max_width]
-    coarse = [*fours[:1], *([max_width] if max_width > 1 else []), *fours[1:], *twos]
+    coarse = [*fours, max_width, *twos] if max_width > 1 else [1]
     return coarse + [width for width in suggested_widths(max_width) if width not in coarse]
 
 

@@ -45,6 +45,8 @@ class CostAwareParams:
     """[max_reqs + 1] float32, of a draft step, by requests that draft."""
     verify_seconds: Tensor
     """[max_tokens + 1] float32, of a verification, by tokens; beyond its end the last slope goes on."""
+    levels: Tensor
+    """[max_reqs] float32, what each request's level adds to a score's log-odds as to the candidates after it."""
     run_odds: Tensor
     """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position (``device_runs``).
     The tail does not read it, nor:"""
@@ -79,7 +81,7 @@ class CostAwareParams:
         sizes = {
             "limits": max_reqs, "base": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
             "drift": num_positions, "means": num_positions, "step_seconds": max_reqs + 1,
-            "verify_seconds": max_tokens + 1, "run_odds": 1 + num_positions, "run_shifts": max_reqs,
+            "verify_seconds": max_tokens + 1, "levels": max_reqs, "run_odds": 1 + num_positions, "run_shifts": max_reqs,
         }  # fmt: skip
         packed = torch.zeros(sum(sizes.values()), device=device)
         parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
@@ -88,7 +90,7 @@ class CostAwareParams:
 
     def load(
         self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any,
-        free_rows: int = 0, runs: Any = None, run_shifts: Any = (),
+        free_rows: int = 0, levels: Any = (), runs: Any = None, run_shifts: Any = (),
     ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
@@ -104,6 +106,7 @@ class CostAwareParams:
             step_seconds: [max_reqs + 1 or more].
             verify_seconds: [max_tokens + 1].
             free_rows: candidates of free runs, of all requests together.
+            levels: [num_reqs], or empty: as the attribute.
             runs: [2 + num_buckets] as ``this``, of a free run's candidates; None: there are none.
             run_shifts: [num_reqs], or empty: as the attribute.
 
@@ -133,13 +136,12 @@ class CostAwareParams:
             [
                 np.zeros(max_reqs + 1), [price, this[0], next[0], next[0] / fade], own[:-1], after[:-1],
                 (after[:-1] - own[1:]) / fade, means[self.bucket_of[:-1]], step_seconds[: max_reqs + 1],
-                verify_seconds, theta[:1], theta[1] + theta[2:][self.bucket_of[:-1]],
-                np.zeros(max_reqs),
+                verify_seconds, _padded(levels, max_reqs), theta[:1], theta[1] + theta[2:][self.bucket_of[:-1]],
+                _padded(run_shifts, max_reqs),
             ],
             out=values, casting="same_kind",
         )  # fmt: skip
         whole = values[: max_reqs + 1].view(np.int32)
-        values[len(values) - max_reqs :][: len(run_shifts)] = run_shifts
         whole[:num_reqs], whole[max_reqs] = limits, num_reqs + free_rows
         # Pinned anew each time: torch hands the memory out again only once this copy is through.
         self.packed.copy_(host, non_blocking=True)
@@ -151,3 +153,9 @@ class CostAwareParams:
 
 
 _WHOLE = ("limits", "base")
+
+
+def _padded(values: Any, size: int) -> np.ndarray:
+    out = np.zeros(size)
+    out[: len(values)] = values
+    return out

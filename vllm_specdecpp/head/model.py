@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vllm_specdecpp.decision.features import check_features, num_inputs
 from vllm_specdecpp.head import files as head_files
 from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, update_config
+from vllm_specdecpp.provenance import model_label, shrinking
 
 __all__ = ["AcceptanceHead", "ResidualBlock", "update_config"]
 
@@ -224,7 +225,8 @@ class AcceptanceHead(nn.Module):
             source: a folder, or a hub id ``org/name``, which may go on into a folder: ``org/name/folder``.
             revision: branch, tag or commit on the hub.
             expected_hidden_size: the draft model's; None skips the check.
-            expected_draft: the draft model's id or folder; checked by its last name if the config says ``draft``.
+            expected_draft: the draft model's id or folder; checked by its last name if the config says ``draft``. A
+                head of the model that a folder was shrunk from will do.
             device: where the head goes.
             dtype: of its weights.
 
@@ -239,10 +241,11 @@ class AcceptanceHead(nn.Module):
                 f"{expected_hidden_size}; use the head that was trained for this draft"
             )
         draft = config.metadata.get("draft")
-        if expected_draft and isinstance(draft, str) and draft and not head_files.same_model(draft, expected_draft):
+        labels = [model_label(expected_draft), shrinking(expected_draft).get("source", "")] if expected_draft else []
+        if labels and isinstance(draft, str) and draft and not any(head_files.same_model(draft, x) for x in labels):
             raise ValueError(
                 f"specdecpp: head={str(source)!r} was trained for the draft {draft!r}, but the draft model is "
-                f'{expected_draft!r}; use a head of this draft, or correct "draft" in its {CONFIG_FILE}'
+                f'{labels[0]!r}; use a head of this draft, or correct "draft" in its {CONFIG_FILE}'
             )
         path, tensors = head_files.read_tensors(folder)
         tensors, tied = head_files.named(tensors, config, path)

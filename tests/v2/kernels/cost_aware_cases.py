@@ -14,6 +14,7 @@ import torch
 from tests.cost_aware_oracle import Oracle, Step
 from tests.standings import believed
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
+from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS
@@ -87,7 +88,8 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     price = case.hasty * _tokens_per_second(rule.costs, n, case.max_length) * rng.uniform(0.7, 1.4)
     sits_out = np.where(drafts, 0, np.arange(n) % 4)
     free = Taken([None] * n, sits_out, np.zeros(n))
-    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price, free=free)
+    admitted = Admitted(drafts, price, price, price, levels=np.random.default_rng(n).normal(0, 1, n))
+    return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price, admitted, free)
 
 
 def _tokens_per_second(costs: CostModel, num_reqs: int, max_length: int) -> float:
@@ -129,6 +131,7 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
         this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
         means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
         step=rule.costs.step.at, verify=rule.costs.verify.at, free_rows=int(round_.free.lengths.sum()),
+        levels=round_.levels.tolist(),
     )  # fmt: skip
 
 

@@ -16,15 +16,15 @@ from vllm_specdecpp.decision import tails
 
 @triton.jit
 def _following_kernel(
-    x_ptr, out_ptr, slopes_ptr, next_ptr, drift_ptr, means_ptr, position, num, FUNCTION: tl.constexpr,
+    x_ptr, out_ptr, levels_ptr, slopes_ptr, next_ptr, drift_ptr, means_ptr, position, num, FUNCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     reqs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + reqs)
+    x, levels = tl.load(x_ptr + reqs), tl.load(levels_ptr + reqs)
     scored = x == x
     log_odds = tl.where(scored, x, 0.0)
     for j in range(0, num):
-        accept, log_odds = FUNCTION(log_odds, scored, position + j, slopes_ptr, next_ptr, drift_ptr, means_ptr)
+        accept, log_odds = FUNCTION(log_odds, scored, position + j, levels, slopes_ptr, next_ptr, drift_ptr, means_ptr)
         tl.store(out_ptr + j * BLOCK + reqs, accept)
 
 
@@ -49,13 +49,13 @@ def check_following(device: Any) -> None:
     """Acceptance of the next candidates, by position, with and without a score."""
     rng = np.random.default_rng(0)
     for position in range(8):
-        round_ = make_round(Case(3, max_length=9), rng)
+        round_ = make_round(Case(16, max_length=9), rng)
         params = load_params(round_)
         x = np.array([-8.0, 8.0, np.nan, *rng.normal(0, 3, 13).clip(-8, 8)])
         out = torch.empty(6, 16)
         _following_kernel[(1,)](
-            torch.tensor(x).float(), out, params.slopes, params.next, params.drift, params.means, position, 6,
-            FUNCTION=device.following, BLOCK=16,
+            torch.tensor(x).float(), out, params.levels, params.slopes, params.next, params.drift, params.means,
+            position, 6, FUNCTION=device.following, BLOCK=16,
         )  # fmt: skip
         wanted = tails.following(torch.tensor(x).float(), position, 6, params)
         torch.testing.assert_close(out.T, wanted, rtol=2e-5, atol=0)

@@ -29,7 +29,7 @@ def test_of_equals_the_first_requests_come_first(limit, cheap, drafts, running) 
     for launch in (cost_aware_tail, tails.cost_aware_tail):
         case = Case(6, num_stop=0)
         round_ = make_round(case, np.random.default_rng(3))
-        round_.limits[:], round_.drafts[:] = limit, True
+        round_.limits[:], round_.drafts[:], round_.levels[:] = limit, True, 0.0
         a = arguments(round_, case, np.random.default_rng(3))
         tokens = torch.arange(len(a["params"].verify_seconds))
         a["params"].verify_seconds.copy_(0.01 + 1000.0 * (tokens > cheap))

@@ -84,6 +84,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("+ beyond * slope", ""),
         ("tl.load(means_ptr + position + 1)", "tl.load(means_ptr + position)"),
         ("tl.load(drift_ptr + position)", "tl.load(drift_ptr + position + 1)"),
+        ("    log_odds += levels\n", ""),
         ("tl.minimum(tl.maximum(expected, -MAX_LOG_ODDS), MAX_LOG_ODDS)", "expected"),
     ],
     "cost_aware_tail": [

@@ -45,7 +45,8 @@ class AcceptanceModel:
     Two logistics over the log-odds x_k of candidate k's score: ``this`` for k itself, ``next`` for k + 1 given that k
     was accepted: the decision to draw k + 1 comes before the pass that would score it. Candidates further on follow the
     same regression (``tails.following``): the expected score of k + 1 is what ``this`` would need to give what ``next``
-    says. So a high score fades to the usual acceptance at the rate at which scores were seen to.
+    says. So a high score fades to the usual acceptance at the rate at which scores were seen to. What is usual differs
+    from one request to another: for ``next`` its record adds to the score (``Admitted.levels``).
 
     Where there is no score (NaN, a lagged estimator's first step) the mean acceptance at that position stands in.
 
@@ -78,12 +79,13 @@ class AcceptanceModel:
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
         return np.where(np.isnan(p), self._mean[b], p)
 
-    def update(self, x: Array, labels: Array) -> None:
+    def update(self, x: Array, labels: Array, levels: Array | None = None) -> None:
         """Learn from one verified batch.
 
         Args:
             x: [num_steps, num_reqs] log-odds of candidate k's score in row k - 1; NaN: none.
             labels: [num_steps, num_reqs] 1 accepted, 0 first rejection, NaN not observed.
+            levels: [num_reqs] of each request before the round (``Admitted.levels``); None: 0.
         """
         if not labels.size:
             return
@@ -98,7 +100,8 @@ class AcceptanceModel:
         self._observed = fade * self._observed + per_bucket
         self.this.update(x[seen], buckets[seen], labels[seen])
         pairs = seen[1:]
-        self.next.update(x[:-1][pairs], buckets[:-1][pairs], labels[1:][pairs])
+        shown = x if levels is None else x + levels
+        self.next.update(shown[:-1][pairs], buckets[:-1][pairs], labels[1:][pairs])
         self._recentre()
 
     def _recentre(self) -> None:
@@ -113,13 +116,14 @@ class AcceptanceModel:
         self.next.shift((1 - _CARRIES) * (centre - self._centre))
         self._centre = centre
 
-    def update_run(self, x: list[float], accepted: int, verified: int) -> None:
+    def update_run(self, x: list[float], accepted: int, verified: int, level: float = 0.0) -> None:
         """:meth:`update` from one request's round.
 
         Args:
             x: log-odds of candidate 1, 2, ...; NaN: none.
             accepted: candidates accepted.
             verified: candidates verified.
+            level: of the request before the round.
         """
         num = min(accepted + 1, verified, len(x))
         if num <= 0:
@@ -135,7 +139,7 @@ class AcceptanceModel:
         known = [k for k in range(num) if x[k] == x[k]]
         self.this.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k] for k in known])
         known = [k for k in known if k + 1 < num]
-        self.next.update_few([x[k] for k in known], [buckets[k] for k in known], [labels[k + 1] for k in known])
+        self.next.update_few([x[k] + level for k in known], [buckets[k] for k in known], [labels[k + 1] for k in known])
         self._recentre()
 
     def state(self) -> dict[str, Any]:

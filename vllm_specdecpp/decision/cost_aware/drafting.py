@@ -45,25 +45,29 @@ class CostAwareRound:
         price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
         admitted: why it was begun so.
         free: the runs of requests that do not draft.
+        constrained: [num_reqs] as in :class:`Standing`; nobody, if it is not given.
 
     Attributes:
         running: [num_reqs] requests that draw another candidate.
         lengths: [num_reqs] candidates drafted and submitted.
         survival: [num_reqs] estimated probability that all scored candidates are accepted.
         expected: [num_reqs] estimated number of accepted candidates.
+        levels: [num_reqs] as ``Admitted.levels``.
         widths: requests in each draft pass so far.
         scores: of each pass, [num_reqs] log-odds as given, NaN: none.
     """
 
     def __init__(
         self, rule: Any, request_ids: list[str], limits: NDArray[np.int64], drafts: Mask, price: float,
-        admitted: Admitted | None = None, free: Taken | None = None,
+        admitted: Admitted | None = None, free: Taken | None = None, constrained: Mask | None = None,
     ) -> None:  # fmt: skip
         self.rule, self.request_ids, self.limits, self.price = rule, request_ids, limits, price
         self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
         num_reqs = len(request_ids)
+        self.constrained: Mask = np.zeros(num_reqs, dtype=np.bool_) if constrained is None else constrained
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
+        self.levels = np.zeros(num_reqs) if admitted is None else admitted.levels
         self.widths: list[int] = []
         self.scores: list[NDArray[np.float32]] = []
         self._state: dict[str, Any] = {}  # of the tail, once there was a step
@@ -84,9 +88,9 @@ class CostAwareRound:
         acceptance, costs = self.rule.acceptance, self.rule.costs
         params.load(
             limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price,
-            this=acceptance.this.theta, next=acceptance.next.theta, means=acceptance.mean(_BUCKETS),
-            step_seconds=costs.step.many(np.arange(params.step_seconds.numel())),
-            verify_seconds=costs.verify.many(np.arange(params.verify_seconds.numel())),
+            levels=self.levels, this=acceptance.this.theta, next=acceptance.next.theta,
+            means=acceptance.mean(_BUCKETS), step_seconds=costs.step.upto(params.step_seconds.numel()),
+            verify_seconds=costs.verify.upto(params.verify_seconds.numel()),
             runs=self.rule.free_runs.theta, run_shifts=[self.rule.free_runs.shift(name) for name in self.request_ids],
         )  # fmt: skip
 

@@ -148,18 +148,22 @@ class FreeRuns:
 
     def learn(
         self, request_ids: Sequence[str], taken: Taken, verified: Sequence[int | None], accepted: Sequence[int],
-        adapt: bool = True,
+        adapt: Sequence[bool] = (),
     ) -> None:  # fmt: skip
-        """A round has been verified; arguments as in :meth:`.CostAwareRule.finish`."""
+        """A round has been verified; arguments as in :meth:`.CostAwareRule.finish`.
+
+        ``adapt``: [num_reqs] whether the request teaches of others too; empty: all do.
+        """
         left, observed_of = set(), set()  # sources
-        for name, run, length, seen, won in zip(
-            request_ids, taken.runs, taken.lengths.tolist(), verified, accepted, strict=True
-        ):
+        for name, run, length, seen, won, teaches in zip(
+            request_ids, taken.runs, taken.lengths.tolist(), verified, accepted, adapt or [True] * len(request_ids),
+            strict=True,
+        ):  # fmt: skip
             if run is None or seen is None:
                 continue
             expected, own = self._own.get(name, (0.0, 0.0))
             if not length:  # not worth its rows: it is to be tried again some day
-                left.add(run.source)
+                left |= {run.source} if teaches else set()
                 keep = math.exp(-1 / _MEMORY)
                 self._remember(name, keep * expected, keep * own)
                 continue
@@ -172,14 +176,12 @@ class FreeRuns:
             observed = min(num_won + 1, num_seen)  # the accepted ones and the first rejected one
             keep = math.exp(-observed / _OWN_MEMORY)
             self._remember(name, keep * expected + float(self.chances(run)[:observed].sum()), keep * own + num_won)
-            observed_of.add(run.source)
-            if adapt:
+            if teaches:
+                observed_of.add(run.source)
                 labels = (np.arange(observed) < num_won).astype(np.float64)
                 self.models[run.source].update(run.x[:observed], bucket(np.arange(1, observed + 1)), labels)
-
-        if adapt:  # once a round, however many requests there are
-            for source in left - observed_of:
-                self.models[source].rest()
+        for source in left - observed_of:  # once a round, however many requests there are
+            self.models[source].rest()
 
     def _remember(self, request_id: str, expected: float, accepted: float) -> None:
         self._own.pop(request_id, None)

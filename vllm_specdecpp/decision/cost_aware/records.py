@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 _MEAN, _WEIGHT = 0.7, 4.0
 """Before anything was seen: acceptance, and how many looks that is worth."""
@@ -45,6 +46,7 @@ class Records:
     def __init__(self, max_requests: int = 1024) -> None:
         self.max_requests = max_requests
         self.mean, self.looks = _MEAN, _WEIGHT
+        self._apart = np.zeros(2)  # looks, accepted, of constrained requests
         self._requests: OrderedDict[str, tuple[float, float, int]] = OrderedDict()  # id -> looks, accepted, round
         self._round = 0
 
@@ -53,35 +55,52 @@ class Records:
         """Looks that the common mean rests on."""
         return self.looks - _WEIGHT
 
-    def of(self, request_ids: Sequence[str]) -> tuple[Array, Array]:
-        """Acceptance of each request as expected, and what may be hoped for: [num_reqs] each."""
+    def known_of(self, constrained: Mask) -> float:
+        """Looks that what is expected of a batch without own looks rests on."""
+        return self.known + (float(self._apart[0]) if constrained.all() else 0.0)
+
+    def of(self, request_ids: Sequence[str], constrained: Mask | None = None) -> tuple[Array, Array]:
+        """Acceptance of each request as expected, and what may be hoped for: [num_reqs] each.
+
+        ``constrained``: [num_reqs] bool, nobody if it is not given. Such a request is like the others of its kind, and
+        these are like all others until they have been looked at.
+        """
         found = [self._requests.get(name, (0.0, 0.0, self._round)) for name in request_ids]
         looks, won, seen = np.array(found, dtype=np.float64).reshape(-1, 3).T
         keep = _FADE ** (self._round - seen)
         looks, won = keep * looks, keep * won
-        usual = min(self.mean, _SURE)
-        odds = math.log(_SHARE / (1 - _SHARE)) + won * math.log(EASY / usual)
-        odds += (looks - won) * math.log((1 - EASY) / (1 - usual))
+        apart = (self._apart[1] + _OWN * self.mean) / (self._apart[0] + _OWN)
+        usual = np.minimum(self.mean if constrained is None else np.where(constrained, apart, self.mean), _SURE)
+        odds = math.log(_SHARE / (1 - _SHARE)) + won * np.log(EASY / usual)
+        odds += (looks - won) * np.log((1 - EASY) / (1 - usual))
         easy = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
         # Before its first look a request is expected to be like the others, and hoped to be easy.
-        start = usual + easy * looks / (looks + 1) * max(EASY - usual, 0.0)
+        start = usual + easy * looks / (looks + 1) * np.maximum(EASY - usual, 0.0)
         mean = np.minimum((won + _OWN * start) / (looks + _OWN), _SURE)
         return mean, np.where(easy > _HOPE, np.maximum(mean, EASY), mean)
 
-    def update(self, request_ids: Sequence[str], looks: Sequence[float], accepted: Sequence[float]) -> None:
+    def update(
+        self, request_ids: Sequence[str], looks: Sequence[float], accepted: Sequence[float],
+        constrained: Sequence[bool] = (),
+    ) -> None:  # fmt: skip
         """Take in a drafted round.
 
         Args:
             request_ids: [n] that drafted.
             looks: [n] candidates of each that were looked at and follow accepted ones only.
             accepted: [n] how many of those were accepted, or would have been as far as is known.
+            constrained: [n] requests that tell of their kind alone; empty: none.
         """
-        for name, num, won in zip(request_ids, looks, accepted, strict=True):
+        apart = constrained or [False] * len(request_ids)
+        for name, num, won, is_apart in zip(request_ids, looks, accepted, apart, strict=True):
             if num <= 0:
                 continue
             weight, sum_won, seen = self._requests.pop(name, (0.0, 0.0, self._round))
             keep = _FADE ** (self._round - seen) * min(1.0, max(_OWN_MEMORY - num, 0.0) / max(weight, 1e-9))
             self._requests[name] = keep * weight + num, keep * sum_won + won, self._round + 1
+            if is_apart:
+                self._apart = self._apart * min(1.0, _MEMORY / (self._apart[0] + num)) + (num, won)
+                continue
             self.looks = min(self.looks + num, max(_MEMORY, num))
             self.mean += (won - num * self.mean) / self.looks
         while len(self._requests) > self.max_requests:

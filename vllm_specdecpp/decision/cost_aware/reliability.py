@@ -31,7 +31,8 @@ class ReliabilityLog:
             accepted: likewise.
         """
         rule = round_.rule
-        lengths = np.where(round_.drafts, [-1 if v is None else v for v in verified], -1)  # [num_reqs]
+        tells = round_.drafts & ~round_.constrained
+        lengths = np.where(tells, [-1 if v is None else v for v in verified], -1)  # [num_reqs]
         wins = np.minimum(np.asarray(accepted), lengths)  # [num_reqs]
         for k, log_odds in enumerate(round_.scores[rule.lag :], start=1):
             seen = (k <= lengths) & (k <= wins + 1) & np.isfinite(log_odds)

@@ -110,7 +110,8 @@ class CostAwareRule:
             free = self.free_runs.take(names, runs, limits, self.costs)
         admitted = self.admission.plan(batch, self.costs, self.purse, free)
         taken = None if unseen else free.without(admitted.drafts)
-        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken)
+        constrained = np.array([s.constrained for s in batch])
+        return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken, constrained)
 
     def finish(
         self,
@@ -144,6 +145,7 @@ class CostAwareRule:
         num_tokens = num_reqs + int(submitted.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
+        teaches = known & ~round_.constrained
         # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
         base = num_reqs + float(round_.free.accepted.sum())
         drafted = np.where(round_.drafts, wins, 0)
@@ -154,11 +156,13 @@ class CostAwareRule:
         if round_.widths:
             if admitted.trial:  # here an outcome that is not known counts as none
                 self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
-            self.admission.learn(admitted, tokens, seconds, off_seconds)
+            if not (round_.drafts & round_.constrained).any():
+                self.admission.learn(admitted, tokens, seconds, off_seconds)
             self._record(round_, known, lengths, wins)
             if self.adapt:
-                self._learn(round_, known, np.where(round_.drafts, lengths, 0), wins)
-        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, self.adapt)
+                self._learn(round_, teaches, np.where(round_.drafts, lengths, 0), wins)
+        adapt = ~round_.constrained & self.adapt
+        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, adapt.tolist())
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)
@@ -180,21 +184,22 @@ class CostAwareRule:
             looks[dropped] += seen
             right[dropped] += np.where(seen, self.acceptance.accept(x, submitted[dropped] + 1), 0.0)
         names = [round_.request_ids[i] for i in index.tolist()]
-        self.admission.records.update(names, looks.tolist(), right.tolist())
+        self.admission.records.update(names, looks.tolist(), right.tolist(), round_.constrained[index].tolist())
 
-    def _learn(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
-        """Labels for the calibration: of the accepted candidates and the first rejected one."""
-        depth = int(lengths.max())
+    def _learn(self, round_: CostAwareRound, teaches: Mask, lengths: Counts, wins: Counts) -> None:
+        """Labels for the calibration: of the accepted candidates and the first rejected one, of requests that teach."""
+        depth = int(lengths.max()) if teaches.any() else 0
         columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
-        if len(known) == 1:
+        if len(teaches) == 1:
             x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
-            self.acceptance.update_run(x, int(wins[0]), depth)
+            self.acceptance.update_run(x, int(wins[0]), depth, float(round_.levels[0]))
             return
-        scores = np.full((depth, len(known)), np.nan)
-        scores[: len(columns)] = np.reshape(columns, (len(columns), len(known)))
+        scores = np.full((depth, len(teaches)), np.nan)
+        scores[: len(columns)] = np.reshape(columns, (len(columns), len(teaches)))
         positions = np.arange(1, depth + 1)[:, None]
-        seen = (positions <= np.minimum(wins + 1, lengths)) & known
-        self.acceptance.update(scores, np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan))
+        seen = (positions <= np.minimum(wins + 1, lengths)) & teaches
+        labels = np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan)
+        self.acceptance.update(scores, labels, round_.levels)
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""

@@ -25,7 +25,7 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
 
     import vllm
 
-    from vllm_specdecpp.provenance import model_label
+    from vllm_specdecpp.provenance import model_label, shrinking
 
     target, speculative = vllm_config.model_config, vllm_config.speculative_config
     draft = speculative.draft_model_config
@@ -42,6 +42,8 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
         "torch": version("torch"),
         **more,
     }
+    if made := shrinking(draft.model):  # its folder may be made anew under the same name
+        setting["shrunk"] = str(made.get("created"))
     return CostFile(cache_folder(), setting)
 
 

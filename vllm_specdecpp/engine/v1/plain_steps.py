@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples steps without a candidate as vLLM does without speculation (vLLM 0.32 and 0.33, see ``docs/upstream``).
+"""Samples rows without a candidate as vLLM does without speculation (vLLM 0.32 and 0.33, see ``docs/upstream``).
 
 With speculation Model Runner V1 calls the rejection sampler in every step, also when nothing was drafted, as in a
 prefill and in every round of K = 0. It then draws noise over the whole vocabulary that nothing reads (3 ms a request on
@@ -36,6 +36,19 @@ def sample_plainly(runner: Any) -> None:
         return output
 
     setattr(runner, _METHOD, sample)
+
+
+def process_plainly(runner: Any) -> None:
+    """Give the runner the logits processors that vLLM leaves out with speculation: ``min_p`` and ``logit_bias``
+    (``vllm.v1.sample.logits_processor.build_logitsprocs``).
+
+    Requests that ask for them have no candidate, and the sampler of bonus tokens applies all processors, one row a
+    request.
+    """
+    from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS, LogitsProcessors
+
+    made = (kind(runner.vllm_config, runner.device, runner.sampler.pin_memory) for kind in BUILTIN_LOGITS_PROCESSORS)
+    runner.input_batch.logitsprocs = LogitsProcessors(made)
 
 
 def _unforce(holder: Any, thrown_away: Any) -> None:

@@ -67,7 +67,8 @@ class SpecDecPPProposer(DraftPasses):
         self.recorder: RoundRecorder | None = None  # of rank 0, while recording
         self.draft_kv = DraftKV()
         self.draft_limit = draft_limit(vllm_config)
-        self.requests = RunnerRequests(runner, longest_drafted(vllm_config))
+        defaults = vllm_config.model_config.get_diff_sampling_param()
+        self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
         self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
 
@@ -194,6 +195,7 @@ class SpecDecPPProposer(DraftPasses):
                     room=self.requests.remaining(row),
                     behind=max(row.next_position - 1 - missing, 0),
                     emitted=self.requests.emitted(row),
+                    constrained=self.requests.is_constrained(row),
                 )
                 for row, limit, missing in zip(rows, max_lengths, first_missing, strict=True)
             ]
@@ -265,7 +267,7 @@ class SpecDecPPProposer(DraftPasses):
         while state.goes_on():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
-            logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
+            logits = self.compute_logits(hidden_states)  # [num_running, num_columns]
             features = features_from_logits(
                 logits,
                 hidden_states,
@@ -277,9 +279,10 @@ class SpecDecPPProposer(DraftPasses):
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
-            token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
+            token_ids, probs = self._sample_from_logits(logits, metadata)  # columns; [num_running, num_columns]
             token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
+            token_ids = self.columns.token_ids(token_ids)
             column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
             submits = column[running] >= 0  # [num_running]
             if trace is not None:
@@ -287,7 +290,7 @@ class SpecDecPPProposer(DraftPasses):
                 trace.step(running[submits], features.select(submits), logprobs_of)
             drawn.append(column)
             if probs is not None:
-                probabilities.append(scatter(probs, running, num_reqs, fill=0))
+                probabilities.append(scatter(self.columns.spread(probs, 0.0), running, num_reqs, fill=0))
             if not state.goes_on():
                 break
             keep = state.running[running] > 0  # [num_running]

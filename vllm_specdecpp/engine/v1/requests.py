@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from vllm_specdecpp.engine.shared.requests import options_of, stop_tokens_of
+from vllm_specdecpp.engine.shared.requests import bound_of, is_constrained, stop_tokens_of
 from vllm_specdecpp.engine.v1.inputs import RowState
-from vllm_specdecpp.request_options import RequestOptions
 
 
 class RunnerRequests:
@@ -18,11 +19,11 @@ class RunnerRequests:
     Args:
         runner: read only: ``input_batch``, ``requests``, ``discard_request_mask``.
         longest: how long a sequence may become while it is drafted for, in tokens (``draft_limit.longest_drafted``).
+        defaults: the server's sampling parameters (``ModelConfig.get_diff_sampling_param``).
     """
 
-    def __init__(self, runner: Any, longest: int) -> None:
-        self._runner = runner
-        self._longest = longest
+    def __init__(self, runner: Any, longest: int, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._runner, self._longest, self._defaults = runner, longest, defaults
 
     def rows(self, query_starts: list[int], rejected: list[int]) -> list[RowState]:
         """Where each request stands after verification.
@@ -72,11 +73,15 @@ class RunnerRequests:
         """The request's own upper bound on its candidate length: one token of every round is the target's."""
         if self.is_prefilling(index):
             return 0
-        return max(min(self.options(row).bound(bound), self.remaining(row) - 1), 0)
+        return max(min(self.bound(row, bound), self.remaining(row) - 1), 0)
 
-    def options(self, row: RowState) -> RequestOptions:
-        """What the request says about its own speculation."""
-        return options_of(self._runner.requests[row.request_id].sampling_params)
+    def bound(self, row: RowState, bound: int) -> int:
+        """What the request's parameters leave of the engine's upper bound."""
+        return bound_of(self._runner.requests[row.request_id].sampling_params, bound)
+
+    def is_constrained(self, row: RowState) -> bool:
+        """See ``engine.shared.requests.is_constrained``."""
+        return is_constrained(self._runner.requests[row.request_id].sampling_params, self._defaults)
 
     def will_go_on(self, row: RowState, index: int) -> bool:
         """Whether the request can need the draft model again, so that its KV must be kept right."""
@@ -85,7 +90,7 @@ class RunnerRequests:
             room = self._longest - 1 - max(num_prompt_tokens, row.next_position)
         else:
             room = self.remaining(row)
-        return self.options(row).bound(1) > 0 and room > 1
+        return self.bound(row, 1) > 0 and room > 1
 
     def stop_token_ids(self, rows: list[RowState]) -> torch.Tensor | None:
         """Tokens that end each request, padded with -1: [num_reqs, max_num_stop_tokens], or None if there are none."""

@@ -134,6 +134,7 @@ class DeviceCostAware(CostAwareDrafting):
         prompts: Sequence[int],
         room: Sequence[int],
         emitted: Sequence[int],
+        constrained: Sequence[bool],
     ) -> Plan | None:
         """Choose who drafts, and load what the device decides by; on every rank.
 
@@ -144,6 +145,7 @@ class DeviceCostAware(CostAwareDrafting):
             prompts: [num_reqs] tokens of prompts in this step, which it reads if anybody drafts.
             room: [num_reqs] tokens that each request may emit after its next token, as far as the host knows.
             emitted: [num_reqs] tokens that it has emitted, likewise.
+            constrained: [num_reqs] as in :class:`Standing`.
 
         Returns:
             None on ranks that follow rank 0.
@@ -157,7 +159,7 @@ class DeviceCostAware(CostAwareDrafting):
             num_late = sum(count > 0 for count in behind)
             share = self.rule.costs.first.at(len(request_ids)) / max(num_late, 1)
             apart = [share if count else 0.0 for count in behind]
-            rows = zip(request_ids, max_lengths, room, unread.tolist(), emitted, apart, strict=True)
+            rows = zip(request_ids, max_lengths, room, unread.tolist(), emitted, apart, constrained, strict=True)
             round_ = self.rule.begin([Standing(*row) for row in rows], () if self.runs is None else None)
             drafts = np.flatnonzero(round_.drafts)
             longest = int(round_.limits[drafts].max(initial=0))

@@ -7,12 +7,13 @@ only (the host runs ahead of it), so the bounds travel there as numbers: see ``D
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from vllm_specdecpp.engine.shared.requests import options_of, stop_tokens_of
+from vllm_specdecpp.engine.shared.requests import bound_of, is_constrained, stop_tokens_of
 
 NUM_STOP_TOKENS = 32
 """Stop tokens of a request that end its drafts, the end-of-sequence token first. Drafting on past a stop token wastes
@@ -25,9 +26,18 @@ _NO_LIMIT = 1 << 30
 
 
 class BatchRequests:
-    """Speculation limits of the requests that the runner holds."""
+    """Speculation limits of the requests that the runner holds.
 
-    def __init__(self) -> None:
+    Args:
+        defaults: the server's sampling parameters (``ModelConfig.get_diff_sampling_param``).
+
+    Attributes:
+        constrained: requests whose own constraints decide what is accepted (``engine.shared.requests``).
+    """
+
+    def __init__(self, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.constrained: set[str] = set()
+        self._defaults = defaults
         self._rows: dict[str, np.ndarray] = {}  # request id -> [COLUMNS] int64
         self._finished: list[str] = []
         self._arrived: set[str] = set()
@@ -43,6 +53,7 @@ class BatchRequests:
         """
         for request_id in scheduler_output.finished_req_ids:
             self._rows.pop(request_id, None)
+            self.constrained.discard(request_id)
             self._seeded.discard(request_id)
             self._finished.append(request_id)
         for request in scheduler_output.scheduled_new_reqs:
@@ -52,12 +63,14 @@ class BatchRequests:
     def add(self, request_id: str, prompt_len: int, params: Any) -> None:
         """Remember what ``vllm.SamplingParams`` say; ``prompt_len`` in tokens."""
         row = np.full(COLUMNS, -1, dtype=np.int64)
-        row[0] = options_of(params).bound(_NO_LIMIT)
+        row[0] = bound_of(params, _NO_LIMIT)
         row[1] = _NO_LIMIT if params.max_tokens is None else prompt_len + params.max_tokens
         stop_token_ids = stop_tokens_of(params)[:NUM_STOP_TOKENS]
         row[2 : 2 + len(stop_token_ids)] = stop_token_ids
         self._rows[request_id] = row
         self._arrived.add(request_id)
+        if is_constrained(params, self._defaults):
+            self.constrained.add(request_id)
         if params.seed is not None:
             self._seeded.add(request_id)
 

@@ -72,7 +72,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         super().__init__(vllm_config, device, config)
         self.runner = runner
         self.launch = cost_aware_tail if self.max_num_reqs <= MAX_REQS else tails.cost_aware_tail
-        self.requests = BatchRequests()
+        self.requests = BatchRequests(vllm_config.model_config.get_diff_sampling_param())
         self.log = DeferredRounds(config.trace_rounds)
         self.gaps = DraftKVGaps(self)
         self._longest = longest_drafted(vllm_config)
@@ -250,6 +250,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             prompts.tolist(),
             np.maximum(limits[:, 1] - 1 - next_positions, 0).tolist(),
             (next_positions + 1 - prompt_lens).tolist(),
+            [name in self.requests.constrained for name in names],
         )
         self.round.admit()
         return self._tell(plan)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised weights in the compressed-tensors format, data-free: scales are the extremes of a channel or a group.
+
+What the draft loses is candidates, never the target's law. vLLM reads the format through
+``vllm.model_executor.layers.quantization.compressed_tensors``; the arithmetic is compressed-tensors' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
+
+SCHEMES = {"int8": "W8A8", "fp8": "FP8_DYNAMIC", "int4": "W4A16"}
+"""Name → compressed-tensors' preset. int8 and fp8: a scale a channel, activations quantised per token as they come;
+int4: weights alone, a scale a group."""
+
+SMALLEST_GROUP = 32
+_FORMATS = {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}
+# Linear layers by their names: GPT-2's "c_proj" is a transposed convolution, routers choose experts and stay exact.
+_LINEAR = re.compile(r"\.(?:(?!c_proj)\w*_proj|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|fc[12])\.weight$")
+_IN_A_LAYER = re.compile(r"\.\d+\.")
+
+
+def is_linear(name: str, shape: Iterable[int]) -> bool:
+    """Whether a tensor of a checkpoint is the weight of a layer that is quantised: a linear one, in one of the repeated
+    layers. Embeddings, the output layer, norms, routers and convolutions stay as they are."""
+    return len(list(shape)) == 2 and bool(_LINEAR.search(name) and _IN_A_LAYER.search(name))
+
+
+def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantizationScheme:
+    """compressed-tensors' scheme for a model.
+
+    Args:
+        name: of :data:`SCHEMES`.
+        shapes: weight → [num_out, num_in], of the linear layers.
+
+    Raises:
+        ValueError: one line: the model has no linear layer that is known, or, for int4, one that no group divides.
+    """
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    if not shapes:
+        raise ValueError("specdecpp: the draft has no linear layer that shrink knows; use scheme none")
+    scheme = preset_name_to_scheme(SCHEMES[name], ["Linear"])
+    if name == "int4":
+        group = scheme.weights.group_size
+        while any(num_in % group for _, num_in in shapes.values()):
+            group //= 2
+        if group < SMALLEST_GROUP:
+            odd = next(weight for weight, (_, num_in) in shapes.items() if num_in % SMALLEST_GROUP)
+            raise ValueError(
+                f"specdecpp: scheme int4 needs inputs in groups of {SMALLEST_GROUP}, and {odd} has {shapes[odd][1]}; "
+                "use scheme int8"
+            )
+        scheme.weights.group_size = group
+    return scheme
+
+
+def quantised(name: str, weight: torch.Tensor, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+    """One layer's tensors as vLLM reads them.
+
+    Args:
+        name: of :data:`SCHEMES`.
+        weight: [num_out, num_in], any float dtype.
+        scheme: of :func:`scheme_for`.
+
+    Returns:
+        Last part of the tensor's name → tensor: ``weight`` or ``weight_packed``, ``weight_scale``, ...
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = scheme.weights.group_size or weight.shape[1]
+    low, high = weight.float().unflatten(1, (-1, group)).aminmax(dim=-1)  # [num_out, num_groups]
+    scale, zero_point = calculate_qparams(low, high, scheme.weights)
+    if name == "int4":  # vLLM's kernels take these scales in the model's dtype: round before the weights do
+        scale = scale.to(weight.dtype)
+    parts = {"weight": weight.to(scale.dtype), "weight_scale": scale, "weight_zero_point": zero_point}
+    found = BaseCompressor.get_value_from_registry(_FORMATS[name]).compress(parts, scheme)
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def config_entry(name: str, scheme: QuantizationScheme, unquantised: Iterable[str]) -> dict[str, Any]:
+    """``quantization_config`` of the model's ``config.json``.
+
+    Args:
+        unquantised: modules with a matrix that stays as it is.
+    """
+    group = {key: value for key, value in scheme.model_dump(mode="json").items() if value is not None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _FORMATS[name],
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": sorted({"lm_head", *unquantised}),
+    }
+
+
+def default_scheme() -> str:
+    """The scheme that this machine has a fast kernel for."""
+    return "fp8" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9) else "int8"
+
+
+def missing_kernel(name: str) -> str | None:
+    """Why this machine cannot run a scheme fast, in words; None if it can, or nothing is known against it."""
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_capability()
+        return None if found >= (7, 5) else f"GPUs of compute capability {found[0]}.{found[1]} have no kernel for it"
+    return "few CPUs have fp8 instructions; int8 is fast on all" if name == "fp8" else None
