@@ -35,7 +35,7 @@ setup(
         "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "scipy>=1.15"],
         "dev": [
-            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff",
+            "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff",
             "scikit-learn", "scipy>=1.15", "setuptools>=64",
         ],
     },

@@ -358,3 +358,27 @@ def test_metrics_of_several_api_servers_add_up(tiny, tmp_path, monkeypatch):
             one.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=12, temperature=0)
             _ours(url)
         _check_metrics(url)
+
+
+@pytest.mark.slow  # two engines
+def test_two_data_parallel_ranks(tiny, answers, tmp_path):
+    """Each rank drafts, and answers as the target alone would."""
+    config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "confidence", "num_speculative_tokens": 5}
+    arguments = ["--data-parallel-size", "2", "--speculative-config", json.dumps(config)]
+    with _server(tiny.target, arguments, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+
+        def ask(prompt: list[int]) -> list[int]:
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )  # fmt: skip
+            return answer.choices[0].token_ids
+
+        assert _at_once(ask, harness.prompts(NUM_REQUESTS, seed=12)) == answers
+        accepted = {
+            line.partition('engine="')[2][0]: float(line.rsplit(" ", 1)[1])
+            for line in _get(f"{url}/metrics").splitlines()
+            if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
+        }
+    assert accepted.keys() == {"0", "1"} and min(accepted.values()) > 0

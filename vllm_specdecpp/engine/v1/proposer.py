@@ -117,6 +117,7 @@ class SpecDecPPProposer(DraftPasses):
             block_table = common_attn_metadata.block_table_tensor
             blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
+            self.draft_kv.begin(rows, blocks)
             missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
 
             @cache
