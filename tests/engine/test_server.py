@@ -381,4 +381,6 @@ def test_two_data_parallel_ranks(tiny, answers, tmp_path):
             for line in _get(f"{url}/metrics").splitlines()
             if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
         }
+        _check_metrics(url)
+        assert 'vllm:specdecpp_draft_passes_total{engine="1"' in _get(f"{url}/metrics")
     assert accepted.keys() == {"0", "1"} and min(accepted.values()) > 0
