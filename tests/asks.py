@@ -61,8 +61,8 @@ def marked() -> dict[int, list[str]]:
                 found[number].append(_name(path, function.name))
     for path, tree in trees.items():
         for name, module, test in _borrowed(tree):
-            if (number := owners.get((module, test))) is not None:
-                found[number].append(_name(path, name))
+            if (shown := owners.get((module, test))) is not None:
+                found[shown].append(_name(path, name))
     return {number: sorted(set(tests)) for number, tests in found.items()}
 
 
