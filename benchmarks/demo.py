@@ -14,7 +14,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from benchmarks.serve.render import has_colour, round_line
 from vllm_specdecpp.provenance import hardware, model_revision, shrinking
 from vllm_specdecpp.setup.models import fetch, models_folder
 from vllm_specdecpp.setup.packaged_gguf import FetchError
+from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
 FIXED_KS = (2, 4, 6)
@@ -204,16 +204,14 @@ def main(argv: list[str] | None = None) -> int:
 @contextlib.contextmanager
 def no_process_left() -> Iterator[None]:
     """SIGTERM ends the demo as Ctrl-C does; however it ends, its engines' processes end with it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second one must not stop the clearing away
-        for process in multiprocessing.active_children():
-            process.terminate()
-            process.join(10)
-            process.kill()
-        signal.signal(signal.SIGTERM, before)
+    with sigterm_interrupts():
+        try:
+            yield
+        finally:
+            for process in multiprocessing.active_children():
+                process.terminate()
+                process.join(10)
+                process.kill()
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ COMMANDS = {
     "shrink": Command(
         "make a draft model cheaper: quantised weights, a smaller output layer",
         "vllm_specdecpp.shrink.command",
-        "nothing was left behind",
+        "the folder is there whole, or not at all",
     ),
     "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }

@@ -7,7 +7,11 @@ In bfloat16: on some CPUs int8 layers take nothing else.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +76,18 @@ def test_a_head_of_the_unshrunk_draft_is_taken_with_a_warning(tiny, tmp_path, ca
         harness.engine(tiny.target, {"method": "specdecpp", "model": draft, "head": str(head)}),
     ):
         pass
+
+
+def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def wrap(text):\nclass TextWrapper:\n")
+    command = [
+        sys.executable, "-m", "vllm_specdecpp.cli", "shrink", tiny.draft_good, "--out", str(tmp_path / "out"),
+        "--scheme", "int8", "--check", "--target", tiny.target, "--prompts", str(tmp_path / "prompts.txt"),
+        "--max-tokens", "16", "--eager", "--kv-cache-mib", "64",
+    ]  # fmt: skip
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == (0 if "it pays" in done.stdout else 1), done.stderr
+    agreement = re.search(r"greedy agreement +([\d.]+)% +([\d.]+)%", done.stdout)
+    assert agreement is not None and min(map(float, agreement.groups())) > 30, done.stdout
+    assert done.stdout.count("by prediction") == 3

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import EOS, HIDDEN_SIZE, VOCAB_SIZE
 from vllm_specdecpp import cli
-from vllm_specdecpp.shrink import checkpoint, schemes, vocabulary
+from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.shrink import check, checkpoint, schemes, vocabulary
 from vllm_specdecpp.shrink.vocabulary import Text, choose
 
 
@@ -296,5 +297,79 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number):
         start = time.monotonic()
         process.send_signal(number)
         last = process.stderr.read().strip().splitlines()[-1]
-    assert process.returncode == 130 and "interrupted; nothing was left behind" in last
+    assert process.returncode == 130 and "interrupted; the folder is there whole" in last
     assert time.monotonic() - start < 30 and list(tmp_path.iterdir()) == []
+
+
+# --check, but for the engines.
+
+
+def played(agrees: list[list[bool]], step: float, verify: float = 0.1) -> check.Played:
+    curves = {"first": step, "step": step, "verify": verify, "read": step}
+    return check.Played(agrees, {name: {1: seconds, 16: seconds} for name, seconds in curves.items()})
+
+
+def test_agreement_counts_what_was_verified():
+    rounds = [
+        {"request_id": "a", "candidates": [1, 2, 3], "accepted": 1},
+        {"request_id": "b", "candidates": [], "accepted": 0},
+        {"request_id": "a", "candidates": [4, 5], "accepted": 2},
+        {"request_id": "b", "candidates": [6], "accepted": 0},
+    ]
+    assert check.agreements(rounds) == [[True, False, True, True], [False]]
+    assert check.Played(check.agreements(rounds), {}).agreement == 0.6
+
+
+def test_predicted_speed_is_that_of_the_best_fixed_length():
+    """Draft pass 0.01 s, verification 0.1 s: nine tokens in 0.18 s where all agree, one in 0.1 s where none does."""
+    costs = CostModel({1: 0.01}, {1: 0.01}, {1: 0.1, 200: 0.1})
+    assert check.tokens_per_second([[True] * 9], costs, 1) == (pytest.approx(9 / 0.18), 8)
+    assert check.tokens_per_second([[False] * 9], costs, 4) == (pytest.approx(4 / 0.1), 0)
+    # Two agree, one does not: K = 2 emits three tokens in 0.12 s.
+    assert check.tokens_per_second([[True, True, False] * 5], costs, 1) == (pytest.approx(3 / 0.12), 2)
+
+
+@pytest.mark.parametrize(
+    ("agrees", "step", "expected"),
+    [
+        ([[True] * 40], 0.01, True),  # a third of the time, nothing lost
+        ([[True] * 40], 0.03, False),  # no faster
+        ([[True] * 40], 0.05, False),  # slower
+        ([[True, False] * 20], 0.01, False),  # faster passes, and every other candidate lost
+    ],
+)
+def test_it_pays_if_it_is_faster(agrees, step, expected):
+    lines, pays = check.report(played([[True] * 40], 0.03), played(agrees, step))
+    assert pays is expected and ("would not" not in lines[-1]) is expected
+    assert f"{step / 0.03:.2f} of the time" in lines[2]
+
+
+def test_the_noise_of_the_targets_passes_counts_for_neither():
+    fast, slow = played([[True] * 40], 0.03, verify=0.1), played([[True] * 40], 0.03, verify=0.2)
+    assert not check.report(slow, fast)[1] and "1.00 by prediction" in check.report(slow, fast)[0][-2]
+
+
+def test_a_folder_that_is_there_is_only_checked(tiny, tmp_path, monkeypatch, capsys):
+    asked: list[Any] = []
+    monkeypatch.setattr(check, "check", lambda options: asked.append(options) or 1)
+    arguments = [tiny.draft_good, "--out", tmp_path / "out", "--check", "--target", tiny.target, "--prompts", "p.jsonl"]
+    assert shrink(*arguments, "--scheme", "int8") == 1
+    written = (tmp_path / "out" / "shrink.json").stat().st_mtime_ns
+    assert shrink(*arguments) == 1 and len(asked) == 2
+    assert (tmp_path / "out" / "shrink.json").stat().st_mtime_ns == written
+    assert shrink(*arguments, "--scheme", "fp8") == 2
+    assert shrink(tiny.draft_rand, *arguments[1:]) == 2
+    assert capsys.readouterr().err.count("holds another shrunk draft") == 2 and len(asked) == 2
+
+
+def test_prompts_are_spread_over_their_source(tiny, tmp_path):
+    from vllm_specdecpp.shrink.options import ShrinkOptions
+
+    (tmp_path / "p.txt").write_text("\n".join("word " * n for n in range(1, 11)))
+    options = ShrinkOptions(
+        draft="d", out=tmp_path, check=True, target=tiny.target, prompts=str(tmp_path / "p.txt"), num_prompts=3
+    )
+    lengths = [len(ids) for ids in check.read_prompts(options)]
+    assert len(lengths) == 3 and lengths == sorted(lengths) and lengths[2] - lengths[0] > 10
+    folder = dataset(tmp_path / "d", [{"id": "a", "set": "s", "prompt_token_ids": [5, 6], "token_ids": [7]}])
+    assert check.read_prompts(options.model_copy(update={"prompts": str(folder)})) == [[5, 6]]

@@ -101,6 +101,12 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
         raise ValueError(
             f"specdecpp: --worker-cls {args.worker_cls} cannot be used, specdecpp brings its own Worker; leave it out"
         )
+    draft_ranks = user.get("draft_tensor_parallel_size")
+    if draft_ranks not in (None, args.tensor_parallel_size):
+        raise ValueError(
+            f"specdecpp: draft_tensor_parallel_size={draft_ranks} must be that of the target, "
+            f"{args.tensor_parallel_size}; leave it out"
+        )
     method = user.get("rejection_sample_method")
     if method == "fly":
         raise ValueError(
@@ -347,6 +353,7 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
         _check_record_dir(config, vllm_config)
         front_end.check_requests()
+        front_end.show_metrics()
         gpu_defaults.check_memory(self, vllm_config)
         _announce(config)
         scheduling.announce()

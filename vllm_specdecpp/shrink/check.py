@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
+from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
 
 if TYPE_CHECKING:
     from vllm_specdecpp.shrink.options import ShrinkOptions
@@ -62,7 +63,10 @@ def check(options: ShrinkOptions) -> int:
     """
     prompts = read_prompts(options)
     before = os.environ.get("VLLM_CACHE_ROOT")
-    with tempfile.TemporaryDirectory() as cache:  # both drafts are timed now, and what earlier engines kept stays
+    with (
+        sigterm_interrupts(),
+        tempfile.TemporaryDirectory() as cache,
+    ):  # both drafts are timed now, and what earlier engines kept stays
         os.environ["VLLM_CACHE_ROOT"] = cache
         try:
             original = play(options, options.draft, prompts)

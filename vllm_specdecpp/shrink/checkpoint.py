@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_specdecpp.head.files import replace
+from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
 
 FILE_BYTES = 2 << 30
 """A file of the new folder is closed once it holds so much."""
@@ -142,7 +141,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         if free < num_bytes:
             needed = f"needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             raise ValueError(f"specdecpp: out={str(out)!r} {needed}; free space, or name another folder")
-        with _terminated_as_interrupted():
+        with sigterm_interrupts():
             part.mkdir()
             yield part
             part.rename(out)
@@ -151,18 +150,6 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         raise ValueError(f"specdecpp: out={str(out)!r} cannot be written ({reason}); nothing was left there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], file_bytes: int = FILE_BYTES) -> None:

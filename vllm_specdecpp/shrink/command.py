@@ -135,12 +135,11 @@ def _is_made(options: ShrinkOptions) -> bool:
     Raises:
         ValueError: one line: it is there, and another.
     """
-    from vllm_specdecpp.provenance import model_revision
+    from vllm_specdecpp.provenance import model_revision, shrinking
 
-    path = options.out.expanduser() / SHRUNK_FILE
-    if not path.is_file():
+    found = shrinking(options.out)
+    if not found:
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
     same = found["source_revision"] == model_revision(options.draft) and options.scheme in (None, found["scheme"])
     if not same or options.vocab not in (None, (found["vocab"] or {}).get("kept")):
         raise ValueError(f"specdecpp: out={str(options.out)!r} holds another shrunk draft; name another folder")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A first Ctrl-C lets a long command end cleanly, a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a long command cleanly."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -29,3 +32,16 @@ class StopSignal:
             raise KeyboardInterrupt
         self.requested = True
         print("stopping after this unit; once more to stop at once", file=sys.stderr)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """In here SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
