@@ -35,8 +35,8 @@ setup(
         "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "scipy>=1.15"],
         "dev": [
-            "accelerate", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]", "ruff",
-            "scikit-learn", "scipy>=1.15", "setuptools>=64",
+            "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]",
+            "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64",
         ],
     },
     entry_points={

@@ -61,6 +61,7 @@ def _config(tiny: Any, **options: Any) -> dict[str, Any]:
         ({"model": ""}, ["model", "draft"]),
         ({"parallel_drafting": True}, ["parallel_drafting"]),
         ({"use_heterogeneous_vocab": True}, ["use_heterogeneous_vocab"]),
+        pytest.param({"draft_tensor_parallel_size": 2}, ["=2", "of the target, 1"], marks=pytest.mark.asks(9)),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )

@@ -119,6 +119,7 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
     assert max(map(len, read)) > 1  # more than one pass can read
 
 
+@pytest.mark.asks(15)
 def test_a_prompt_is_read_when_its_request_is_first_drafted_for(llm, reference, monkeypatch):
     llm.reset_prefix_cache()
     prompt, seen = PROMPTS[0] * 2, []
@@ -170,6 +171,7 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
     assert told["calibration"]["slope"] > 0 and told["costs"]["step"] == {"1": 1e-3}
 
 
+@pytest.mark.asks(1)
 def test_drafts_next_to_nothing_where_it_does_not_and_comes_back(llm, baseline):
     harness.set_costs(llm, DEAR)
     for _ in range(3):

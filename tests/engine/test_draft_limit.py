@@ -65,6 +65,7 @@ def _check_rounds(outputs: list[Any], rounds: list[dict[str, Any]], max_tokens: 
     return empty
 
 
+@pytest.mark.asks(12)
 def test_requests_draft_to_the_drafts_last_position(tiny, reference, short, monkeypatch):
     """Prompts that are read in chunks, some of them longer than the draft's context; then one that shares a prefix with
     such a prompt, whose blocks the draft model did not read."""

@@ -104,6 +104,7 @@ def test_sampling_features(baseline, speculative, name):
         assert stats[name]["accepted"] > 0, "nothing was accepted, so nothing was tried"
 
 
+@pytest.mark.asks(6)
 def test_logprobs_are_the_targets(baseline, speculative):
     for mine, theirs in zip(speculative[0]["log-probabilities"], baseline["log-probabilities"], strict=True):
         for a, b in zip(mine.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):

@@ -99,6 +99,7 @@ def test_runs_that_pay_are_taken_and_no_draft_pass_is_run(llm, baseline):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.asks(11)
 def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(llm, baseline, reference, monkeypatch, seed):
     """And the draft's KV is right behind runs that were accepted, and rejected: its candidates are as ever."""
     llm.reset_prefix_cache()

@@ -47,6 +47,7 @@ def _check_lengths(llm: Any, outputs: list[Any], may_draft: Sequence[bool] = (Tr
     assert [n > 2 for n in longest] == list(may_draft) == [n > 0 for n in longest]
 
 
+@pytest.mark.asks(5)
 def test_greedy_answers_are_those_without_speculation(tiny, monkeypatch):
     monkeypatch.setitem(KINDS, "logit_bias", {"logit_bias": {3: 15.0}})
     prompts = harness.prompts(3, seed=5)
@@ -59,6 +60,7 @@ def test_greedy_answers_are_those_without_speculation(tiny, monkeypatch):
     assert wanted[0] != wanted[2]  # the bias tells
 
 
+@pytest.mark.asks(5)
 def test_sampled_answers_follow_the_exact_law(tiny, reference):
     config = _config(tiny, "small_draft", draft_sample_method="probabilistic")
     with harness.engine(
@@ -87,3 +89,15 @@ def test_nothing_else_that_vllm_refuses_slips_through(tiny, sampling, word):
     with pytest.raises((ValueError, VLLMValidationError), match=word):
         harness.generate(llm, [PROMPT], **sampling)
     assert harness.generate(llm, [PROMPT])
+
+
+@pytest.mark.asks(2)
+def test_at_k_0_no_draft_pass_is_run(tiny):
+    from vllm import SamplingParams
+
+    kinds: list[dict[str, Any]] = [{"logit_bias": {3: 1.0}}, {"extra_args": {"specdecpp": "off"}}]
+    common: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "detokenize": False}
+    llm = harness.kept(tiny.target, _config(tiny, "draft_good"))
+    llm.generate([{"prompt_token_ids": PROMPT}] * 2, [SamplingParams(**common, **k) for k in kinds], use_tqdm=False)
+    stats = llm.collective_rpc("specdecpp_stats")[0]
+    assert stats["draft_passes"] == 0 and stats["lengths"] == {0: 14}

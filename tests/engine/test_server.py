@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ import pytest
 
 from tests import engine_harness as harness
 from tests.reference_loop import answer
+from vllm_specdecpp.engine.metrics import dashboard
 
 openai = pytest.importorskip("openai")
 
@@ -28,6 +31,7 @@ START_SECONDS = 180
 STOP_SECONDS = 30
 NUM_REQUESTS = 8
 MAX_TOKENS = 24
+API_SERVER = "vllm.entrypoints.openai.api_server"
 
 
 def _free_port() -> int:
@@ -42,13 +46,18 @@ def _get(url: str) -> str:
 
 
 @contextmanager
-def _server(target: str, speculative: list[str], log: Path, **environment: str) -> Iterator[str]:
+def _server(
+    target: str, speculative: list[str], log: Path, module: str = API_SERVER, **environment: str
+) -> Iterator[str]:
     """The server's base URL; its process group is ended by id, whatever happens."""
     port = _free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target, "--served-model-name", "tiny",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8", *speculative,
+        sys.executable, "-m", module, *(["serve"] if module.endswith("cli.main") else []), "--model", target,
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enforce-eager",
+        "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *speculative,
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with log.open("w") as out:
@@ -107,6 +116,7 @@ def _at_once(ask: Any, arguments: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streaming"])
+@pytest.mark.asks(20)
 def test_completions(client, answers, stream):
     parts: list[int] = []
 
@@ -181,6 +191,7 @@ def _counters(url: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("switch", ["off", False, '{"num_speculative_tokens": 0}'])
+@pytest.mark.asks(4)
 def test_one_request_without_speculation(server, client, answers, switch):
     before = _counters(server[0])
     answer = client.completions.create(
@@ -189,6 +200,66 @@ def test_one_request_without_speculation(server, client, answers, switch):
     )  # fmt: skip
     assert answer.choices[0].token_ids == answers[0]
     assert _counters(server[0]) == before
+
+
+@pytest.mark.asks(5)
+@pytest.mark.parametrize("asked", [{"logit_bias": {"7": 100}}, {"min_p": 0.2}])
+def test_what_vllm_refuses_with_speculation_is_served_without_candidates(server, client, asked):
+    before = _counters(server[0])
+    body = {"ignore_eos": True, "return_token_ids": True, **asked}
+    (choice,) = client.completions.create(
+        model="tiny", prompt=[5, 6], max_tokens=6, temperature=0.7, extra_body=body
+    ).choices
+    assert len(choice.token_ids) == 6 and ("logit_bias" not in asked or set(choice.token_ids) == {7})
+    assert _counters(server[0]) == before
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "seat": {"type": "string", "enum": ["aisle", "window", "middle"]},
+                "count": {"type": "integer", "maximum": 99},
+            },
+            "required": ["seat", "count"],
+            "additionalProperties": False,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.asks(20)
+def test_tool_calls_stream_as_they_come_whole(server, client):
+    """Of a function that is named: arguments by a grammar, several tokens a step."""
+    before = _counters(server[0])
+    arguments: dict[str, Any] = {
+        "model": "tiny", "messages": [{"role": "user", "content": "book a seat"}], "tools": [TOOL], "temperature": 0,
+        "max_tokens": 100, "tool_choice": {"type": "function", "function": {"name": "book"}},
+    }  # fmt: skip
+    (whole,) = client.chat.completions.create(**arguments).choices[0].message.tool_calls
+    assert set(json.loads(whole.function.arguments)) == {"seat", "count"}
+    calls = [
+        call.function
+        for chunk in client.chat.completions.create(**arguments, stream=True)
+        if chunk.choices
+        for call in chunk.choices[0].delta.tool_calls or ()
+    ]
+    assert "".join(call.arguments or "" for call in calls) == whole.function.arguments
+    assert [call.name for call in calls if call.name] == ["book"]
+    assert not _drafts(server) or _counters(server[0])["accepted_tokens_total"] > before["accepted_tokens_total"]
+
+
+@pytest.mark.asks(20)
+def test_the_responses_api_streams_as_it_answers_whole(server, client):
+    arguments: dict[str, Any] = {
+        "model": "tiny", "input": "what is 3 times 4?", "max_output_tokens": MAX_TOKENS, "temperature": 0
+    }  # fmt: skip
+    whole = client.responses.create(**arguments).output_text
+    events = client.responses.create(**arguments, stream=True)
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole != ""
 
 
 def test_one_request_with_its_own_bound(server, client):
@@ -246,3 +317,77 @@ def test_spec_model_flags(tiny, tmp_path):
         assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0).choices[0].text
         log = (tmp_path / "log").read_text()
     assert "specdecpp: draft" in log and "0 to 4" in log
+
+
+def _ours(url: str) -> dict[str, float]:
+    """Name -> sum over the labels, of our counters and vLLM's counters of drafts."""
+    found: dict[str, float] = defaultdict(float)
+    for line in _get(f"{url}/metrics").splitlines():
+        if line.startswith(("vllm:specdecpp_", "vllm:spec_decode_num_")) and "_created" not in line:
+            name = line.split("{")[0]
+            found[name] += float(line.rsplit(" ", 1)[1])
+    return found
+
+
+def _drafts(server: tuple[str, Path]) -> bool:
+    """Whether it drafts for sure: what the default rule does depends on the clock."""
+    return "rule entropy" in server[1].read_text()
+
+
+def _check_metrics(url: str, drafts: bool = True) -> None:
+    ours = _ours(url)
+    assert ours["vllm:specdecpp_candidates_total"] == ours["vllm:spec_decode_num_draft_tokens_total"]
+    assert ours["vllm:specdecpp_accepted_total"] == ours["vllm:spec_decode_num_accepted_tokens_total"]
+    assert ours["vllm:specdecpp_rounds_total"] == ours["vllm:specdecpp_stops_total"] > 0
+    assert not drafts or ours["vllm:specdecpp_accepted_total"] > 0
+
+
+def test_metrics_reconcile_and_the_dashboard_asks_for_those_that_exist(server, client):
+    for stream in (False, True):
+        client.completions.create(
+            model="tiny", prompt=[5, 6, 7], max_tokens=MAX_TOKENS, temperature=0, stream=stream,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+    time.sleep(0.5)  # a stream that is not read to its end is aborted
+    _check_metrics(server[0], _drafts(server))
+    exposed = set(re.findall(r"^# TYPE (\S+)", _get(f"{server[0]}/metrics"), re.MULTILINE))
+    panels = json.loads(dashboard())["panels"]
+    asked = {name for panel in panels for t in panel["targets"] for name in re.findall(r"vllm:\w+", t["expr"])}
+    assert len(asked) > 12 and asked <= exposed
+
+
+def test_metrics_of_several_api_servers_add_up(tiny, tmp_path, monkeypatch):
+    config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "entropy", "num_speculative_tokens": 5}
+    arguments = ["--api-server-count", "2", "--speculative-config", json.dumps(config)]
+    with _server(tiny.target, arguments, tmp_path / "log", module="vllm.entrypoints.cli.main") as url:
+        for _ in range(6):  # whichever server answers
+            one = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+            one.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=12, temperature=0)
+            _ours(url)
+        _check_metrics(url)
+
+
+@pytest.mark.slow  # two engines
+def test_two_data_parallel_ranks(tiny, answers, tmp_path):
+    """Each rank drafts, and answers as the target alone would."""
+    config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "confidence", "num_speculative_tokens": 5}
+    arguments = ["--data-parallel-size", "2", "--speculative-config", json.dumps(config)]
+    with _server(tiny.target, arguments, tmp_path / "log") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+
+        def ask(prompt: list[int]) -> list[int]:
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=MAX_TOKENS, temperature=0,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )  # fmt: skip
+            return answer.choices[0].token_ids
+
+        assert _at_once(ask, harness.prompts(NUM_REQUESTS, seed=12)) == answers
+        accepted = {
+            line.partition('engine="')[2][0]: float(line.rsplit(" ", 1)[1])
+            for line in _get(f"{url}/metrics").splitlines()
+            if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
+        }
+        _check_metrics(url)
+        assert 'vllm:specdecpp_draft_passes_total{engine="1"' in _get(f"{url}/metrics")
+    assert accepted.keys() == {"0", "1"} and min(accepted.values()) > 0

@@ -29,6 +29,7 @@ def shrunk(tiny: Any, folder: Path, scheme: str) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+@pytest.mark.asks(18)
 def test_vllm_reads_the_weights_that_were_written(tiny, tmp_path, scheme):
     """As many candidates are accepted as of a draft that has the quantised values in bfloat16."""
     prompts, accepted = harness.prompts(8, seed=3), []

@@ -37,9 +37,6 @@ def standing(name: str = "a", limit: int = 20, room: int = 1000, behind: int = 0
     return Standing(name, limit, room, behind, emitted)
 
 
-
-
-
 def plan(
     batch: Sequence[Standing], model: CostModel, accept: dict[str, float] | None = None, mean: float = 0.7,
     looks: float = 500.0, purse: float = 0.0,
@@ -133,6 +130,19 @@ def test_drafts_where_it_pays_and_at_the_rate_that_it_brings(accept: float, draf
         assert admitted.price == pytest.approx(brute_force(model, 1, [accept], [20], [0.0])) and made.speedup > 1.2
     else:
         assert admitted.price == admitted.off_rate and made.speedup == 1
+
+
+@pytest.mark.asks(3)
+@pytest.mark.parametrize("prompts", [0, 4])
+def test_prompts_that_are_read_in_the_batch_switch_nobody_off(prompts: int) -> None:
+    """And there is no threshold: with more requests throughput never falls, nor below that of off."""
+    model, before = costs(0.01, 0.01, {1: 0.1, 8: 0.1, 200: 0.9}), 0.0
+    for num in range(1, 33):
+        batch = [standing(f"r{i}") for i in range(num)] + [standing(f"p{i}", limit=0) for i in range(prompts)]
+        made, admitted = plan(batch, model, {f"r{i}": 0.9 for i in range(num)})
+        assert admitted.drafts[:num].any() or num > 4
+        assert admitted.price >= max(before, admitted.off_rate) and made.speedup >= 1
+        before = 0.99 * admitted.price
 
 
 def test_who_may_not_draft_does_not() -> None:

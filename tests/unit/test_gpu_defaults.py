@@ -200,6 +200,7 @@ def test_vllm_decides_in_the_end(gpu, monkeypatch, caplog):
         _engine_args(monkeypatch, refuses_all)(_args())
 
 
+@pytest.mark.asks(16)
 def test_memory_that_is_not_there_is_refused_at_start_up(gpu):
     gpu(memory=8 * GIB)
     model = SimpleNamespace(get_vocab_size=lambda: 128_256, head_dtype=torch.bfloat16)

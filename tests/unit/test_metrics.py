@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vllm_specdecpp.engine.shared.round_log import RoundLog
 
 
@@ -106,3 +108,12 @@ def test_a_failed_step_is_not_timed():
     except RuntimeError:
         pass
     assert log.step_times() == []
+
+
+@pytest.mark.asks(17)
+def test_candidates_in_vain_raise_an_alarm_once_until_one_is_accepted(caplog):
+    log = RoundLog()
+    for accepted in (0, 0, 0, 1, 0, 0):
+        for _ in range(300):
+            log.verified("a", [1, 2, 3, 4], accepted, 9)
+    assert sum("was accepted" in record.message for record in caplog.records) == 2

@@ -52,6 +52,7 @@ def test_spacing_is_that_of_torch(value):
     assert near_ties.bfloat16_spacing(float(here)) == expected
 
 
+@pytest.mark.asks(19)
 def test_a_large_gap_is_no_near_tie(tmp_path):
     place = Place("p", [1], 0, 2, 3)
     tie, real = Gap(place, 0.0, 0.25, 0.125), Gap(place, 0.0, 0.75, 0.125)

@@ -135,8 +135,7 @@ def test_other_methods_are_left_alone(no_hub, config):
     [
         ({"worker_cls": "my.Worker"}, ["--worker-cls my.Worker", "leave it out"]),
         ({"async_scheduling": True}, ["--async-scheduling", "leave it out"]),
-        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "use 1"]),
-        ({"data_parallel_size": 2}, ["data_parallel_size=2", "use 1"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "last stage", "use 1"]),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_the_mend(no_hub, kwargs, words):
@@ -146,6 +145,17 @@ def test_what_cannot_be_combined_is_refused_with_the_mend(no_hub, kwargs, words)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_data_parallel_ranks_that_depend_on_each_other_are_refused():
+    def config(ranks, is_moe):
+        model = SimpleNamespace(is_moe=is_moe, model="TARGET")
+        return SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=ranks), model_config=model)
+
+    for independent in (config(2, False), config(1, True)):
+        options._check_data_parallel(independent)
+    with pytest.raises(ValueError, match="^specdecpp: data_parallel_size=2 .*TARGET.*use 1"):
+        options._check_data_parallel(config(2, True))
 
 
 @pytest.mark.parametrize("key", ["parallel_drafting", "use_local_argmax_reduction", "use_heterogeneous_vocab"])

@@ -224,6 +224,7 @@ def _sleeper(head: torch.nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.asks(17)
 def test_epoch_of_a_head_goes_on_through_sleep(level):
     head: Any = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     before = {name: tensor.clone() for name, tensor in head.state_dict().items() if tensor.is_floating_point()}

@@ -89,6 +89,7 @@ def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference, caplog):
         assert curve == pytest.approx(cost_aware.rule.costs.points()[name]), name
 
 
+@pytest.mark.asks(1)
 def test_drafts_where_it_pays_and_next_to_nothing_where_it_does_not(llm, wanted, reference):
     """The draft's KV is right after any number of rounds that drafted nothing."""
     v2_harness.fix_costs(llm, CHEAP)

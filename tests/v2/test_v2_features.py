@@ -96,6 +96,7 @@ def test_sampling_features(baseline, speculative, name):
     assert (mine.text, mine.finish_reason, mine.stop_reason) == (theirs.text, theirs.finish_reason, theirs.stop_reason)
 
 
+@pytest.mark.asks(6)
 def test_logprobs_are_the_targets(baseline, speculative):
     mine = speculative[0]["log-probabilities"].outputs[0].logprobs
     theirs = baseline["log-probabilities"].outputs[0].logprobs
@@ -104,6 +105,7 @@ def test_logprobs_are_the_targets(baseline, speculative):
         assert [x.logprob for x in a.values()] == pytest.approx([x.logprob for x in b.values()], abs=1e-4)
 
 
+@pytest.mark.asks(4)
 def test_switches_of_one_request_hold(speculative):
     lengths = {name: [len(c) for c, *_ in rounds] for name, rounds in speculative[1].items()}
     assert set(lengths["switched off"]) == {0}

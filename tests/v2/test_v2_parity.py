@@ -98,6 +98,7 @@ def test_counters_equal_the_rounds(pair):
     assert sum(length * n for length, n in stats["lengths"].items()) == num_candidates
 
 
+@pytest.mark.asks(2)
 def test_nothing_runs_while_everybody_is_switched_off(pair):
     """Nobody will read the draft model's KV, so it is not written."""
     llm, draft = pair

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM refuses with speculation, on Model Runner V2; and custom logits processors, which apply to candidates."""
+"""What vLLM refuses with speculation, on Model Runner V2; and custom logits processors, which V2 can serve."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.engine import test_plain_requests as v1
 
 test_nothing_else_that_vllm_refuses_slips_through = v1.test_nothing_else_that_vllm_refuses_slips_through
 test_greedy_answers_are_those_without_speculation = v1.test_greedy_answers_are_those_without_speculation
+test_at_k_0_no_draft_pass_is_run = v1.test_at_k_0_no_draft_pass_is_run
 test_sampled_answers_follow_the_exact_law = v1.test_sampled_answers_follow_the_exact_law
 
 

@@ -93,7 +93,7 @@ class _Event:
 
 def _step(log: DeferredRounds, request: str, numbers: list[int], *, prefill: bool = False) -> None:
     num_candidates = sum(number >= 0 for number in numbers[3:])
-    log.step([request], [prefill], [], torch.tensor([numbers]), max(1, num_candidates))
+    log.step([request], [prefill], [], torch.tensor([[*numbers[:3], 9, 0, *numbers[3:]]]), max(1, num_candidates))
 
 
 def test_rounds_are_put_together_from_two_steps():

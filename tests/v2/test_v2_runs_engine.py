@@ -47,6 +47,7 @@ def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.asks(11)
 def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, monkeypatch, is_async):
     """Who drafts is drawn; the others submit runs, many of them right, so that the draft model falls behind."""
     monkeypatch.setattr(timing, "measure", lambda *args: CURVES)

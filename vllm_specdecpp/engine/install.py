@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
+from vllm_specdecpp.engine.shared.requests import why_plain
 
 if TYPE_CHECKING:
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
@@ -81,8 +82,13 @@ class SpecDecPPWorkerMixin:
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the target as vLLM does; Model Runner V2 does not keep what the speculator must know of a request."""
+        log = self._drafter.log
+        for request in scheduler_output.scheduled_new_reqs:
+            log.arrived(request.req_id, why_plain(request.sampling_params))
         if self._speculator is not None:
             self._speculator.requests.update(scheduler_output)
+        else:
+            log.finished(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def take_draft_token_ids(self) -> Any:
@@ -104,6 +110,7 @@ class SpecDecPPWorkerMixin:
             if self.device.type == "cpu":
                 self._pad_target()
         self._drafter.start_cost_aware()
+        self._drafter.take_metrics()  # vLLM's warm-up is nobody's
         return times
 
     def sleep(self, level: int = 1) -> None:
@@ -187,6 +194,10 @@ class SpecDecPPWorkerMixin:
     def specdecpp_stats(self, reset: bool = False) -> dict[str, Any]:
         """See ``engine.shared.drafter.Drafter.stats``."""
         return self._drafter.stats(reset)
+
+    def specdecpp_take_metrics(self) -> dict[str, Any] | None:
+        """See ``engine.shared.drafter.Drafter.take_metrics``."""
+        return self._drafter.take_metrics()
 
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""

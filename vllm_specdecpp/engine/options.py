@@ -101,6 +101,12 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
         raise ValueError(
             f"specdecpp: --worker-cls {args.worker_cls} cannot be used, specdecpp brings its own Worker; leave it out"
         )
+    draft_ranks = user.get("draft_tensor_parallel_size")
+    if draft_ranks not in (None, args.tensor_parallel_size):
+        raise ValueError(
+            f"specdecpp: draft_tensor_parallel_size={draft_ranks} must be that of the target, "
+            f"{args.tensor_parallel_size}; leave it out"
+        )
     method = user.get("rejection_sample_method")
     if method == "fly":
         raise ValueError(
@@ -112,9 +118,11 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"specdecpp: rejection_sample_method={method!r} cannot be recorded: its outcomes are not those of one "
             "candidate after the other; leave it or record_dir out"
         )
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
-        if (value := getattr(args, name, 1)) > 1:
-            raise ValueError(f"specdecpp: {name}={value} is not supported; use 1")
+    if (stages := getattr(args, "pipeline_parallel_size", 1)) > 1:
+        raise ValueError(
+            f"specdecpp: pipeline_parallel_size={stages} is not supported: vLLM runs a draft model on the last stage "
+            "only, and the stages before it would stand still meanwhile; use 1, and more --tensor-parallel-size"
+        )
     if not isinstance(args.additional_config or {}, dict):
         raise ValueError(
             f"specdecpp: --additional-config must be a JSON object to carry our options, not a "
@@ -200,6 +208,20 @@ def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) ->
         raise ValueError(f"specdecpp: {reason}, and vLLM chose V1 for this model and these options; leave it out")
 
 
+def _check_data_parallel(vllm_config: Any) -> None:
+    """Engines of dense models are independent of each other; those of an MoE target run each pass together.
+
+    Raises:
+        ValueError: one line: such a target.
+    """
+    if (ranks := vllm_config.parallel_config.data_parallel_size) > 1 and vllm_config.model_config.is_moe:
+        raise ValueError(
+            f"specdecpp: data_parallel_size={ranks} is not supported with a mixture of experts "
+            f"({vllm_config.model_config.model}): its ranks run every pass together, and each drafts as long as it "
+            "pays for itself; use 1, and more --tensor-parallel-size"
+        )
+
+
 def _logits_processors(args: Any) -> list[str]:
     """Custom ones, given or installed (``vllm.logits_processors``), by name; with speculation V1 refuses the former and
     leaves the latter out."""
@@ -282,14 +304,10 @@ def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
 def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
+    least = 0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        config.model,
-        config.resolved_rule,
-        source,
-        bound,
-        0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens,
-        config.num_speculative_tokens,
+        *(config.model, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
     )
 
 
@@ -324,12 +342,14 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         if not vllm_config.use_v2_model_runner and scheduling.take_back("vLLM chose Model Runner V1"):
             vllm_config = make()
         _check_model_runner(self, config, vllm_config)
+        _check_data_parallel(vllm_config)
         draft_layers.keep_alike(vllm_config)
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
         _check_record_dir(config, vllm_config)
         front_end.check_requests()
+        front_end.show_metrics()
         gpu_defaults.check_memory(self, vllm_config)
         _announce(config)
         scheduling.announce()

@@ -88,6 +88,7 @@ class CostAwareRule:
         self.adapt, self.scores = adapt, scores
         self.admission = Admission()
         self.purse = Purse()
+        self.explored_seconds = 0.0  # in rounds that were trials
         self.sources = tuple(sources)
         self.free_runs = FreeRuns(self.sources)
 
@@ -154,6 +155,7 @@ class CostAwareRule:
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         if round_.widths:
+            self.explored_seconds += seconds * admitted.trial
             if admitted.trial:  # here an outcome that is not known counts as none
                 self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
             if not (round_.drafts & round_.constrained).any():

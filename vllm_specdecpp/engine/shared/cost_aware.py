@@ -97,6 +97,11 @@ class CostAwareDrafting:
                     taken[i, :length] = torch.tensor(self._round.free.token_ids(i))
         return [[token for token in row if token >= 0] for row in self._agree(taken).tolist()]
 
+    def source_of(self, row: int) -> str:
+        """Whose run a request of the round has taken; on ranks that follow rank 0 nobody knows."""
+        run = None if self._round is None else self._round.free.runs[row]
+        return "unknown" if run is None else run.source
+
     def drop_round(self) -> None:
         """Forget the last round: another rule drafts from now on."""
         self._round = None
@@ -171,6 +176,26 @@ class CostAwareDrafting:
         if self.rule is not None and self.file is not None and self._overheads is None:
             self.file.save(self.rule.costs.points(), self.rule.state())
 
+    def counts(self) -> dict[tuple[str, str], float]:
+        """Since the start: candidates observed, estimated and found to be accepted; seconds in trials."""
+        if self.rule is None:
+            return {}
+        names = "observed_candidates", "estimated_accepted", "observed_accepted"
+        sums = zip(names, self.reliability.sums().values(), strict=True)
+        return {(name, ""): sum(bins) for name, bins in sums} | {("exploring_seconds", ""): self.rule.explored_seconds}
+
+    def gauges(self) -> list[tuple[str, list[str], float]]:
+        """(name, labels, value) of what is in force."""
+        if self.rule is None:
+            return []
+        admission = self.rule.admission
+        found: list[tuple[str, list[str], float]] = [
+            ("rho", [], admission.price), ("expected_speedup", [], admission.speedup)
+        ]  # fmt: skip
+        for curve, points in self.rule.costs.points().items():
+            found += [("cost_seconds", [curve, str(width)], seconds) for width, seconds in points.items()]
+        return found
+
     def stats(self) -> dict[str, Any]:
         """What the rule has learnt; empty on ranks that follow rank 0.
 
@@ -207,4 +232,3 @@ class CostAwareDrafting:
                 for name, curve in self.rule.costs.points().items()
             },
         }
-

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from vllm_specdecpp.decision.rules import StopRule, make_estimator
 from vllm_specdecpp.engine.shared import cost_file, draft_vocab, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.shared.output_layer import Columns, trim
+from vllm_specdecpp.engine.shared.round_log import Counts
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.source_registry import make_sources
 
@@ -67,6 +69,7 @@ class Drafter:
         self.cost_aware: Any = None
         self._tail: CostAwareTail | None = None
         self.columns = Columns()
+        self._taken: Counts = Counter()
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
         super().__init__(vllm_config, device, *more)  # type: ignore[call-arg]
 
@@ -178,6 +181,27 @@ class Drafter:
         # Not every backend can send bools.
         message = tensor.to(self.device, torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
         return get_tp_group().broadcast(message.contiguous(), src=0).to(tensor.device, tensor.dtype)
+
+    def counts(self) -> Counts:
+        """All that was counted since the start, under the names of ``engine.metrics``."""
+        counts: Counts = self.log.counts
+        return counts if self.cost_aware is None else Counter({**counts, **self.cost_aware.counts()})
+
+    def take_metrics(self) -> dict[str, Any] | None:
+        """What is new since the last call, whoever made it, so that several API servers add up; None on all ranks but
+        the first.
+
+        Returns:
+            ``counters``: (name, label, how much more) each; ``gauges``: (name, labels, value) each.
+        """
+        if get_tp_group().rank_in_group != 0:
+            return None
+        now, before = self.counts().copy(), self._taken
+        self._taken = now
+        return {
+            "counters": [[*key, value - before[key]] for key, value in now.items() if value > before[key]],
+            "gauges": [] if self.cost_aware is None else self.cost_aware.gauges(),
+        }
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters since start-up or the last reset, see ``RoundLog.stats``; and ``cost_aware``, if that rule has run:

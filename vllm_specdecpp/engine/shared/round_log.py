@@ -3,11 +3,42 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+logger = logging.getLogger("vllm.specdecpp")
+
+ALARM_AFTER = 2000
+"""Candidates in vain: poor text has its lucky guesses, garbage has none."""
+
+
+Counts = Counter[tuple[str, str]]
+"""(name, label) -> how often since the start; the names are those of ``engine.metrics``."""
+
+RUN = "run:"
+"""Before the name of a source, of a free run."""
+
+
+def why_stopped(length: int, limit: int, is_last: bool, source: str = "") -> str:
+    """Why a round has so many candidates.
+
+    Args:
+        length: its candidates.
+        limit: as many as it might have.
+        is_last: the last candidate ends the request.
+        source: of a free run, else "".
+    """
+    if source:
+        return RUN + source
+    if not length:
+        return "not_worth" if limit else "off"
+    if is_last:
+        return "stop_token"
+    return "limit" if length >= limit else "rule"
 
 
 class RoundLog:
@@ -22,12 +53,11 @@ class RoundLog:
         self._trace: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
         self._step_times: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
         self._clock = clock
+        self._in_vain = 0  # candidates since one was accepted
         self._last_end: float | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._rounds = self._candidates = self._accepted = self._draft_passes = 0
-        self._lengths: Counter[int] = Counter()
+        self.counts: Counts = Counter()
+        self._before: Counts = Counter()  # the last reset
+        self._requests: dict[str, str | None] = {}  # that are served: what became of their drafts, None: no round yet
 
     def resize(self, trace_rounds: int) -> None:
         """Keep the last ``trace_rounds`` rounds and steps from now on."""
@@ -36,7 +66,29 @@ class RoundLog:
 
     def draft_pass(self) -> None:
         """One forward pass of the draft model, over any number of sequences."""
-        self._draft_passes += 1
+        self.counts["draft_passes", ""] += 1
+
+    def left_out(self, num_passes: int) -> None:
+        """So many passes fewer were run in a step than the engine's upper bound allows."""
+        self.counts["draft_passes_saved", ""] += max(num_passes, 0)
+
+    def booked(self, num_rows: int) -> None:
+        """So many rows of a verification were booked, and counted by vLLM as candidates, beyond what was submitted."""
+        self.counts["booked_rows", ""] += num_rows
+
+    def arrived(self, request_id: str, why_plain: str | None) -> None:
+        """A request has come, or come back; ``why_plain``: why nothing is drafted for it, None if something may be."""
+        self._requests.setdefault(request_id, why_plain)
+
+    def beyond_draft(self, request_ids: Iterable[str]) -> None:
+        """These requests are beyond the draft model's last position."""
+        self._requests.update((name, "beyond_draft") for name in request_ids if name in self._requests)
+
+    def finished(self, request_ids: Iterable[str]) -> None:
+        """These requests have ended."""
+        for name in request_ids:
+            if name in self._requests:
+                self.counts["requests", self._requests.pop(name) or "no_round"] += 1
 
     @contextmanager
     def step(self, num_reqs: int, num_rows: int) -> Iterator[dict[str, Any]]:
@@ -50,17 +102,19 @@ class RoundLog:
             The step as :meth:`step_times` shows it, so far without ``passes`` and ``draft_seconds``. The caller sets
             ``num_new``: requests that came without a draft, prompts or chunks of them.
         """
-        start, passes = self._clock(), self._draft_passes
+        start, passes = self._clock(), self.counts["draft_passes", ""]
         since = None if self._last_end is None else start - self._last_end
         step = {"num_reqs": num_reqs, "rows": num_rows, "num_new": 0, "since_last_seconds": since}
         yield step
         end = self._clock()
-        step |= {"passes": self._draft_passes - passes, "draft_seconds": end - start}
+        step |= {"passes": self.counts["draft_passes", ""] - passes, "draft_seconds": end - start}
         if self._step_times.maxlen:
             self._step_times.append(step)
         self._last_end = end
 
-    def verified(self, request_id: str, candidates: list[int], accepted: int, next_token: int) -> None:
+    def verified(
+        self, request_id: str, candidates: list[int], accepted: int, next_token: int, stop: str = "rule"
+    ) -> None:
         """One request's round has been verified.
 
         Args:
@@ -68,11 +122,22 @@ class RoundLog:
             candidates: the candidate tokens that were verified, in order; may be empty.
             accepted: how many of them the target accepted.
             next_token: the recovered token, or the bonus token if all were accepted.
+            stop: see :func:`why_stopped`.
         """
-        self._rounds += 1
-        self._candidates += len(candidates)
-        self._accepted += accepted
-        self._lengths[len(candidates)] += 1
+        source = stop.removeprefix(RUN) if stop.startswith(RUN) else "draft_model"
+        self.counts["rounds", str(len(candidates))] += 1
+        self.counts["candidates", source] += len(candidates)
+        self.counts["accepted", source] += accepted
+        self.counts["stops", RUN.rstrip(":") if stop.startswith(RUN) else stop] += 1
+        if self._requests.get(request_id, "") in (None, "not_worth"):
+            self._requests[request_id] = "drafted" if candidates else "not_worth"
+        before, self._in_vain = self._in_vain, 0 if accepted else self._in_vain + len(candidates)
+        if before < ALARM_AFTER <= self._in_vain:
+            logger.warning(
+                "specdecpp: none of the last %d candidates was accepted: are the draft model's weights those of this "
+                "draft? After sleep level 2 they have to be loaded anew",
+                self._in_vain,
+            )
         if self._trace.maxlen:
             self._trace.append(
                 {"request_id": request_id, "candidates": candidates, "accepted": accepted, "next_token": next_token}
@@ -81,17 +146,20 @@ class RoundLog:
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """``rounds``, ``candidates``, ``accepted``, ``draft_passes``, ``emitted`` (accepted, recovered and bonus
         tokens) and ``lengths`` (candidate length → rounds)."""
-        out = {
-            "rounds": self._rounds,
-            "candidates": self._candidates,
-            "accepted": self._accepted,
-            "draft_passes": self._draft_passes,
-            "emitted": self._accepted + self._rounds,
-            "lengths": dict(sorted(self._lengths.items())),
-        }
+        sums: Counter[str] = Counter()
+        lengths = {}
+        for (name, label), count in self.counts.items():
+            if new := int(count - self._before[name, label]):
+                sums[name] += new
+                if name == "rounds":
+                    lengths[int(label)] = new
         if reset:
-            self._reset()
-        return out
+            self._before = self.counts.copy()
+        return {
+            **{name: sums[name] for name in ("rounds", "candidates", "accepted", "draft_passes")},
+            "emitted": sums["accepted"] + sums["rounds"],
+            "lengths": dict(sorted(lengths.items())),
+        }
 
     def rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The kept rounds, oldest first."""

@@ -47,20 +47,29 @@ class DraftKV:
     An entry holds for the next round only, and only if the target's query then starts where this round's next token
     stands. A request that was preempted, resumed or finished in between loses its entry. It is read from the start of
     its query, as vLLM does, because the prefix cache holds the draft's KV in the same blocks as the target's. Blocks
-    that the target wrote while no draft pass was run are the exception: they are stale, and remembered as such.
+    that the target wrote while no draft pass was run are the exception: they are stale, and remembered as such. So may
+    blocks be that another request has written in this very step: a request that joins can share them already.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, int]] = {}  # request id -> (next position, up to date before this one)
         self._stale: set[int] = set()  # blocks with the target's KV, but not the draft's
+        self._written: set[int] = set()  # blocks that the target has written in this step, if somebody may share them
+
+    def begin(self, rows: Sequence[RowState], blocks: Sequence[RowBlocks]) -> None:
+        """A round begins; ``blocks`` of each row."""
+        self._written = set()
+        if any(row.first_query_position > 0 and not self.continues(row) for row in rows):
+            for row, own in zip(rows, blocks, strict=True):
+                self._written.update(own.covering(row.first_query_position, row.next_position))
 
     def first_missing(self, row: RowState, blocks: RowBlocks) -> int:
         """The first position whose draft KV has to be written; at most the next token's own position."""
         if self.continues(row):
             return min(self._entries[row.request_id][1], row.next_position)
-        if self._stale:
+        if self._stale or self._written:
             for number, block_id in enumerate(blocks.covering(0, row.first_query_position)):
-                if block_id in self._stale:
+                if block_id in self._stale or block_id in self._written:
                     return number * blocks.block_size
         return row.first_query_position
 
@@ -77,15 +86,16 @@ class DraftKV:
             num_fed: how many tokens from the next token on were read for each; None: no pass was run for it.
             blocks: of each row.
         """
-        entries: dict[str, tuple[int, int]] = {}
-        for row, fed, own in zip(rows, num_fed, blocks, strict=True):
-            right = self.first_missing(row, own) if fed is None else row.next_position + fed
+        starts = [self.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
+        rights = [start if fed is None else row.next_position + fed
+                  for row, fed, start in zip(rows, num_fed, starts, strict=True)]  # fmt: skip
+        for row, fed, own, right in zip(rows, num_fed, blocks, rights, strict=True):
             if fed is None:
                 self._stale.update(own.covering(right, row.next_position))
-            elif self._stale:
-                self._stale.difference_update(own.covering(self.first_missing(row, own), right))
-            entries[row.request_id] = row.next_position, right
-        self._entries = entries
+        for fed, own, start, right in zip(num_fed, blocks, starts, rights, strict=True):
+            if fed is not None and self._stale:  # also what it shares with requests that were left out
+                self._stale.difference_update(own.covering(start, right))
+        self._entries = {row.request_id: (row.next_position, right) for row, right in zip(rows, rights, strict=True)}
 
 
 @dataclass

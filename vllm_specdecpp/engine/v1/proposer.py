@@ -31,7 +31,7 @@ from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.decision.sources import Tokens
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
-from vllm_specdecpp.engine.shared.round_log import RoundLog
+from vllm_specdecpp.engine.shared.round_log import RoundLog, why_stopped
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.passes import DraftPasses
@@ -70,7 +70,8 @@ class SpecDecPPProposer(DraftPasses):
         defaults = vllm_config.model_config.get_diff_sampling_param()
         self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
-        self._candidates: dict[str, tuple[int, list[int]]] = {}  # request id -> next position, what was submitted
+        # Request id -> next position, what was submitted, why not more.
+        self._candidates: dict[str, tuple[int, list[int], str]] = {}
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; each round takes the least length from the options."""
@@ -108,13 +109,15 @@ class SpecDecPPProposer(DraftPasses):
         with self.log.step(num_reqs, query_starts[-1]) as step:
             rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
             rows = self.requests.rows(query_starts, rejected)
-            if any(row.next_position >= self.draft_limit for row in rows):
+            if beyond := [row.request_id for row in rows if row.next_position >= self.draft_limit]:
                 warn_of_end(self.draft_limit)
+                self.log.beyond_draft(beyond)
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
             step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
             blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)
+            self.draft_kv.begin(rows, blocks)
             missing = [self.draft_kv.first_missing(row, own) for row, own in zip(rows, blocks, strict=True)]
 
             @cache
@@ -131,8 +134,9 @@ class SpecDecPPProposer(DraftPasses):
 
             given = None if self.recorder is not None else tokens  # a record is of the draft model's candidates
             since = step["since_last_seconds"]
-            state, fed, candidates = self._begin_round(rows, outcomes, bound, since, missing, given)
+            state, fed, free = self._begin_round(rows, outcomes, bound, since, missing, given)
             num_fed: list[int | None] = [None] * num_reqs
+            candidates = free
             if fed:
                 index = torch.tensor(fed)
                 passes = first_pass(
@@ -157,7 +161,9 @@ class SpecDecPPProposer(DraftPasses):
                     self.recorder.drafted(rows, drafted, trace)
                 self._mix_in([run or drafted[row] * (row in seeded) for row, run in enumerate(candidates)])
                 candidates = [run or mine for run, mine in zip(candidates, drafted, strict=True)]
-            self._finish_round(rows, num_fed, candidates, blocks)
+            self._finish_round(rows, num_fed, candidates, blocks, self._why_stopped(state, candidates, free))
+        if not all(map(self.requests.is_prefilling, range(num_reqs))):
+            self.log.left_out(bound - step["passes"])
         if self.cost_aware is not None:
             self.cost_aware.timed(step)
         return candidates
@@ -316,27 +322,39 @@ class SpecDecPPProposer(DraftPasses):
         next_tokens = next_token_ids.tolist()
         outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
-            position, candidates = self._candidates.get(row.request_id, (-1, []))
+            position, candidates, stop = self._candidates.get(row.request_id, (-1, [], ""))
             if position != row.first_query_position:
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
             num_accepted = num_verified - rejected[index]
             if self.draft_kv.continues(row):
                 outcomes[index] = num_verified, num_accepted
-            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index])
+            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index], stop)
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
 
+    def _why_stopped(
+        self, state: DraftRound, candidates: list[list[int]], free: list[list[int]]
+    ) -> list[str]:  # fmt: skip
+        """Of each request, for the log."""
+        limits, stops = state.max_lengths.tolist(), state.stop_token_ids.tolist()
+        sources = [self.cost_aware.source_of(row) if run else "" for row, run in enumerate(free)]
+        return [
+            why_stopped(len(tokens), limit, bool(tokens) and tokens[-1] in ends, source)
+            for tokens, limit, ends, source in zip(candidates, limits, stops, sources, strict=True)
+        ]
+
     def _finish_round(
-        self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks]
-    ) -> None:
+        self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks],
+        stops: list[str],
+    ) -> None:  # fmt: skip
         prefilling = [self.requests.is_prefilling(index) for index in range(len(rows))]
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
         num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
         self.draft_kv.replace(rows, num_right, blocks)
         held = {name: drafted for name, drafted in self._candidates.items() if name in self.runner.requests}
         self._candidates = held | {
-            row.request_id: (-1 if p else row.next_position, tokens)
-            for row, tokens, p in zip(rows, candidates, prefilling, strict=True)
+            row.request_id: (-1 if p else row.next_position, tokens, stop)
+            for row, tokens, p, stop in zip(rows, candidates, prefilling, stops, strict=True)
         }

@@ -112,6 +112,10 @@ class DeviceFreeRuns:
         self._may_have_run.update(input_batch.req_ids)
         self._may_have_run.difference_update(input_batch.req_ids[row] for row in drafts)
 
+    def lengths(self, input_batch: Any) -> torch.Tensor:
+        """[num_reqs] candidates of each request's run in this round."""
+        return self._ran[input_batch.idx_mapping]
+
     @property
     def gaps(self) -> DraftKVGaps:
         """Of the draft model's KV."""

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.engine.shared.round_log import RoundLog
+from vllm_specdecpp.engine.shared.round_log import Counts, RoundLog, why_stopped
+from vllm_specdecpp.source_registry import ON_DEVICE
+
+COLUMNS = 5
+"""Of a step's numbers, before the candidates."""
 
 
 class HostCopy:
@@ -39,8 +43,11 @@ class _Step:
     was_prefilling: list[bool]  # before the target's pass: nothing drafted was verified by it
     finished: list[str]
     num_passes: int | torch.Tensor  # of the draft model
-    numbers: torch.Tensor  # [num_reqs, 3 + num_speculative_steps] int64: sampled, rejected, last token, candidates
+    numbers: torch.Tensor
+    """[num_reqs, COLUMNS + num_speculative_steps] int64: tokens sampled, rejected, the last one; the upper bound on the
+    candidates; how many of them are a free run's; the candidates."""
     copied: Any  # event after the copy of ``numbers`` to the host, None on a CPU
+    stop_token_ids: Any  # [num_reqs, num_stop_tokens], padded with -1; None: none
 
 
 class DeferredRounds:
@@ -54,7 +61,7 @@ class DeferredRounds:
         self.log = RoundLog(trace_rounds)
         self._pending: deque[_Step] = deque()
         self._last: _Step | None = None
-        self._candidates: dict[str, list[int]] = {}  # request id -> what was submitted in its last round
+        self._candidates: dict[str, tuple[list[int], str]] = {}  # request id -> its last round's, and why not more
 
     def step(
         self,
@@ -63,6 +70,7 @@ class DeferredRounds:
         finished: list[str],
         numbers: torch.Tensor,
         num_passes: int | torch.Tensor,
+        stop_token_ids: Any = None,
     ) -> None:
         """Note one step of the engine; its fields are those of ``_Step``. Does not wait."""
         copied = None
@@ -72,7 +80,9 @@ class DeferredRounds:
             numbers = numbers.to("cpu", non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._last = _Step(list(request_ids), list(was_prefilling), finished, num_passes, numbers, copied)
+        self._last = _Step(
+            list(request_ids), list(was_prefilling), finished, num_passes, numbers, copied, stop_token_ids
+        )  # fmt: skip
         self._pending.append(self._last)
         self.drain(wait=False)
 
@@ -86,6 +96,20 @@ class DeferredRounds:
                 elif not copied.query():
                     return
             self._account(self._pending.popleft())
+
+    @property
+    def counts(self) -> Counts:
+        """See ``RoundLog``."""
+        return self.log.counts
+
+    def arrived(self, request_id: str, why_plain: str | None) -> None:
+        """See ``RoundLog.arrived``."""
+        self.log.arrived(request_id, why_plain)
+
+    def is_settled(self) -> bool:
+        """Whether all steps are accounted for; does not wait."""
+        self.drain(wait=False)
+        return not self._pending
 
     def candidates(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What each request submitted in the last step; waits until that step's drafting is done."""
@@ -113,22 +137,35 @@ class DeferredRounds:
 
     def _account(self, step: _Step) -> None:
         drafted = _drafted(step)
+        stops = [[]] * len(drafted) if step.stop_token_ids is None else step.stop_token_ids.tolist()
+        if step.numbers[:, 0].any():
+            self.log.left_out(step.numbers.shape[1] - COLUMNS - int(step.num_passes))
         for _ in range(int(step.num_passes)):
             self.log.draft_pass()
         for index, request_id in enumerate(step.request_ids):
-            num_sampled, num_rejected, next_token = step.numbers[index, :3].tolist()
-            before = self._candidates.pop(request_id, None)
+            num_sampled, num_rejected, next_token, limit, ran = step.numbers[index, :COLUMNS].tolist()
+            before, stop = self._candidates.pop(request_id, (None, ""))
             if before is not None and num_sampled and not step.was_prefilling[index]:
                 # The scheduler may submit fewer than were drafted, or book room for more.
-                verified = before[: num_sampled - 1 + num_rejected]
-                self.log.verified(request_id, verified, num_sampled - 1, next_token)
+                booked = num_sampled - 1 + num_rejected
+                verified = before[:booked]
+                self.log.booked(booked - len(verified))
+                self.log.verified(request_id, verified, num_sampled - 1, next_token, stop)
             if num_sampled:
-                self._candidates[request_id] = drafted[index]
-        for request_id in step.finished:
+                mine = drafted[index]
+                ends = bool(mine) and mine[-1] in stops[index]
+                why = why_stopped(len(mine), limit, ends, ON_DEVICE[0] if ran else "")
+                self._candidates[request_id] = mine, why
+        self.finish(step.finished)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """These requests have ended, and all their steps are accounted for."""
+        for request_id in request_ids:
             self._candidates.pop(request_id, None)
+        self.log.finished(request_ids)
 
 
 def _drafted(step: _Step) -> list[list[int]]:
     """Each request's candidates: the row up to its first -1."""
-    rows: list[list[int]] = step.numbers[:, 3:].tolist()
+    rows: list[list[int]] = step.numbers[:, COLUMNS:].tolist()
     return [row[: row.index(-1)] if -1 in row else row for row in rows]

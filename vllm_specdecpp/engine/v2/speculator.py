@@ -33,6 +33,7 @@ from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.engine.gpu_defaults import memory_of
 from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
+from vllm_specdecpp.engine.shared.round_log import Counts
 from vllm_specdecpp.engine.v2 import timing
 from vllm_specdecpp.engine.v2.capture import CapturedRounds
 from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware, Plan
@@ -154,6 +155,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         limits = self.requests.table(request_ids, bound, self._longest)
         beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
         limits[beyond, 0] = 0
+        self.log.log.beyond_draft(name for name, is_beyond in zip(request_ids, beyond, strict=True) if is_beyond)
         torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         if self.draft_logits is not None and (seeded := self.requests.seeded(request_ids)):
@@ -177,7 +179,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         else:
             num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
         self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
-        self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes)
+        self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes, limits)
         # -1 is no row of an embedding table: see engine.v2.sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
 
@@ -343,18 +345,27 @@ class SpecDecPPSpeculator(CapturedRounds):
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
         num_passes: int | torch.Tensor,
+        limits: np.ndarray,
     ) -> None:
         """Put the step down for the log; the numbers follow when the device has them."""
         num_reqs = input_batch.num_reqs
         last = last_sampled.view(-1)[input_batch.idx_mapping]  # [num_reqs]
-        columns = torch.stack((num_sampled[:num_reqs].long(), num_rejected[:num_reqs].long(), last), dim=1)
+        ran = self.runs.lengths(input_batch) if self.runs is not None else torch.zeros_like(last)
+        columns = num_sampled[:num_reqs], num_rejected[:num_reqs], last, self.round.max_lengths[:num_reqs], ran
         self.log.step(
             input_batch.req_ids,
             input_batch.is_prefilling_np.tolist(),
             self.requests.take_finished(),
-            torch.cat((columns, self.draft_tokens[:num_reqs]), dim=1),  # [num_reqs, 3 + num_speculative_steps]
+            torch.cat((*(column.long()[:, None] for column in columns), self.draft_tokens[:num_reqs]), dim=1),
             num_passes,
+            limits[:, 2:],
         )
+
+    def counts(self) -> Counts:
+        """See :meth:`Drafter.counts`; the device is not waited for."""
+        if self.log.is_settled():
+            self.log.finish(self.requests.take_finished())
+        return super().counts()
 
     def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
         """What the scheduler is told with synchronous scheduling: each request's own candidates, and no more.
