@@ -223,8 +223,7 @@ def _check_data_parallel(vllm_config: Any) -> None:
 
 
 def _logits_processors(args: Any) -> list[str]:
-    """Custom ones, given or installed (``vllm.logits_processors``), by name; with speculation V1 refuses the former and
-    leaves the latter out."""
+    """Custom ones, given or installed, by name; with speculation V1 refuses the former and leaves the latter out."""
     given = [str(getattr(item, "__qualname__", item)) for item in args.logits_processors or ()]
     return given + [point.name for point in entry_points(group="vllm.logits_processors")]
 
