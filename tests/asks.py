@@ -40,13 +40,11 @@ ASKS = {
 """Number: what is asked for, and issues of vllm-project/vllm."""
 
 NOTES = {
-    8: "see shrink",
     10: "not shown: no test has a multimodal checkpoint",
     13: "in part: costs follow the service, not each request's length",
     14: "all but the block that an answer's last round has filled",
     16: "it is not given back while speculation is off for long",
     17: "CPU: a Worker without vLLM's allocator; weights of level 2 are the caller's to reload, as vLLM's are",
-    18: "see shrink",
 }
 """What no test shows, or not in full."""
 
@@ -63,8 +61,8 @@ def marked() -> dict[int, list[str]]:
                 found[number].append(_name(path, function.name))
     for path, tree in trees.items():
         for name, module, test in _borrowed(tree):
-            if (number := owners.get((module, test))) is not None:
-                found[number].append(_name(path, name))
+            if (shown := owners.get((module, test))) is not None:
+                found[shown].append(_name(path, name))
     return {number: sorted(set(tests)) for number, tests in found.items()}
 
 
@@ -76,7 +74,7 @@ def _numbers(function: ast.FunctionDef) -> Iterator[int]:
 
 
 def _borrowed(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
-    """(name, module, test) of each ``name = module.test`` at the top."""
+    """(name, module, test) of each ``name = module.test`` and ``from module import test`` at the top."""
     modules = {
         alias.asname or alias.name: alias.name
         for node in tree.body
@@ -87,6 +85,8 @@ def _borrowed(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
         match node:
             case ast.Assign(targets=[ast.Name(name)], value=ast.Attribute(ast.Name(module), test)):
                 yield name, modules.get(module, ""), test
+            case ast.ImportFrom(module=str(module), names=names):
+                yield from ((alias.asname or alias.name, module.split(".")[-1], alias.name) for alias in names)
 
 
 def _name(path: Path, test: str) -> str:

@@ -14,7 +14,9 @@ from vllm_specdecpp.costs import timing
 CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
 """Seconds: drafting is well worth it."""
 BOUND = 5
-OPTIONS: dict[str, Any] = {"skip_tokenizer_init": False, "disable_log_stats": False}
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": False, "disable_log_stats": False, "per_request_spec_decode_metrics": "detailed"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,15 @@ def test_metrics_agree(llm):
     assert shown(llm) == after  # nothing is counted twice
     llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
     assert shown(llm) == after
+
+
+def test_vllms_metrics_of_one_request_are_those_of_its_rounds(llm):
+    harness.take_rounds(llm)
+    outputs = harness.generate(llm, harness.prompts(3, seed=9), ignore_eos=True)
+    for output, rounds in zip(outputs, harness.rounds_of(outputs, harness.take_rounds(llm)), strict=True):
+        told = output.outputs[0].spec_decode_metrics
+        steps = list(zip(told.per_step_drafted, told.per_step_accepted, strict=True))
+        assert steps == [(len(candidates), accepted) for candidates, accepted, _ in rounds if candidates] != []
 
 
 def test_one_line_is_logged_beside_vllms(llm, caplog):

@@ -54,6 +54,7 @@ def _pair(tiny: Any, wider: Path, which: str, prefix: str = "") -> tuple[str, st
 
 
 @pytest.mark.parametrize("which", ["target wider", "draft wider"])
+@pytest.mark.asks(8)
 def test_greedy_output_is_unchanged(tiny, wider, which):
     from transformers import AutoModelForCausalLM
 
@@ -97,6 +98,7 @@ def check_law(tiny: Any, wider: Path, which: str, num_samples: int, of_tokens: s
 
 
 @pytest.mark.parametrize("which", ["target wider", "draft wider"])
+@pytest.mark.asks(8)
 def test_sampled_output_keeps_its_law(tiny, wider, which):
     """Probabilities of the draft are compared with the target's row by row."""
     check_law(tiny, wider, which, 2048, slice(LAW_LENGTH))

@@ -11,6 +11,7 @@ from tests.v2 import async_on_cpu
 
 llm = v1.llm
 test_metrics_agree = v1.test_metrics_agree
+test_vllms_metrics_of_one_request_are_those_of_its_rounds = v1.test_vllms_metrics_of_one_request_are_those_of_its_rounds
 
 
 def test_rows_that_are_booked_in_vain_are_counted(tiny, monkeypatch):

@@ -44,6 +44,7 @@ def check_requests() -> None:
     InputProcessor._specdecpp_installed = True
 
 
+_TAKE = "specdecpp_take_metrics"
 SCRAPE_SECONDS = 1.0
 """How long a scrape waits for the engine, which may be in a long step; what it tells later is in the next one."""
 
@@ -108,7 +109,7 @@ def _metrics_of(engine: Any) -> EngineMetrics | None:
         return None
     if (found := engine.__dict__.get("_specdecpp_metrics")) is None:
         name = engine.vllm_config.model_config.served_model_name
-        found = engine._specdecpp_metrics = EngineMetrics(name, engine.logger_manager.engine_indexes[0])
+        found = engine._specdecpp_metrics = EngineMetrics(name, engine.logger_manager.engine_indexes)
     ours: EngineMetrics = found
     return ours
 
@@ -116,7 +117,7 @@ def _metrics_of(engine: Any) -> EngineMetrics | None:
 def _take(engine: Any) -> None:
     """Take what is new from the engine."""
     if (ours := _metrics_of(engine)) is not None:
-        ours.add(engine.collective_rpc("specdecpp_take_metrics")[0])
+        ours.add([engine.collective_rpc(_TAKE)[0]])
 
 
 async def _take_async(engine: Any) -> None:
@@ -126,10 +127,11 @@ async def _take_async(engine: Any) -> None:
 
     def arrived(done: asyncio.Task[Any]) -> None:
         if not done.cancelled() and done.exception() is None:
-            ours.add(done.result()[0])
+            ours.add([ranks[0] for ranks in done.result()])
 
     task = engine.__dict__.get("_specdecpp_task")
     if task is None or task.done():
-        task = engine._specdecpp_task = asyncio.ensure_future(engine.collective_rpc("specdecpp_take_metrics"))
+        take = engine.engine_core.call_utility_all_async("collective_rpc", _TAKE, None, (), None)
+        task = engine._specdecpp_task = asyncio.ensure_future(take)
         task.add_done_callback(arrived)
     await asyncio.wait({task}, timeout=SCRAPE_SECONDS)

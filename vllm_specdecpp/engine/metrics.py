@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -41,17 +42,17 @@ GAUGES = {
 
 
 class EngineMetrics:
-    """The metrics of one engine.
+    """The metrics of the engines behind one front end.
 
     Args:
         model_name: as it is served.
-        engine: vLLM's number of it.
+        engines: vLLM's numbers of them; several with data parallelism.
     """
 
-    def __init__(self, model_name: str, engine: int) -> None:
+    def __init__(self, model_name: str, engines: Sequence[int]) -> None:
         import prometheus_client
 
-        self._own = [model_name, str(engine)]
+        self._own = [[model_name, str(engine)] for engine in engines]
         common = ["model_name", "engine"]
         self._counters = {
             name: prometheus_client.Counter(PREFIX + name, text, [*common, label] if label else common)
@@ -61,21 +62,26 @@ class EngineMetrics:
             name: prometheus_client.Gauge(PREFIX + name, text, [*common, *labels], multiprocess_mode="mostrecent")
             for name, (labels, text) in GAUGES.items()
         }
-        for name, (label, _) in COUNTERS.items():
-            if label is None:
-                self._counters[name].labels(*self._own)  # shows 0
+        for own in self._own:
+            for name, (label, _) in COUNTERS.items():
+                if label is None:
+                    self._counters[name].labels(*own)  # shows 0
         self._logged: Counter[str] = Counter()  # since the last line
         self._last: dict[str, float] = {}
 
-    def add(self, taken: dict[str, Any]) -> None:
-        """Take in what ``Drafter.take_metrics`` gave."""
+    def add(self, taken: Sequence[dict[str, Any]]) -> None:
+        """Take in what each engine's ``Drafter.take_metrics`` gave."""
+        for own, news in zip(self._own, taken, strict=True):
+            self._add(own, news)
+
+    def _add(self, own: list[str], taken: dict[str, Any]) -> None:
         for name, label, more in taken["counters"]:
-            self._counters[name].labels(*self._own, *([label] if COUNTERS[name][0] else [])).inc(more)
+            self._counters[name].labels(*own, *([label] if COUNTERS[name][0] else [])).inc(more)
             self._logged[name] += more
             if (name, label) == ("rounds", "0"):
                 self._logged["plain"] += more
         for name, labels, value in taken["gauges"]:
-            self._gauges[name].labels(*self._own, *labels).set(value)
+            self._gauges[name].labels(*own, *labels).set(value)
             self._last[name] = value
 
     def log(self) -> None:

@@ -299,14 +299,10 @@ def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
 def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
+    least = 0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        config.model,
-        config.resolved_rule,
-        source,
-        bound,
-        0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens,
-        config.num_speculative_tokens,
+        *(config.model, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
     )
 
 
