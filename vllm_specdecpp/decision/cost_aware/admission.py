@@ -23,6 +23,8 @@ _LENGTHS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 20, 28])
 """Candidate lengths that are compared."""
 _ENOUGH = 12.0
 """Looks before which nothing is expected, only hoped."""
+_SLOW_START = 0.3
+"""Share of a draft pass's time that is hoped to have been a slow moment of start-up, before real passes were seen."""
 _BATCH_MEMORY = 128.0
 """Rounds that the usual batch size remembers."""
 _SHARE = 4.0
@@ -139,7 +141,7 @@ class Admission:
                 debts[i] = costs.extra_seconds(s.behind) + s.apart
                 charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room), 1.0)
 
-        def best(accept: Array) -> tuple[float, NDArray[np.int64], int]:
+        def best(accept: Array, pace: float = 1.0) -> tuple[float, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
             among = np.arange(len(mine))
             if usual > num_reqs and debts.any():
@@ -147,14 +149,15 @@ class Admission:
                 padded = np.concatenate([accept, np.full(fill, accept.mean())])
                 far = np.concatenate([limits, np.full(fill, int(limits.max()))])
                 charged = np.concatenate([charges, np.zeros(fill)])
-                speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded)
+                speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded, pace)
                 pays = self.correction * speed * costs.verify.at(usual) > usual
                 among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
             if not len(among):
                 return 0.0, among, 0
             speed, chosen, length = _best(
-                costs, base_rows, base_tokens, accept[among], limits[among], charges[among], rows[among], tokens[among]
-            )
+                costs, base_rows, base_tokens, accept[among], limits[among], charges[among], rows[among], tokens[among],
+                pace,
+            )  # fmt: skip
             return self.correction * speed, among[chosen], length
 
         rate, chosen, hopes = 0.0, index[:0], True
@@ -171,7 +174,8 @@ class Admission:
         others[chosen] = not out.expected
         rate_hoped, length, new = 0.0, 0, chosen[:0]
         if hopes and others.any():
-            rate_hoped, hopeful, length = best(hoped)
+            seen = min(curve.freshness(len(mine)) for curve in (costs.first, costs.step))
+            rate_hoped, hopeful, length = best(hoped, 1 - _SLOW_START / (1 + seen))
             new = hopeful[others[hopeful]]
         if len(new) and rate_hoped > out.price:
             new = new[np.lexsort((new, debts[new]))]
@@ -232,7 +236,7 @@ def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:
 
 def _best(
     costs: CostModel, base_rows: int, base_tokens: float, accept: Array, limits: NDArray[np.int64], charges: Array,
-    free_rows: NDArray[np.int64], free_tokens: Array,
+    free_rows: NDArray[np.int64], free_tokens: Array, pace: float = 1.0,
 ) -> tuple[float, NDArray[np.int64], int]:  # fmt: skip
     """The most tokens per second of drafting for some of n requests, which, and their candidate length.
 
@@ -244,6 +248,7 @@ def _best(
         limits: [n] candidates at most.
         charges: [n] seconds of reading for each token that the request emits.
         free_rows, free_tokens: [n] what of the two is a free run's, which drafting replaces.
+        pace: what draft passes take of their time.
     """
     lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
     longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
@@ -255,7 +260,7 @@ def _best(
     tokens = base_tokens + np.add.accumulate(gains[order])
     seconds = np.add.accumulate(reading[order])
     seconds += costs.verify.many(base_rows + np.add.accumulate((longest - free_rows[:, None])[order]))
-    seconds += costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1)
+    seconds += pace * (costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1))
     speeds = tokens / seconds
     count, column = divmod(int(speeds.argmax()), len(lengths))
     return float(speeds[count, column]), order[: count + 1], int(lengths[column])
