@@ -209,22 +209,16 @@ def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) ->
 
 
 def _check_data_parallel(vllm_config: Any) -> None:
-    """Engines of dense models are independent of each other; those of an MoE target run each pass together.
-
-    Raises:
-        ValueError: one line: such a target.
-    """
+    """Refuse an MoE target, whose engines run each pass together (ValueError, one line); dense ones are independent."""
     if (ranks := vllm_config.parallel_config.data_parallel_size) > 1 and vllm_config.model_config.is_moe:
         raise ValueError(
-            f"specdecpp: data_parallel_size={ranks} is not supported with a mixture of experts "
-            f"({vllm_config.model_config.model}): its ranks run every pass together, and each drafts as long as it "
-            "pays for itself; use 1, and more --tensor-parallel-size"
+            f"specdecpp: data_parallel_size={ranks} is not supported with a mixture of experts as the target: its "
+            "ranks run every pass together, and draft for themselves; use 1, and more --tensor-parallel-size"
         )
 
 
 def _logits_processors(args: Any) -> list[str]:
-    """Custom ones, given or installed (``vllm.logits_processors``), by name; with speculation V1 refuses the former and
-    leaves the latter out."""
+    """Custom ones, given or installed, by name; with speculation V1 refuses the former and leaves the latter out."""
     given = [str(getattr(item, "__qualname__", item)) for item in args.logits_processors or ()]
     return given + [point.name for point in entry_points(group="vllm.logits_processors")]
 
