@@ -87,6 +87,9 @@ def use_native_proposer(worker: Any, num_candidates: int) -> str:
         def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
             return super().propose(min(num_candidates, num_speculative_tokens), *args, **kwargs)
 
+        def take_metrics(self) -> dict[str, Any]:
+            return {"counters": [], "gauges": []}  # the engine asks for ours whoever drafts
+
     restore_proposer(worker)
     runner = worker.model_runner
     native = object.__new__(FixedK)

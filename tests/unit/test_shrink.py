@@ -30,7 +30,7 @@ def shrink(*arguments: Any) -> int:
 
 
 def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in Path(folder).glob("model*.safetensors"):
         found |= load_file(path)
     return found
@@ -134,7 +134,7 @@ def test_int4_takes_the_largest_group_that_divides():
 
 
 def test_bytes_of_a_tied_output_layer_count_once(tmp_path):
-    shapes = {"model.embed_tokens.weight": (10, 4), "model.layers.0.mlp.up_proj.weight": (4, 4)}
+    shapes: Any = {"model.embed_tokens.weight": (10, 4), "model.layers.0.mlp.up_proj.weight": (4, 4)}
     found = checkpoint.Checkpoint(tmp_path, {"tie_word_embeddings": True}, {}, shapes, {})
     sizes = {"model.embed_tokens.weight": 80, "model.layers.0.mlp.up_proj.weight": 32}
     assert found.bytes_a_pass(sizes) == 112 and found.bytes_a_pass(sizes, share=0.5) == 72
@@ -351,7 +351,12 @@ def test_the_noise_of_the_targets_passes_counts_for_neither():
 
 def test_a_folder_that_is_there_is_only_checked(tiny, tmp_path, monkeypatch, capsys):
     asked: list[Any] = []
-    monkeypatch.setattr(check, "check", lambda options: asked.append(options) or 1)
+
+    def fake(options: Any) -> int:
+        asked.append(options)
+        return 1
+
+    monkeypatch.setattr(check, "check", fake)
     arguments = [tiny.draft_good, "--out", tmp_path / "out", "--check", "--target", tiny.target, "--prompts", "p.jsonl"]
     assert shrink(*arguments, "--scheme", "int8") == 1
     written = (tmp_path / "out" / "shrink.json").stat().st_mtime_ns

@@ -191,7 +191,10 @@ def report(original: Played, shrunk: Played) -> tuple[list[str], bool]:
     # The target is the same in both engines: what its passes seemed to cost there is noise between the two.
     both = original.curves["verify"], shrunk.curves["verify"]
     verify = {width: min(both[0][width], both[1][width]) for width in both[0].keys() & both[1].keys()}
-    models = [CostModel(**{**p.curves, "verify": verify}, max_tokens=max(BATCHES) * 9) for p in (original, shrunk)]
+    models = []
+    for played in (original, shrunk):
+        curves: dict[str, Any] = {**played.curves, "verify": verify}
+        models.append(CostModel(**curves, max_tokens=max(BATCHES) * (1 + CANDIDATES)))
     lost = 100 * (original.agreement - shrunk.agreement)
     num = sum(map(len, shrunk.agrees))
     lines = [

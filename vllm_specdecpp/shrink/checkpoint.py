@@ -170,7 +170,7 @@ def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], fil
         if sum(t.nbytes for t in held.values()) >= file_bytes:
             write()
     write()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, inside in enumerate(names, 1):
         name = "model.safetensors" if len(names) == 1 else f"model-{number:05d}-of-{len(names):05d}.safetensors"
         (folder / f"{number}.part.safetensors").rename(folder / name)
