@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.common.engines import Engines, EngineSettings, Generation
@@ -26,7 +25,7 @@ from benchmarks.serve.render import has_colour, round_line
 from vllm_specdecpp.provenance import hardware, model_revision, shrinking
 from vllm_specdecpp.setup.models import fetch, models_folder
 from vllm_specdecpp.setup.packaged_gguf import FetchError
-from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
+from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
 FIXED_KS = (2, 4, 6)
@@ -191,27 +190,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        with no_process_left():
-            return _main(args)
+        return _main(args)
     except (ValueError, FetchError) as error:
         print(f"benchmarks.demo: {str(error).removeprefix('specdecpp: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("benchmarks.demo: interrupted", file=sys.stderr)
         return 130
-
-
-@contextlib.contextmanager
-def no_process_left() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does; however it ends, its engines' processes end with it."""
-    with sigterm_interrupts():
-        try:
-            yield
-        finally:
-            for process in multiprocessing.active_children():
-                process.terminate()
-                process.join(10)
-                process.kill()
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -226,12 +211,13 @@ def _main(args: argparse.Namespace) -> int:
     target, draft = fetch(TARGET), shrunk(fetch(DRAFT))
     settings = EngineSettings(str(target), str(draft), eager=not args.compile, trace_rounds=KEPT_ROUNDS)
     engines = Engines(settings, METHODS, say)
-    try:
-        engines.start()
-        results, rounds = measure(engines, prompts, args.minutes)
-        show_texts(engines, prompts, results, rounds)
-    finally:
-        engines.close()
+    with ends_with_children():
+        try:
+            engines.start()
+            results, rounds = measure(engines, prompts, args.minutes)
+            show_texts(engines, prompts, results, rounds)
+        finally:
+            engines.close()
     table, result = summary(results, len(rounds))
     say(f"done after {(time.monotonic() - start) / 60:.1f} min")
     print(f"{machine()}; {len(rounds)} prompts of {len(prompts)}")

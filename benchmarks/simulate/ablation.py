@@ -40,12 +40,24 @@ SIGMAS = 2.5
 
 def _all_alike(rule: CostAwareRule) -> None:
     of = rule.admission.records.of
-    setattr(rule.admission.records, "of", lambda names: of([""] * len(names)))  # noqa: B010
+    setattr(rule.admission.records, "of", lambda names, *kinds: of([""] * len(names), *kinds))  # noqa: B010
+
+
+def _no_levels(rule: CostAwareRule) -> None:
+    plan = rule.admission.plan
+
+    def planned(*arguments: Any) -> admission.Admitted:
+        admitted = plan(*arguments)
+        admitted.levels[:] = 0.0
+        return admitted
+
+    setattr(rule.admission, "plan", planned)  # noqa: B010
 
 
 MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
     "own": ("every request is like one of which nothing is known", _all_alike),
     "easy": ("no request is hoped to be easier than the others", lambda rule: None),
+    "levels": ("a request's record tells nothing of its later candidates", _no_levels),
     "purse": ("nothing is earned for trials after the opening sum", lambda rule: setattr(rule.purse, "_share", 0.0)),
     "correction": (
         "rounds are taken to be as fast as the formula says",

@@ -29,7 +29,8 @@ def report(capsys: Any, *arguments: str) -> tuple[int, dict[str, Any]]:
     return status, json.loads(out[out.index("{\n") :])
 
 
-def test_what_is_said_is_what_the_engine_has(tiny, reference, capsys):
+def test_what_is_said_is_what_the_engine_has(tiny, reference, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_file, "cache_folder", lambda: tmp_path)
     status, found = report(capsys, tiny.target, tiny.draft_good, f"--serve={SERVE}")
     assert status == 0 and found["would start"] and found["engine"]["model runner"] == "V1"
     assert "not known" in found["expected gain"]["costs"]

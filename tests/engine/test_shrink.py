@@ -91,4 +91,4 @@ def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path):
     assert done.returncode == (0 if "it pays" in done.stdout else 1), done.stderr
     agreement = re.search(r"greedy agreement +([\d.]+)% +([\d.]+)%", done.stdout)
     assert agreement is not None and min(map(float, agreement.groups())) > 30, done.stdout
-    assert done.stdout.count("by prediction") == 3
+    assert done.stdout.count(", predicted, ") == 3

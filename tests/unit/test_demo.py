@@ -130,6 +130,9 @@ def test_an_interrupted_demo_leaves_no_process(tiny: Any, tmp_path: Path, number
         process.send_signal(number)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
+    ended = time.monotonic() + 20  # multiprocessing's tracker clears away first
+    while processes_of(process.pid) and time.monotonic() < ended:
+        time.sleep(0.2)
     assert processes_of(process.pid) == []
 
 

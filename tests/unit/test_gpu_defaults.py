@@ -152,17 +152,24 @@ def test_nothing_is_chosen_elsewhere(gpu):
     assert _chosen(args) == (False, None)
 
 
+def _vllm_config(**settings: Any) -> Any:
+    draft = SimpleNamespace(draft_model_config=None)
+    return SimpleNamespace(model_config=None, speculative_config=draft, **settings)
+
+
 def _engine_args(monkeypatch: Any, original: Callable[[Any], Any]) -> Any:
     """The wrapped ``create_engine_config`` around ``original``, with the rest of the front end left out."""
     from vllm_specdecpp.engine import options
 
     monkeypatch.setattr(options, "expand", lambda args: _config())
     monkeypatch.setattr(options, "_may_run_v2", lambda config: True)
-    for name in ("_check_model_runner", "_check_head", "_check_record_dir"):
+    for name in ("_check_model_runner", "_check_data_parallel", "_check_head", "_check_record_dir"):
         monkeypatch.setattr(options, name, lambda *_: None)
     monkeypatch.setattr(options, "schedule_one_row", lambda _: None)
     monkeypatch.setattr(options.draft_layers, "keep_alike", lambda _: None)
-    monkeypatch.setattr(options, "_check_requests_on_admission", lambda: None)
+    monkeypatch.setattr(options.draft_vocab, "check", lambda *_: None)
+    for name in ("check_requests", "show_metrics"):
+        monkeypatch.setattr(options.front_end, name, lambda: None)
     monkeypatch.setattr(gpu_defaults, "check_memory", lambda *_: None)
     return options._wrap_create_engine_config(original)
 
@@ -176,7 +183,7 @@ def test_vllm_decides_in_the_end(gpu, monkeypatch, caplog):
 
     def on_v1(args: Any) -> Any:
         asked.append(_chosen(args))
-        return SimpleNamespace(use_v2_model_runner=False)
+        return _vllm_config(use_v2_model_runner=False)
 
     _engine_args(monkeypatch, on_v1)(_args())
     assert asked == [(True, True), (False, None)]
@@ -185,7 +192,7 @@ def test_vllm_decides_in_the_end(gpu, monkeypatch, caplog):
         asked.append(_chosen(args))
         if args.async_scheduling:
             TypeAdapter(int).validate_python("no number")
-        return SimpleNamespace(use_v2_model_runner=True)
+        return _vllm_config(use_v2_model_runner=True)
 
     asked.clear()
     with caplog.at_level("INFO"):

@@ -149,12 +149,12 @@ def test_what_cannot_be_combined_is_refused_with_the_mend(no_hub, kwargs, words)
 
 def test_data_parallel_ranks_that_depend_on_each_other_are_refused():
     def config(ranks, is_moe):
-        model = SimpleNamespace(is_moe=is_moe, model="TARGET")
+        model = SimpleNamespace(is_moe=is_moe)
         return SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=ranks), model_config=model)
 
     for independent in (config(2, False), config(1, True)):
         options._check_data_parallel(independent)
-    with pytest.raises(ValueError, match="^specdecpp: data_parallel_size=2 .*TARGET.*use 1"):
+    with pytest.raises(ValueError, match="^specdecpp: data_parallel_size=2 .*experts.*use 1"):
         options._check_data_parallel(config(2, True))
 
 

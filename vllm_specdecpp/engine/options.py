@@ -209,16 +209,11 @@ def _check_model_runner(args: Any, config: SpecDecPPConfig, vllm_config: Any) ->
 
 
 def _check_data_parallel(vllm_config: Any) -> None:
-    """Engines of dense models are independent of each other; those of an MoE target run each pass together.
-
-    Raises:
-        ValueError: one line: such a target.
-    """
+    """Refuse an MoE target, whose engines run each pass together (ValueError, one line); dense ones are independent."""
     if (ranks := vllm_config.parallel_config.data_parallel_size) > 1 and vllm_config.model_config.is_moe:
         raise ValueError(
-            f"specdecpp: data_parallel_size={ranks} is not supported with a mixture of experts "
-            f"({vllm_config.model_config.model}): its ranks run every pass together, and each drafts as long as it "
-            "pays for itself; use 1, and more --tensor-parallel-size"
+            f"specdecpp: data_parallel_size={ranks} is not supported with a mixture of experts as the target: its "
+            "ranks run every pass together, and draft for themselves; use 1, and more --tensor-parallel-size"
         )
 
 
@@ -303,14 +298,10 @@ def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
 def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
+    least = 0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        config.model,
-        config.resolved_rule,
-        source,
-        bound,
-        0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens,
-        config.num_speculative_tokens,
+        *(config.model, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
     )
 
 

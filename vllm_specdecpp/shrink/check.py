@@ -8,7 +8,9 @@ model, at the best fixed candidate length of each draft and batch.
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
-from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
+from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 if TYPE_CHECKING:
     from vllm_specdecpp.shrink.options import ShrinkOptions
@@ -63,10 +65,11 @@ def check(options: ShrinkOptions) -> int:
     """
     prompts = read_prompts(options)
     before = os.environ.get("VLLM_CACHE_ROOT")
+    # A cache of its own: both drafts are timed now, and what earlier engines kept stays as it is.
     with (
-        sigterm_interrupts(),
         tempfile.TemporaryDirectory() as cache,
-    ):  # both drafts are timed now, and what earlier engines kept stays
+        ends_with_children(functools.partial(shutil.rmtree, cache, ignore_errors=True)),
+    ):
         os.environ["VLLM_CACHE_ROOT"] = cache
         try:
             original = play(options, options.draft, prompts)
