@@ -56,7 +56,7 @@ def _server(
         "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--enforce-eager",
         "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8",
-        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--enable-auto-tool-choice", "--tool-call-parser", "pythonic",
         "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *speculative,
     ]  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
@@ -223,8 +223,9 @@ TOOL = {
             "properties": {
                 "seat": {"type": "string", "enum": ["aisle", "window", "middle"]},
                 "count": {"type": "integer", "maximum": 99},
+                "note": {"type": "string", "minLength": 30, "maxLength": 60},
             },
-            "required": ["seat", "count"],
+            "required": ["seat", "count", "note"],
             "additionalProperties": False,
         },
     },
@@ -240,7 +241,7 @@ def test_tool_calls_stream_as_they_come_whole(server, client):
         "max_tokens": 100, "tool_choice": {"type": "function", "function": {"name": "book"}},
     }  # fmt: skip
     (whole,) = client.chat.completions.create(**arguments).choices[0].message.tool_calls
-    assert set(json.loads(whole.function.arguments)) == {"seat", "count"}
+    assert set(json.loads(whole.function.arguments)) == {"seat", "count", "note"}
     calls = [
         call.function
         for chunk in client.chat.completions.create(**arguments, stream=True)
