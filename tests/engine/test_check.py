@@ -79,6 +79,13 @@ def test_what_does_not_fit_is_told(tiny, capsys, monkeypatch, room, because):
     assert status == 1 and because in found["because"]
 
 
+def test_memory_that_vllm_would_not_find_free_is_told(tiny, capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    serve = f"--serve={SERVE} --gpu-memory-utilization 1.0"
+    status, found = report(capsys, tiny.target, tiny.draft_good, serve)
+    assert status == 1 and "vLLM wants gpu_memory_utilization=1.0" in found["because"]
+
+
 @pytest.mark.parametrize("argument", ["--speculative=[1]", "--serve=--max-nonsense 3"])
 def test_an_argument_that_is_none(tiny, capsys, argument):
     assert cli.main(["check", tiny.target, tiny.draft_good, argument]) == (2 if "--speculative" in argument else 1)

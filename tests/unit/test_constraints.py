@@ -77,6 +77,16 @@ def test_where_all_requests_are_constrained_drafting_is_learnt_all_the_same() ->
     assert serve(rule, 100, 0.9, constrained=True, prefix="more") > 400
 
 
+@pytest.mark.parametrize("constrained", [True, False])
+def test_constrained_requests_alone_have_a_calibration_of_their_own(constrained: bool) -> None:
+    """Scores say 0.9 where 0.45 is true: without it drafting would be slower than off for good."""
+    rule = paper_rule(sources=[Toy()])
+    serve(rule, 400, 0.45, constrained=constrained, prefix="bound")
+    model = rule.apart if constrained else rule.acceptance
+    assert model.accept(np.array([2.2]), 1)[0] == pytest.approx(0.45, abs=0.12)
+    assert rule.admission._correction(constrained) < 1.3
+
+
 @pytest.mark.parametrize(
     ("params", "wanted"),
     [
@@ -92,6 +102,7 @@ def test_where_all_requests_are_constrained_drafting_is_learnt_all_the_same() ->
         ({"structured_outputs": SimpleNamespace(regex="a")}, True),
         ({"thinking_token_budget": 0}, True),
         ({"extra_args": {"ban": [3]}}, True),  # of a logits processor
+        ({"extra_args": {"kv_transfer_params": {"do_remote_decode": True}}}, False),
     ],
 )
 def test_which_requests_are_constrained(params: dict[str, Any], wanted: bool) -> None:

@@ -117,3 +117,16 @@ def test_candidates_in_vain_raise_an_alarm_once_until_one_is_accepted(caplog):
         for _ in range(300):
             log.verified("a", [1, 2, 3, 4], accepted, 9)
     assert sum("was accepted" in record.message for record in caplog.records) == 2
+
+
+def test_an_engine_made_later_takes_the_metrics_over():
+    """As vLLM's own; prometheus refuses a name that is there."""
+    from prometheus_client import REGISTRY
+
+    from vllm_specdecpp.engine.metrics import EngineMetrics
+
+    EngineMetrics("first", [0])
+    EngineMetrics("second", [0])
+    models = {sample.labels["model_name"] for metric in REGISTRY.collect() for sample in metric.samples
+              if metric.name == "vllm:specdecpp_draft_passes"}  # fmt: skip
+    assert models == {"second"}

@@ -37,7 +37,7 @@ def memory(vllm_config: Any) -> dict[str, str]:
         "vLLM may use": _shown(room),
     }
     taken = sum(size or 0 for size in weights)
-    if for_kv is None:  # of GPUs, what is left
+    if for_kv is None:  # what is left
         taken += logits.draft + logits.verification
         for_kv = max(room - taken, 0)
     if taken > room:
@@ -46,13 +46,15 @@ def memory(vllm_config: Any) -> dict[str, str]:
             "(--tensor-parallel-size), or raise --gpu-memory-utilization"
         )
     fits = int(for_kv // sum(tokens))
-    if fits < target.max_model_len:
+    # Fewer layers may hold all of a request's tokens, or vLLM may fit the length itself.
+    whole = target.get_sliding_window() is None and not target.is_hybrid
+    if whole and fits < target.max_model_len and target.original_max_model_len != -1:
         raise ValueError(
             f"specdecpp: {_shown(for_kv)} for KV hold {fits} tokens of both models, fewer than max_model_len="
             f"{target.max_model_len}; lower --max-model-len, or give more memory"
         )
     more = "" if None not in weights else " if the weights, which are not here yet, leave room"
-    return found | {"for KV": f"{_shown(for_kv)}, {fits} tokens{more}"}
+    return found | {"for KV": f"{_shown(for_kv)}, {'' if whole else 'at least '}{fits} tokens{more}"}
 
 
 def _shown(size: int | None) -> str:
@@ -69,9 +71,17 @@ def _room(vllm_config: Any) -> tuple[int, int, int | None]:
     if current_platform.is_cpu():
         import psutil
 
-        free = int(psutil.virtual_memory().available)
-        for_kv = cache.kv_cache_memory_bytes
-        return free, free, for_kv if for_kv is not None else int(cache.gpu_memory_utilization * free)
+        there = psutil.virtual_memory()
+        if cache.kv_cache_memory_bytes is not None:
+            return there.available, there.available, cache.kv_cache_memory_bytes
+        wanted = math.ceil(there.total * cache.gpu_memory_utilization)
+        if wanted > there.available:
+            raise ValueError(
+                f"specdecpp: vLLM wants gpu_memory_utilization={cache.gpu_memory_utilization} of {_shown(there.total)} "
+                f"on a CPU too, but {_shown(there.available)} are free; lower --gpu-memory-utilization, or give "
+                "--kv-cache-memory-bytes"
+            )
+        return there.available, wanted, None
     import torch
 
     free, total = torch.accelerator.get_memory_info()

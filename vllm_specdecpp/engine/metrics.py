@@ -52,6 +52,9 @@ class EngineMetrics:
     def __init__(self, model_name: str, engines: Sequence[int]) -> None:
         import prometheus_client
 
+        for collector in list(prometheus_client.REGISTRY._collector_to_names):  # of an engine before, as vLLM does
+            if getattr(collector, "_name", "").startswith(PREFIX):
+                prometheus_client.REGISTRY.unregister(collector)
         self._own = [[model_name, str(engine)] for engine in engines]
         common = ["model_name", "engine"]
         self._counters = {

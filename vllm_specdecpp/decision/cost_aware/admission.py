@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
-from vllm_specdecpp.decision.cost_aware.logistic import logit, logit_one
+from vllm_specdecpp.decision.cost_aware.logistic import logit
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.cost_aware.records import EASY, Array, Records
@@ -106,12 +106,16 @@ class Admission:
         self.price, self.speedup = 0.0, 1.0
         self._mean_reqs, self._weight = 0.0, 0.0
         # Faded sums over drafted rounds, in rounds without drafting; as much at the start as all the memory holds.
-        self._fit_seconds = self._fit_expected = _FIT_MEMORY
+        # [others, constrained requests]
+        self._fit_seconds, self._fit_expected = np.full(2, _FIT_MEMORY), np.full(2, _FIT_MEMORY)
 
     @property
     def correction(self) -> float:
         """Tokens per second of drafted rounds over those that the formula said."""
-        return self._fit_expected / self._fit_seconds
+        return self._correction(False)
+
+    def _correction(self, constrained: bool) -> float:
+        return float(self._fit_expected[int(constrained)] / self._fit_seconds[int(constrained)])
 
     def plan(
         self, batch: Sequence[Standing], costs: CostModel, purse: Purse, free: Taken | None = None
@@ -132,7 +136,9 @@ class Admission:
         mine = [batch[i] for i in index.tolist()]
         apart = np.array([s.constrained for s in mine])
         mean, hoped = self.records.of([s.request_id for s in mine], apart)
-        out.levels[index] = _SHARE * (logit(mean) - logit_one(self.records.mean))
+        alone = bool(apart.all())
+        correction = self._correction(alone)
+        out.levels[index] = _SHARE * (logit(mean) - logit(self.records.usual(apart & np.bool_(alone))))
         limits = np.array([s.limit for s in mine])
         rows, tokens = free_rows[index], free_tokens[index]  # that drafting for a request replaces
         debts, charges = np.zeros(len(mine)), np.zeros(len(mine))
@@ -150,7 +156,7 @@ class Admission:
                 far = np.concatenate([limits, np.full(fill, int(limits.max()))])
                 charged = np.concatenate([charges, np.zeros(fill)])
                 speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded, pace)
-                pays = self.correction * speed * costs.verify.at(usual) > usual
+                pays = correction * speed * costs.verify.at(usual) > usual
                 among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
             if not len(among):
                 return 0.0, among, 0
@@ -158,7 +164,7 @@ class Admission:
                 costs, base_rows, base_tokens, accept[among], limits[among], charges[among], rows[among], tokens[among],
                 pace,
             )  # fmt: skip
-            return self.correction * speed, among[chosen], length
+            return correction * speed, among[chosen], length
 
         rate, chosen, hopes = 0.0, index[:0], True
         if self.records.known_of(apart) >= _ENOUGH:
@@ -169,7 +175,7 @@ class Admission:
         self.speedup = max(rate / off_rate, 1.0)
         if rate > off_rate:
             out.drafts[index[chosen]] = True
-            out.expected, out.price, out.baseline = rate / self.correction, rate, rate
+            out.expected, out.price, out.baseline = rate / correction, rate, rate
         others = np.ones(len(mine), dtype=np.bool_)
         others[chosen] = not out.expected
         rate_hoped, length, new = 0.0, 0, chosen[:0]
@@ -199,19 +205,20 @@ class Admission:
         out.reading = float(debts[drafts].sum())
         return out
 
-    def learn(self, admitted: Admitted, tokens: float, seconds: float, off_seconds: float) -> None:
-        """Take in a drafted round: ``tokens`` emitted in ``seconds``, reading left out."""
+    def learn(
+        self, admitted: Admitted, tokens: float, seconds: float, off_seconds: float, constrained: bool = False
+    ) -> None:  # fmt: skip
+        """Take in a drafted round: ``tokens`` emitted in ``seconds``, reading left out; if ``constrained``, of such."""
         if admitted.expected and not admitted.trial:
-            keep = 1 - 1 / _FIT_MEMORY
-            self._fit_seconds = keep * self._fit_seconds + seconds / off_seconds
-            self._fit_expected = keep * self._fit_expected + tokens / admitted.expected / off_seconds
+            for fit, more in ((self._fit_seconds, seconds), (self._fit_expected, tokens / admitted.expected)):
+                fit[int(constrained)] = (1 - 1 / _FIT_MEMORY) * fit[int(constrained)] + more / off_seconds
 
     def state(self) -> dict[str, Any]:
         """What the next start of the same pair may take up."""
         return {
             "records": self.records.state(),
             "lengths": self.lengths.state(),
-            "fit": [self._fit_seconds, self._fit_expected],
+            "fit": [float(self._fit_seconds[0]), float(self._fit_expected[0])],
         }
 
     def restore(self, state: dict[str, Any], weight: float = 1.0) -> None:
@@ -225,7 +232,7 @@ class Admission:
         fit = [float(x) for x in state["fit"]]
         if not (len(fit) == 2 and min(fit) > 0 and max(fit) < 1e9):
             raise ValueError(f"specdecpp: a fit of {fit} is none")
-        self._fit_seconds, self._fit_expected = fit
+        self._fit_seconds[0], self._fit_expected[0] = fit
 
 
 def _geometric(accept: Array, length: NDArray[np.int64]) -> Array:

@@ -48,6 +48,8 @@ class CostAwareRound:
         constrained: [num_reqs] as in :class:`Standing`; nobody, if it is not given.
 
     Attributes:
+        alone: whether only constrained requests draft: their calibration is one of their own.
+        acceptance: the calibration that counts.
         running: [num_reqs] requests that draw another candidate.
         lengths: [num_reqs] candidates drafted and submitted.
         survival: [num_reqs] estimated probability that all scored candidates are accepted.
@@ -65,6 +67,8 @@ class CostAwareRound:
         self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
         num_reqs = len(request_ids)
         self.constrained: Mask = np.zeros(num_reqs, dtype=np.bool_) if constrained is None else constrained
+        self.alone = bool(drafts.any() and self.constrained[drafts].all())
+        self.acceptance = rule.apart if self.alone else rule.acceptance
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
         self.levels = np.zeros(num_reqs) if admitted is None else admitted.levels
@@ -85,7 +89,7 @@ class CostAwareRound:
 
     def load(self, params: CostAwareParams) -> None:
         """Give the tail what it decides by in this round."""
-        acceptance, costs = self.rule.acceptance, self.rule.costs
+        acceptance, costs = self.acceptance, self.rule.costs
         params.load(
             limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price,
             levels=self.levels, this=acceptance.this.theta, next=acceptance.next.theta,

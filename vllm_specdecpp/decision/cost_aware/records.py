@@ -59,18 +59,22 @@ class Records:
         """Looks that what is expected of a batch without own looks rests on."""
         return self.known + (float(self._apart[0]) if constrained.all() else 0.0)
 
+    def usual(self, constrained: Mask) -> Array:
+        """[num_reqs] acceptance of a request of its kind: the constrained ones are like all others until they have been
+        looked at."""
+        apart = (self._apart[1] + _OWN * self.mean) / (self._apart[0] + _OWN)
+        return np.minimum(np.where(constrained, apart, self.mean), _SURE)
+
     def of(self, request_ids: Sequence[str], constrained: Mask | None = None) -> tuple[Array, Array]:
         """Acceptance of each request as expected, and what may be hoped for: [num_reqs] each.
 
-        ``constrained``: [num_reqs] bool, nobody if it is not given. Such a request is like the others of its kind, and
-        these are like all others until they have been looked at.
+        ``constrained``: [num_reqs] bool, nobody if it is not given. A request is like the others of its kind.
         """
         found = [self._requests.get(name, (0.0, 0.0, self._round)) for name in request_ids]
         looks, won, seen = np.array(found, dtype=np.float64).reshape(-1, 3).T
         keep = _FADE ** (self._round - seen)
         looks, won = keep * looks, keep * won
-        apart = (self._apart[1] + _OWN * self.mean) / (self._apart[0] + _OWN)
-        usual = np.minimum(self.mean if constrained is None else np.where(constrained, apart, self.mean), _SURE)
+        usual = self.usual(np.zeros(len(found), dtype=np.bool_) if constrained is None else constrained)
         odds = math.log(_SHARE / (1 - _SHARE)) + won * np.log(EASY / usual)
         odds += (looks - won) * np.log((1 - EASY) / (1 - usual))
         easy = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))

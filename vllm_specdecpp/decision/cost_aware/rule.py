@@ -27,6 +27,7 @@ The same holds for greedy drafts, where Y_k is a function of F_k.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,6 +86,7 @@ class CostAwareRule:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
         self.costs, self.max_length, self.lag = costs, max_length, lag
         self.acceptance = acceptance or AcceptanceModel()
+        self.apart = copy.deepcopy(self.acceptance)  # of rounds in which only constrained requests draft
         self.adapt, self.scores = adapt, scores
         self.admission = Admission()
         self.purse = Purse()
@@ -146,7 +148,7 @@ class CostAwareRule:
         num_tokens = num_reqs + int(submitted.sum())
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
-        teaches = known & ~round_.constrained
+        teaches = known if round_.alone else known & ~round_.constrained
         # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
         base = num_reqs + float(round_.free.accepted.sum())
         drafted = np.where(round_.drafts, wins, 0)
@@ -158,8 +160,8 @@ class CostAwareRule:
             self.explored_seconds += seconds * admitted.trial
             if admitted.trial:  # here an outcome that is not known counts as none
                 self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
-            if not (round_.drafts & round_.constrained).any():
-                self.admission.learn(admitted, tokens, seconds, off_seconds)
+            if round_.alone or not (round_.drafts & round_.constrained).any():
+                self.admission.learn(admitted, tokens, seconds, off_seconds, round_.alone)
             self._record(round_, known, lengths, wins)
             if self.adapt:
                 self._learn(round_, teaches, np.where(round_.drafts, lengths, 0), wins)
@@ -184,7 +186,7 @@ class CostAwareRule:
             x = columns[submitted[dropped], index[dropped]].astype(np.float64)
             seen = x == x
             looks[dropped] += seen
-            right[dropped] += np.where(seen, self.acceptance.accept(x, submitted[dropped] + 1), 0.0)
+            right[dropped] += np.where(seen, round_.acceptance.accept(x, submitted[dropped] + 1), 0.0)
         names = [round_.request_ids[i] for i in index.tolist()]
         self.admission.records.update(names, looks.tolist(), right.tolist(), round_.constrained[index].tolist())
 
@@ -194,14 +196,14 @@ class CostAwareRule:
         columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
         if len(teaches) == 1:
             x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
-            self.acceptance.update_run(x, int(wins[0]), depth, float(round_.levels[0]))
+            round_.acceptance.update_run(x, int(wins[0]), depth, float(round_.levels[0]))
             return
         scores = np.full((depth, len(teaches)), np.nan)
         scores[: len(columns)] = np.reshape(columns, (len(columns), len(teaches)))
         positions = np.arange(1, depth + 1)[:, None]
         seen = (positions <= np.minimum(wins + 1, lengths)) & teaches
         labels = np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan)
-        self.acceptance.update(scores, labels, round_.levels)
+        round_.acceptance.update(scores, labels, round_.levels)
 
     def state(self) -> dict[str, Any]:
         """What was learnt, as JSON: for the next start of the same pair."""
@@ -229,4 +231,5 @@ class CostAwareRule:
         except (KeyError, TypeError, ValueError):
             return False
         self.admission, self.acceptance, self.free_runs = admission, acceptance, free_runs
+        self.apart = copy.deepcopy(acceptance)
         return True

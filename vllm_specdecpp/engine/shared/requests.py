@@ -12,6 +12,8 @@ _EPSILON = 1e-5
 """``vllm.sampling_params._SAMPLING_EPS``: less is no ``min_p``."""
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """With the value that changes nothing."""
+_NO_CONSTRAINT = (KEY, "kv_transfer_params", "ec_transfer_params")
+"""Keys of ``extra_args`` that vLLM's server sets itself (``ChatCompletionRequest.to_sampling_params``), and ours."""
 
 
 def options_of(params: Any) -> RequestOptions:
@@ -53,7 +55,7 @@ def is_constrained(params: Any, defaults: Mapping[str, Any]) -> bool:
         any(getattr(params, name, none) not in (none, defaults.get(name)) for name, none in _PENALTIES.items())
         or any(getattr(params, name, None) for name in ("allowed_token_ids", "bad_words", "structured_outputs"))
         or getattr(params, "thinking_token_budget", None) is not None
-        or any(key != KEY for key in params.extra_args or ())  # of a logits processor
+        or any(key not in _NO_CONSTRAINT for key in params.extra_args or ())  # of a logits processor
     )
 
 

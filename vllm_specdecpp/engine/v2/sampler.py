@@ -63,8 +63,7 @@ class EndOfDraftSampler(RejectionSampler):
         )  # fmt: skip
         states = self.sampler.sampling_states
         seeded = states.seeds_set[idx_mapping_np] & (states.temperature.np[idx_mapping_np] > 0)  # [num_reqs]
-        own_way = self.watermark_key is not None or self.synthetic_conditional_rates is not None
-        if own_way or not seeded.any():
+        if self.synthetic_conditional_rates is not None or not seeded.any():
             return processed, sampled, num_sampled
         drawn = gumbel_sample(
             processed, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos,
