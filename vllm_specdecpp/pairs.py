@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -98,10 +99,11 @@ def find_pair(target: str) -> Pair:
         pair = max(found, key=lambda pair: len(words & _words(pair.target)) / len(_words(pair.target)))
         return pair.model_copy(update={"draft": _beside(Path(target), pair.draft)}) if _is_local(target) else pair
     option = json.dumps({"method": "specdecpp", "model": "DRAFT"})
+    near = difflib.get_close_matches(target, pairs, n=3, cutoff=0)
     entry = json.dumps({target: {"draft": "DRAFT", "head": None}})
     raise ValueError(
-        f"specdecpp: no draft is known for target {target!r}; known: {', '.join(sorted(pairs))}; name one with "
-        f"--speculative-config '{option}', or write {entry} to {_user_file(None)[0]}"
+        f"specdecpp: no draft is known for target {target!r}; {len(pairs)} are, the nearest {', '.join(near)}; name "
+        f"one with --speculative-config '{option}', or write {entry} to {_user_file(None)[0]}"
     )
 
 
