@@ -76,7 +76,7 @@ class _Twins:
         lens = torch.full((self.most,), 20, dtype=torch.int32)
         self.device.start(self.n, lens, lens * 0, lens * 0 + 1)
         self.costs.verified(self.host.request_ids, [False] * self.n, lens, lens)
-        self.costs.begin_round(self.host.request_ids, *[[0] * self.n] * 5)
+        self.costs.begin_round(self.host.request_ids, *[[0] * self.n] * 6)
         self.device.admit()
 
     def step(self, k: int) -> bool:

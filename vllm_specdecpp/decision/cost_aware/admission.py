@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,8 @@ class Admitted:
     """Tokens per second that the formula says of a round that is no trial, before it is corrected; 0: not known."""
     trial: bool = False
     """Whether some request drafts that is not expected to gain by it."""
-    levels: Array = field(default_factory=lambda: np.zeros(0))
-    """[num_reqs] what each request's record adds to a score's log-odds as to the candidates after it."""
+    levels: Array | None = None
+    """[num_reqs] what each request's record adds to a score's log-odds as to the candidates after it; None: 0."""
     reading: float = 0.0
     """Seconds that the draft model spends on reading what it is behind."""
 
@@ -129,7 +129,8 @@ class Admission:
         self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
         self.lengths.update({s.request_id: s.emitted for s in batch})
         off_rate = base_tokens / costs.verify.at(base_rows)
-        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate, levels=np.zeros(num_reqs))
+        levels = np.zeros(num_reqs)
+        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate, levels=levels)
         index = np.flatnonzero([s.limit > 0 for s in batch])
         if not len(index):
             return out
@@ -138,7 +139,7 @@ class Admission:
         mean, hoped = self.records.of([s.request_id for s in mine], apart)
         alone = bool(apart.all())
         correction = self._correction(alone)
-        out.levels[index] = _SHARE * (logit(mean) - logit(self.records.usual(apart & np.bool_(alone))))
+        levels[index] = _SHARE * (logit(mean) - logit(self.records.usual(apart & np.bool_(alone))))
         limits = np.array([s.limit for s in mine])
         rows, tokens = free_rows[index], free_tokens[index]  # that drafting for a request replaces
         debts, charges = np.zeros(len(mine)), np.zeros(len(mine))

@@ -71,7 +71,8 @@ class CostAwareRound:
         self.acceptance = rule.apart if self.alone else rule.acceptance
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
-        self.levels = np.zeros(num_reqs) if admitted is None else admitted.levels
+        levels = None if admitted is None else admitted.levels
+        self.levels = np.zeros(num_reqs) if levels is None else levels
         self.widths: list[int] = []
         self.scores: list[NDArray[np.float32]] = []
         self._state: dict[str, Any] = {}  # of the tail, once there was a step
