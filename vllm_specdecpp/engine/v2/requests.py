@@ -22,6 +22,8 @@ passes and changes nothing else, so a longer list may be cut; a fixed width is w
 COLUMNS = 2 + NUM_STOP_TOKENS
 """Of :meth:`BatchRequests.table`: the request's cap, its end, then its stop tokens padded with -1."""
 
+_WARM_UP = "_warmup_"
+"""What ids of vLLM's warm-up begin with (``vllm.v1.worker.gpu.warmup.warmup_kernels``)."""
 _NO_LIMIT = 1 << 30
 
 
@@ -63,7 +65,8 @@ class BatchRequests:
     def add(self, request_id: str, prompt_len: int, params: Any) -> None:
         """Remember what ``vllm.SamplingParams`` say; ``prompt_len`` in tokens."""
         row = np.full(COLUMNS, -1, dtype=np.int64)
-        row[0] = bound_of(params, _NO_LIMIT)
+        # vLLM's warm-up asks for min_p and logit_bias; what it does not draft would be compiled in service.
+        row[0] = _NO_LIMIT if request_id.startswith(_WARM_UP) else bound_of(params, _NO_LIMIT)
         row[1] = _NO_LIMIT if params.max_tokens is None else prompt_len + params.max_tokens
         stop_token_ids = stop_tokens_of(params)[:NUM_STOP_TOKENS]
         row[2 : 2 + len(stop_token_ids)] = stop_token_ids
