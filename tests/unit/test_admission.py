@@ -264,15 +264,6 @@ def test_a_cold_start_drafts_at_once_where_long_drafts_pay() -> None:
     assert len(drafted) > 0.95 * len(run["rounds"])
 
 
-def test_draft_passes_that_were_timed_in_a_slow_moment_are_tried_until_they_were_seen() -> None:
-    model = costs(first=0.11, step=0.11)  # 1.5 times as dear as they are; even easy text would not pay
-    assert best(model, 1, [0.95], [20], [0.0])[0] < 10.0
-    assert plan([standing()], model, looks=4.0, purse=5.0)[1].trial
-    for _ in range(20):
-        model.observe_draft([1, 1, 1], 0.33)
-    assert not plan([standing()], model, looks=4.0, purse=5.0)[1].drafts.any()
-
-
 @pytest.mark.parametrize("accept", [0.0, 0.2, 0.5])
 def test_text_that_never_pays_costs_the_purse_and_no_more(accept: float) -> None:
     model = costs(0.044, 0.040, INT8)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.test_admission import best, costs, plan, standing
 from vllm_specdecpp.costs import timing
 from vllm_specdecpp.engine.shared import cost_file
 
@@ -179,3 +180,12 @@ def test_another_setting_has_another_file(monkeypatch, tmp_path):
     assert cost_file.cost_file(_config(), device).path in paths
     assert cost_file.cost_file(_config(), device, lora="2").path not in paths
     assert cost_file.cost_file(_config(), device).setting["device"]
+
+
+def test_draft_passes_that_were_timed_in_a_slow_moment_are_tried_until_they_were_seen() -> None:
+    model = costs(first=0.11, step=0.11)  # 1.5 times as dear as they are; even easy text would not pay
+    assert best(model, 1, [0.95], [20], [0.0])[0] < 10.0
+    assert plan([standing()], model, looks=4.0, purse=5.0)[1].trial
+    for _ in range(20):
+        model.observe_draft([1, 1, 1], 0.33)
+    assert not plan([standing()], model, looks=4.0, purse=5.0)[1].drafts.any()
