@@ -4,24 +4,33 @@
     python -m benchmarks.simulate.overhead --batches 1 16 --passes 5
 
 A round is `begin`, a `step` for each draft pass and `finish`. Between two calls a few MiB are read, since a model's
-pass leaves none of the rule in the processor's caches; ``--warm`` leaves that out.
+pass leaves none of the rule in the processor's caches; ``--warm`` leaves that out. With ``--v2`` it is the host's part
+on Model Runner V2, with all that brings a round to the device and back: `begin` plans and loads, `report` is queued
+behind the drafting, `finish` takes in what came back; the steps are the device's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.common import provenance
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
+from vllm_specdecpp.decision.rules import make_estimator
 
 PARTS = ("begin", "step", "finish")
+PARTS_V2 = ("begin", "report", "finish")
+V2_REQS, V2_TOKENS = 256, 4096
+"""Sizes of the tables that a round loads, as on a GPU."""
 MAX_LENGTH = 16
 FIRST, STEP, VERIFY = 0.040, 0.036, {1: 0.156, 4: 0.130, 9: 0.170, 17: 0.219, 1024: 4.0}
 """Seconds, measured with the Qwen pair on two cores."""
@@ -78,6 +87,67 @@ def measure(
     return spent, num_passes
 
 
+@torch.inference_mode()
+def measure_v2(
+    batch: int, passes: int, rounds: int, cold: bool = True, seed: int = 0
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
+    """As :func:`measure`, of the host's part on Model Runner V2."""
+    from vllm_specdecpp.engine.v2.cost_aware import DeviceCostAware
+
+    rng = np.random.default_rng(seed)
+    rule = CostAwareRule(CostModel({1: FIRST}, {1: STEP}, VERIFY, max_reqs=V2_REQS, max_tokens=V2_TOKENS), MAX_LENGTH)
+    tail = CostAwareTail(make_estimator(None), V2_REQS, MAX_LENGTH, V2_TOKENS, "cpu")
+    host = DeviceCostAware(rule, tail, None, lambda tensor: tensor, torch.device("cpu"))
+    clock = iter(())
+    host._clock.mark = lambda: next(clock)  # type: ignore[method-assign]
+    names, nothing = [f"request-{i}" for i in range(batch)], [0] * batch
+    ballast = np.ones(1 << 20 if cold else 1)  # 8 MiB
+    spent = {part: np.zeros(rounds) for part in PARTS_V2}
+    num_passes = np.zeros(rounds, dtype=np.int64)
+    sampled = rejected = torch.zeros(batch, dtype=torch.int32)
+    now = 0.0
+    for turn in range(-min(50, rounds), rounds):
+        calls = {
+            "finish": lambda: host.verified(names, [False] * batch, sampled, rejected),  # noqa: B023
+            "begin": lambda: host.begin_round(
+                names, [passes] * batch, nothing, nothing, [10_000] * batch, [1] * batch, [False] * batch
+            ),
+            "report": lambda: host.drafted((), batch, lengths),  # noqa: B023
+        }
+        for part, call in calls.items():
+            if part == "report":
+                lengths, num_passes[turn] = _draft(tail, rng.beta(12, 0.6, (passes, batch)).astype(np.float32))
+                widths = [width for width in tail.widths.tolist() if width]
+                now += rule.costs.draft_seconds(widths) * math.exp(rng.normal(0, 0.05))
+            clock = iter((now,))
+            ballast.sum()
+            start = time.thread_time()
+            call()
+            spent[part][turn] = time.thread_time() - start
+        drawn = rng.random((passes, batch)) < 0.95
+        wins = torch.from_numpy(np.cumprod(drawn, axis=0).sum(axis=0)).int().minimum(lengths)
+        sampled, rejected = wins + 1, lengths - wins
+        now += rule.costs.verify.at(batch + int(lengths.sum())) * math.exp(rng.normal(0, 0.05))
+    return spent, num_passes
+
+
+def _draft(tail: CostAwareTail, scores: NDArray[np.float32]) -> tuple[torch.Tensor, int]:
+    """A round of the device: [num_reqs] int32 candidates submitted, and its passes."""
+    passes, num_reqs = scores.shape
+    state = {
+        "survival": torch.ones(num_reqs), "lengths": torch.zeros(num_reqs, dtype=torch.int32),
+        "running": torch.zeros(num_reqs, dtype=torch.int32), "any_running": torch.zeros(1),
+        "stop_token_ids": torch.zeros(num_reqs, 0, dtype=torch.int64),
+        "draft_tokens": torch.zeros(num_reqs, passes, dtype=torch.int64),
+    }  # fmt: skip
+    tail.start(torch.full((num_reqs,), passes, dtype=torch.int32), state["running"])
+    step = 0
+    while step < passes and state["running"].any():
+        step += 1
+        tail.append(torch.from_numpy(scores[step - 1]), torch.zeros(num_reqs, dtype=torch.int64), step, **state)
+    return state["lengths"], step
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print microseconds a round by part, and as the last line all of it as JSON."""
     parser = argparse.ArgumentParser(
@@ -88,24 +158,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--round-ms", type=float, default=250.0, help="length of a round that the share is of")
     parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
+    parser.add_argument("--v2", action="store_true", help="the host's part on Model Runner V2")
     options = parser.parse_args(argv)
+    parts, timed = (PARTS_V2, measure_v2) if options.v2 else (PARTS, measure)
     if min(*options.batches, options.passes, options.rounds) < 1:
         print("benchmarks.simulate.overhead: --batches, --passes and --rounds must be 1 or more", file=sys.stderr)
         return 2
-    print(
-        f"{'batch':>5} {'passes':>6} {'begin':>8} {'step':>8} {'finish':>8} {'sum':>8} {'p95':>8}   share  (us a round)"
-    )
+    heads = "".join(f" {name:>8}" for name in (*parts, "sum", "p95", "least"))
+    print(f"{'batch':>5} {'passes':>6}{heads}   share  (us a round)")
     results = []
     for batch in options.batches:
-        spent, num_passes = measure(batch, options.passes, options.rounds, not options.warm)
+        spent, num_passes = timed(batch, options.passes, options.rounds, not options.warm)
         total = sum(spent.values(), np.zeros(options.rounds))
-        row = {part: round(float(np.median(spent[part])) * 1e6, 1) for part in PARTS}
+        row = {part: round(float(np.median(spent[part])) * 1e6, 1) for part in parts}
         row |= {"sum": round(float(np.median(total)) * 1e6, 1), "p95": round(float(np.quantile(total, 0.95)) * 1e6, 1)}
+        row["least"] = round(float(total.min()) * 1e6, 1)
         share = row["sum"] / (options.round_ms * 1e3)
-        print(
-            f"{batch:5d} {num_passes.mean():6.2f} {row['begin']:8.0f} {row['step']:8.0f} {row['finish']:8.0f}"
-            f" {row['sum']:8.0f} {row['p95']:8.0f}  {share:6.2%}"
-        )
+        numbers = "".join(f" {value:8.0f}" for value in row.values())
+        print(f"{batch:5d} {num_passes.mean():6.2f}{numbers}  {share:6.2%}")
         results.append({"batch": batch, "passes": round(float(num_passes.mean()), 2), **row, "share": round(share, 5)})
     print(json.dumps({"rows": results, "round_ms": options.round_ms, "cold": not options.warm} | provenance.versions()))
     return 0
