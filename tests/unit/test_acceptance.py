@@ -15,7 +15,7 @@ def following(model, x, position, num):
     """[num_reqs, num] acceptance of the candidates after those scored ``x`` at ``position``."""
     params = CostAwareParams.allocate(len(x), 20, 1, BUCKETS, "cpu")
     params.load(
-        limits=[1], price=0.0, this=model.this.theta, next=model.next.theta, means=model.mean(np.arange(8)),
+        limits=[1], price=0.0, this=model.this.theta, next=model.next.theta, means=model.means,
         step_seconds=np.zeros(len(x) + 1), verify_seconds=np.zeros(2),
     )  # fmt: skip
     return tails.following(torch.tensor(x, dtype=torch.float32), position, num, params).double().numpy()
@@ -179,7 +179,7 @@ def test_one_request_and_a_batch_teach_the_same():
         labels[accepted : accepted + 1] = 0.0
         batch.update(x[:, None], labels)
     assert one.this.theta == pytest.approx(batch.this.theta) and one.next.theta == pytest.approx(batch.next.theta)
-    assert one.mean(np.arange(8)) == pytest.approx(batch.mean(np.arange(8)))
+    assert one.means == pytest.approx(batch.means)
     assert one.this.theta[0] != 1.0
 
 

@@ -44,7 +44,7 @@ def expected(rule: CostAwareRule) -> np.ndarray:
     """What is expected of a request of which nothing is known."""
     model = rule.acceptance
     positions = range(1, 6)
-    estimates = [model.accept(X, k) for k in positions] + [model.mean(np.arange(5)), model.next.theta[:6]]
+    estimates = [model.accept(X, k) for k in positions] + [model.means[:5], model.next.theta[:6]]
     run = rule.free_runs.chances(Run("toy", [1, 2], np.array([1.0, 1.0])))
     mean, _ = rule.admission.records.of(["unknown"])
     return np.concatenate([*estimates, run, mean, [rule.admission.correction]])

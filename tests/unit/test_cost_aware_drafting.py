@@ -67,7 +67,7 @@ def test_an_engines_round_is_the_rules(seed: int) -> None:
     assert lengths == round_.lengths.tolist()
     assert lengths[2] == 0 and all(n <= limit for n, limit in zip(lengths, limits, strict=True))
     tail: Any = state.rule
-    filled.fill(Report.of(tail.report(5, state.lengths), 5, 8))
+    filled.fill(Report.of(tail.report(state.lengths).numpy(), 5, 8))
     for name in ("lengths", "widths", "drafts", "running"):
         assert np.array_equal(getattr(filled, name), getattr(round_, name)), name
     np.testing.assert_allclose(filled.expected, round_.expected)
@@ -126,8 +126,8 @@ def test_a_lagged_head_scores_the_candidate_before() -> None:
         step += 1
     assert step >= 3
     tail: Any = state.rule
-    seen = Report.of(tail.report(1, state.lengths), 1, 8).scores
-    assert seen[0].isnan().all()
+    seen = Report.of(tail.report(state.lengths).numpy(), 1, 8).scores
+    assert np.isnan(seen[0]).all()
     for k in range(1, step):
         previous = StepFeatures(top1_prob=top1[k - 1], drawn_logprob=logprobs[k - 1])
         expected = float(estimator(StepFeatures(hidden[k], top1[k], previous=previous), k).logit().detach())

@@ -148,9 +148,9 @@ def _(monkeypatch, s):
 def _(monkeypatch, s):
     original = s._tail.report
 
-    def report(num_reqs: int, *args: Any) -> torch.Tensor:
-        s._tail._scores[:, :num_reqs] = s._tail._scores[:, :num_reqs].flip(1)
-        return original(num_reqs, *args)
+    def report(lengths: torch.Tensor) -> torch.Tensor:
+        s._tail._scores[:, : len(lengths)] = s._tail._scores[:, : len(lengths)].flip(1)
+        return original(lengths)
 
     monkeypatch.setattr(s._tail, "report", report)
 

@@ -77,9 +77,8 @@ class Curve:
         self._wide = wide.astype(np.float64)
         # Between two bins' ends the log-ratio is linear.
         place = np.interp(np.arange(self.max_width + 1), ends, np.arange(len(edges)))
-        self._below = np.minimum(place.astype(np.int64), max(len(edges) - 2, 0))
-        self._above = np.minimum(self._below + 1, len(edges) - 1)
-        self._share = place - self._below
+        below = np.minimum(place.astype(np.int64), max(len(edges) - 2, 0))
+        self._repeats, self._share = np.bincount(below), place - below
         # [own or neighbours', weight or weighted sum, bin]: weight in steps, sum of log(real seconds / start's).
         self._state = np.zeros((2, 2, len(edges)))
         self._outliers: list[tuple[int, float]] = []  # width, residual
@@ -90,9 +89,9 @@ class Curve:
         """[max_width + 1] seconds; index 0 is 0."""
         if self._table is None:
             seen = self._as_seen()
-            wider = np.minimum.accumulate(seen[::-1])[::-1]  # [max_width + 1] the least of this width and wider ones
-            hills = np.flatnonzero(seen > wider)
-            if len(hills):
+            if (seen[1:] < seen[:-1]).any():
+                wider = np.minimum.accumulate(seen[::-1])[::-1]  # [max_width + 1] the least of this and wider ones
+                hills = np.flatnonzero(seen > wider)
                 unseen = 1 / (1 + self._state[0, 0, self._bin[hills]])
                 seen[hills] *= (np.maximum(wider[hills], _TINY) / seen[hills]) ** unseen
             self._table = seen
@@ -106,8 +105,12 @@ class Curve:
         shrink = _SHRINK + self._wide * near_weight
         ratio = (own + shrink * nearby) / (weight + shrink)
         ratio = np.minimum(np.maximum(ratio, -_FURTHEST), _FURTHEST)
-        below = ratio[self._below]
-        seen: Array = self._start * np.exp(below + self._share * (ratio[self._above] - below))
+        # Each bin's end stands for all widths up to the next one's: to repeat it is quicker than to look it up.
+        seen: Array = (ratio[1:] - ratio[:-1] if len(ratio) > 1 else ratio - ratio).repeat(self._repeats)
+        seen *= self._share
+        seen += ratio[: len(self._repeats)].repeat(self._repeats)
+        np.exp(seen, out=seen)
+        seen *= self._start
         return seen
 
     def freshness(self, width: int) -> float:

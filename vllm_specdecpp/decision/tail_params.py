@@ -128,23 +128,31 @@ class CostAwareParams:
                 f"{self.verify_seconds.numel()}; allocate with max_tokens={len(verify_seconds) - 1}"
             )
         fade = max(float(this[0]), MIN_SLOPE)
-        theta = np.zeros(2 + num_buckets) if runs is None else np.asarray(runs)
-        own, after = this[1] + this[2:][self.bucket_of], next[1] + next[2:][self.bucket_of]  # [num_positions + 1]
-        host = torch.empty(self.packed.shape, pin_memory=self.packed.is_cuda)
-        values = host.numpy()
-        np.concatenate(
-            [
-                np.zeros(max_reqs + 1), [price, this[0], next[0], next[0] / fade], own[:-1], after[:-1],
-                (after[:-1] - own[1:]) / fade, means[self.bucket_of[:-1]], step_seconds[: max_reqs + 1],
-                verify_seconds, _padded(levels, max_reqs), theta[:1], theta[1] + theta[2:][self.bucket_of[:-1]],
-                _padded(run_shifts, max_reqs),
-            ],
-            out=values, casting="same_kind",
-        )  # fmt: skip
-        whole = values[: max_reqs + 1].view(np.int32)
-        whole[:num_reqs], whole[max_reqs] = limits, num_reqs + free_rows
         # Pinned anew each time: torch hands the memory out again only once this copy is through.
-        self.packed.copy_(host, non_blocking=True)
+        host = torch.empty(self.packed.shape, pin_memory=True) if self.packed.is_cuda else self.packed
+        values, end = host.numpy(), 0
+
+        def part(size: int) -> np.ndarray:
+            nonlocal end
+            end += size
+            return values[end - size : end]
+
+        whole = part(max_reqs + 1).view(np.int32)
+        whole[:num_reqs], whole[num_reqs:max_reqs], whole[max_reqs] = limits, 0, num_reqs + free_rows
+        part(4)[:] = price, this[0], next[0], next[0] / fade
+        odds, theirs = np.zeros(num_buckets + 2) if runs is None else np.asarray(runs), slice(2, 2 + num_buckets)
+        by_bucket = np.array([v[1] + v[theirs] for v in (this, next, odds)] + [means[:num_buckets]])
+        own, after, run, mean = by_bucket[:, self.bucket_of]  # [num_positions + 1] each
+        for column in (own[:-1], after[:-1], (after[:-1] - own[1:]) / fade, mean[:-1]):
+            part(len(column))[:] = column
+        part(max_reqs + 1)[:] = step_seconds[: max_reqs + 1]
+        part(len(verify_seconds))[:] = verify_seconds
+        _fill(part(max_reqs), levels)
+        part(1)[:] = odds[0]
+        part(len(run) - 1)[:] = run[:-1]
+        _fill(part(max_reqs), run_shifts)
+        if host is not self.packed:
+            self.packed.copy_(host, non_blocking=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to view, of those that the tail reads."""
@@ -155,7 +163,5 @@ class CostAwareParams:
 _WHOLE = ("limits", "base")
 
 
-def _padded(values: Any, size: int) -> np.ndarray:
-    out = np.zeros(size)
-    out[: len(values)] = values
-    return out
+def _fill(part: np.ndarray, values: Any) -> None:
+    part[: len(values)], part[len(values) :] = values, 0.0

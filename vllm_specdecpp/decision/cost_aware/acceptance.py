@@ -69,9 +69,10 @@ class AcceptanceModel:
         self._observed, self._accepted = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
         self._mean = np.full(NUM_BUCKETS, _MEAN)
 
-    def mean(self, buckets: NDArray[np.int64]) -> Array:
-        """Mean acceptance lately at these buckets, given that all before were accepted."""
-        return self._mean[buckets]
+    @property
+    def means(self) -> Array:
+        """[NUM_BUCKETS] mean acceptance lately, given that all before were accepted."""
+        return self._mean
 
     def accept(self, x: Array, position: NDArray[np.int64] | int) -> Array:
         """[num_reqs] acceptance of the scored candidates at ``position``, one for all or one for each."""

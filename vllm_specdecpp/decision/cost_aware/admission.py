@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
-from vllm_specdecpp.decision.cost_aware.logistic import logit
+from vllm_specdecpp.decision.cost_aware.logistic import logit, logit_one
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.cost_aware.records import EASY, Array, Records
@@ -34,8 +34,7 @@ _FIT_MEMORY = 64.0
 """Rounds that the correction remembers."""
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """Where a request of the batch stands, before a round."""
 
     request_id: str
@@ -123,9 +122,9 @@ class Admission:
     ) -> Admitted:  # fmt: skip
         """Decide for a round; ``free``: what is submitted of requests that do not draft."""
         num_reqs = len(batch)
-        free_rows = np.zeros(num_reqs, dtype=np.int64) if free is None else free.lengths
-        free_tokens = np.zeros(num_reqs) if free is None else free.accepted
-        base_rows, base_tokens = num_reqs + int(free_rows.sum()), num_reqs + float(free_tokens.sum())
+        base_rows, base_tokens = num_reqs, float(num_reqs)
+        if free is not None:
+            base_rows, base_tokens = num_reqs + int(free.lengths.sum()), num_reqs + float(free.accepted.sum())
         self._weight = min(self._weight + 1, _BATCH_MEMORY)
         self._mean_reqs += (num_reqs - self._mean_reqs) / self._weight
         self.lengths.update({s.request_id: s.emitted for s in batch})
@@ -136,23 +135,25 @@ class Admission:
         if not len(index):
             return out
         mine = [batch[i] for i in index.tolist()]
-        apart = np.array([s.constrained for s in mine])
+        apart = [s.constrained for s in mine]
         mean, hoped = self.records.of([s.request_id for s in mine], apart)
-        alone = bool(apart.all())
+        alone = all(apart)
         correction = self._correction(alone)
-        levels[index] = _SHARE * (logit(mean) - logit(self.records.usual(apart & np.bool_(alone))))
+        levels[index] = _SHARE * (logit(mean) - logit_one(self.records.usual(alone)))
         limits = np.array([s.limit for s in mine])
-        rows, tokens = free_rows[index], free_tokens[index]  # that drafting for a request replaces
+        # That drafting for a request replaces:
+        rows, tokens = (0 * limits, 0 * mean) if free is None else (free.lengths[index], free.accepted[index])
         debts, charges = np.zeros(len(mine)), np.zeros(len(mine))
         for i, s in enumerate(mine):
             if s.behind > 0:
                 debts[i] = costs.extra_seconds(s.behind) + s.apart
                 charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room), 1.0)
+        reads = bool(charges.any())
 
         def best(accept: Array, pace: float = 1.0) -> tuple[float, NDArray[np.int64], int]:
             usual = round(self._mean_reqs)
-            among = np.arange(len(mine))
-            if usual > num_reqs and debts.any():
+            among: NDArray[np.int64] | slice = slice(None)
+            if usual > num_reqs and reads:
                 fill = usual - num_reqs
                 padded = np.concatenate([accept, np.full(fill, accept.mean())])
                 far = np.concatenate([limits, np.full(fill, int(limits.max()))])
@@ -160,16 +161,16 @@ class Admission:
                 speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded, pace)
                 pays = correction * speed * costs.verify.at(usual) > usual
                 among = np.array([i for i in among.tolist() if not debts[i] or (pays and i in chosen)], dtype=np.int64)
-            if not len(among):
-                return 0.0, among, 0
+                if not len(among):
+                    return 0.0, among, 0
             speed, chosen, length = _best(
                 costs, base_rows, base_tokens, accept[among], limits[among], charges[among], rows[among], tokens[among],
                 pace,
             )  # fmt: skip
-            return correction * speed, among[chosen], length
+            return correction * speed, chosen if isinstance(among, slice) else among[chosen], length
 
         rate, chosen, hopes = 0.0, index[:0], True
-        if self.records.known_of(apart) >= _ENOUGH:
+        if self.records.known_of(alone) >= _ENOUGH:
             rate, chosen, _ = best(mean)
             hopes = bool((hoped > mean).any())
         else:  # nothing says that any of them is not easy
@@ -178,10 +179,10 @@ class Admission:
         if rate > off_rate:
             out.drafts[index[chosen]] = True
             out.expected, out.price, out.baseline = rate / correction, rate, rate
-        others = np.ones(len(mine), dtype=np.bool_)
-        others[chosen] = not out.expected
         rate_hoped, length, new = 0.0, 0, chosen[:0]
-        if hopes and others.any():
+        if hopes and (not out.expected or len(chosen) < len(mine)):
+            others = np.ones(len(mine), dtype=np.bool_)
+            others[chosen] = not out.expected
             seen = min(curve.freshness(len(mine)) for curve in (costs.first, costs.step))
             rate_hoped, hopeful, length = best(hoped, 1 - _SLOW_START / (1 + seen))
             new = hopeful[others[hopeful]]
@@ -203,8 +204,8 @@ class Admission:
                         out.price *= float((mean[new] / hoped[new]).mean())
                 new = new[: len(new) // 2]  # half of them cost less
         self.price = out.price
-        drafts = out.drafts[index]  # [num that may]
-        out.reading = float(debts[drafts].sum())
+        if reads:
+            out.reading = float(debts[out.drafts[index]].sum())
         return out
 
     def learn(
@@ -259,17 +260,17 @@ def _best(
         free_rows, free_tokens: [n] what of the two is a free run's, which drafting replaces.
         pace: what draft passes take of their time.
     """
-    lengths = _LENGTHS[: int(np.searchsorted(_LENGTHS, limits.max())) + 1]
+    lengths = _LENGTHS[: int(_LENGTHS.searchsorted(limits.max())) + 1]
     longest = np.minimum(lengths, limits[:, None])  # [n, num_lengths]
     gains = _geometric(accept[:, None], longest)  # [n, num_lengths]
     reading = charges[:, None] * (1 + gains)
     gains = gains - free_tokens[:, None]
-    order = np.argsort(-(gains[:, -1] - reading[:, -1] * base_tokens / costs.verify.at(base_rows)), kind="stable")
-    counts = np.arange(1, len(accept) + 1)
-    tokens = base_tokens + np.add.accumulate(gains[order])
-    seconds = np.add.accumulate(reading[order])
-    seconds += costs.verify.many(base_rows + np.add.accumulate((longest - free_rows[:, None])[order]))
-    seconds += pace * (costs.first.many(counts)[:, None] + costs.step.many(counts)[:, None] * (lengths - 1))
+    value = reading[:, -1] * base_tokens / costs.verify.at(base_rows) - gains[:, -1]
+    order, num = value.argsort(kind="stable"), 1 + len(accept)
+    tokens = base_tokens + gains[order].cumsum(axis=0)
+    seconds = reading[order].cumsum(axis=0)
+    seconds += costs.verify.many(base_rows + (longest - free_rows[:, None])[order].cumsum(axis=0))
+    seconds += pace * (costs.first.upto(num)[1:, None] + costs.step.upto(num)[1:, None] * (lengths - 1))
     speeds = tokens / seconds
     count, column = divmod(int(speeds.argmax()), len(lengths))
     return float(speeds[count, column]), order[: count + 1], int(lengths[column])

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
-from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, NUM_BUCKETS, Array, Mask
+from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 from vllm_specdecpp.decision.tails import cost_aware_tail
-
-_BUCKETS = np.arange(NUM_BUCKETS)
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,21 @@ class CostAwareRound:
 
     def load(self, params: CostAwareParams) -> None:
         """Give the tail what it decides by in this round."""
-        acceptance, costs = self.acceptance, self.rule.costs
+        acceptance, costs, runs = self.acceptance, self.rule.costs, self.rule.free_runs
         params.load(
             limits=np.where(self.drafts, self.limits, 0), free_rows=int(self.free.lengths.sum()), price=self.price,
             levels=self.levels, this=acceptance.this.theta, next=acceptance.next.theta,
-            means=acceptance.mean(_BUCKETS), step_seconds=costs.step.upto(params.step_seconds.numel()),
+            means=acceptance.means, step_seconds=costs.step.upto(params.step_seconds.numel()),
             verify_seconds=costs.verify.upto(params.verify_seconds.numel()),
-            runs=self.rule.free_runs.theta, run_shifts=[self.rule.free_runs.shift(name) for name in self.request_ids],
+            runs=runs.theta, run_shifts=[runs.shift(name) for name in self.request_ids] if runs.models else (),
         )  # fmt: skip
 
     def fill(self, report: Report) -> None:
         """Take in what the tail has left, instead of steps."""
-        self.limits = report.limits.numpy()
-        self.drafts = report.drafts.numpy() > 0
+        self.limits, self.drafts = report.limits, report.drafts > 0
         self.widths = [width for width in report.widths.tolist() if width]  # nobody looks again once nobody has
-        self.scores = list(report.scores[: len(self.widths)].numpy())
-        self.lengths, self.expected = report.lengths.numpy(), report.expected.numpy()
+        self.scores = list(report.scores[: len(self.widths)])
+        self.lengths, self.expected = report.lengths, report.expected
         self.running = np.zeros(len(self.limits), dtype=np.bool_)
 
     @torch.inference_mode()

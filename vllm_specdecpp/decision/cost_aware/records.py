@@ -55,29 +55,31 @@ class Records:
         """Looks that the common mean rests on."""
         return self.looks - _WEIGHT
 
-    def known_of(self, constrained: Mask) -> float:
-        """Looks that what is expected of a batch without own looks rests on."""
-        return self.known + (float(self._apart[0]) if constrained.all() else 0.0)
+    def known_of(self, constrained: bool) -> float:
+        """Looks that what is expected of a batch without own looks rests on; ``constrained``: all of it."""
+        return self.known + (float(self._apart[0]) if constrained else 0.0)
 
-    def usual(self, constrained: Mask) -> Array:
-        """[num_reqs] acceptance of a request of its kind: the constrained ones are like all others until they have been
-        looked at."""
-        apart = (self._apart[1] + _OWN * self.mean) / (self._apart[0] + _OWN)
-        return np.minimum(np.where(constrained, apart, self.mean), _SURE)
+    def usual(self, constrained: bool) -> float:
+        """Acceptance of a request of its kind: the constrained ones are like all others until they have been looked
+        at."""
+        apart = float((self._apart[1] + _OWN * self.mean) / (self._apart[0] + _OWN)) if constrained else self.mean
+        return min(apart, _SURE)
 
-    def of(self, request_ids: Sequence[str], constrained: Mask | None = None) -> tuple[Array, Array]:
+    def of(self, request_ids: Sequence[str], constrained: Sequence[bool] = ()) -> tuple[Array, Array]:
         """Acceptance of each request as expected, and what may be hoped for: [num_reqs] each.
 
-        ``constrained``: [num_reqs] bool, nobody if it is not given. A request is like the others of its kind.
+        ``constrained``: [num_reqs], nobody if it is not given. A request is like the others of its kind.
         """
         found = [self._requests.get(name, (0.0, 0.0, self._round)) for name in request_ids]
         looks, won, seen = np.array(found, dtype=np.float64).reshape(-1, 3).T
         keep = _FADE ** (self._round - seen)
         looks, won = keep * looks, keep * won
-        usual = self.usual(np.zeros(len(found), dtype=np.bool_) if constrained is None else constrained)
+        usual: Any = self.usual(False)
+        if any(constrained):
+            usual = np.where(constrained, self.usual(True), usual)
         odds = math.log(_SHARE / (1 - _SHARE)) + won * np.log(EASY / usual)
         odds += (looks - won) * np.log((1 - EASY) / (1 - usual))
-        easy = 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
+        easy = 1 / (1 + np.exp(-np.minimum(np.maximum(odds, -30), 30)))
         # Before its first look a request is expected to be like the others, and hoped to be easy.
         start = usual + easy * looks / (looks + 1) * np.maximum(EASY - usual, 0.0)
         mean = np.minimum((won + _OWN * start) / (looks + _OWN), _SURE)

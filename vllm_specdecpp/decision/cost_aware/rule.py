@@ -107,12 +107,13 @@ class CostAwareRule:
             return CostAwareRound(self, [], limits, limits > 0, 0.0)
         self.purse.open(len(batch), self.costs.verify.at(len(batch)))
         names = [s.request_id for s in batch]
-        unseen = runs is None
-        free = self.free_runs.promised(names, limits)
-        if runs is not None:
+        free = None
+        if runs is None:
+            free = self.free_runs.promised(names, limits)
+        elif self.sources:
             free = self.free_runs.take(names, runs, limits, self.costs)
         admitted = self.admission.plan(batch, self.costs, self.purse, free)
-        taken = None if unseen else free.without(admitted.drafts)
+        taken = None if runs is None or free is None else free.without(admitted.drafts)
         constrained = np.array([s.constrained for s in batch])
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken, constrained)
 

@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS
 from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.tail_params import CostAwareParams
+
+WHOLE = 3
+"""Of a report's numbers of a request, those that are whole: limit, candidates, whether it drafts."""
 
 
 class CostAwareTail:
@@ -43,10 +47,12 @@ class CostAwareTail:
     ) -> None:  # fmt: skip
         self.estimator, self.needs = estimator, estimator.needs
         self.params = CostAwareParams.allocate(max_reqs, max_length, max_tokens, BUCKETS, device)
-        self.drafts = torch.zeros(max_reqs, dtype=torch.int32, device=device)
-        self.widths = torch.zeros(max_length, dtype=torch.int32, device=device)
-        self._expected = torch.zeros(max_reqs, dtype=torch.float32, device=device)
-        self._scores = torch.zeros(max_length, max_reqs, dtype=torch.float32, device=device)
+        # One buffer, so that all of it is reported by one copy.
+        self._packed = torch.zeros((WHOLE + 1 + max_length) * max_reqs + max_length, device=device)
+        rows, widths = self._packed[:-max_length].view(-1, max_reqs), self._packed[-max_length:]
+        self._limits, self._lengths, self.drafts = rows[:WHOLE].view(torch.int32)
+        self._expected, self._scores = rows[WHOLE], rows[WHOLE + 1 :]
+        self.widths = widths.view(torch.int32)
         self._launch = launch
 
     def open(self) -> None:
@@ -83,33 +89,33 @@ class CostAwareTail:
             scores_log=self._scores[:, rows], widths=self.widths, lag=self.estimator.lag, **state,
         )  # fmt: skip
 
-    def report(self, num_reqs: int, lengths: torch.Tensor) -> torch.Tensor:
+    def report(self, lengths: torch.Tensor) -> torch.Tensor:
         """What the host's round is filled with (:meth:`Report.of`): [size] float32, one tensor to copy.
 
         Args:
-            num_reqs: in the batch.
-            lengths: [>= num_reqs] int32, candidates submitted.
+            lengths: [num_reqs] int32, candidates submitted.
         """
-        rows = slice(num_reqs)
-        whole = (self.widths, self.params.limits[rows], self.drafts[rows], lengths[rows])
-        return torch.cat([*(part.float() for part in whole), self._expected[rows], self._scores[:, rows].flatten()])
+        self._limits.copy_(self.params.limits)
+        self._lengths[: len(lengths)] = lengths
+        return self._packed.clone()
 
 
 @dataclass(frozen=True)
 class Report:
     """A round as the tail has left it, on the host."""
 
-    widths: torch.Tensor
-    limits: torch.Tensor
-    drafts: torch.Tensor
-    lengths: torch.Tensor
-    expected: torch.Tensor
-    scores: torch.Tensor
+    widths: np.ndarray
+    limits: np.ndarray
+    drafts: np.ndarray
+    lengths: np.ndarray
+    expected: np.ndarray
+    scores: np.ndarray
     """[max_length, num_reqs] log-odds; rows of steps that were not run hold those of a round before."""
 
     @classmethod
-    def of(cls, packed: torch.Tensor, num_reqs: int, max_length: int) -> Report:
+    def of(cls, packed: np.ndarray, num_reqs: int, max_length: int) -> Report:
         """Take :meth:`CostAwareTail.report` apart."""
-        *whole, expected, scores = packed.split([max_length, *[num_reqs] * 4, max_length * num_reqs])
-        widths, limits, drafts, lengths = (part.long() for part in whole)
-        return cls(widths, limits, drafts, lengths, expected, scores.view(max_length, num_reqs))
+        widths = packed[-max_length:].view(np.int32)
+        rows = packed[:-max_length].reshape(WHOLE + 1 + max_length, -1)[:, :num_reqs]
+        limits, lengths, drafts = rows[:WHOLE].view(np.int32).astype(np.int64)
+        return cls(widths, limits, drafts, lengths, rows[WHOLE], rows[WHOLE + 1 :])

@@ -83,10 +83,16 @@ class CostAwareDrafting:
                 runs = [propose(self.rule.sources, tokens(i), n, stops[i]) if n else [] for i, n in enumerate(most)]
             self._round = self.rule.begin(batch, runs)
             self._round.load(self.tail.params)
-        self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
+        self.share_params()
         longest = torch.tensor([s.limit for s in batch], dtype=torch.int32, device=self._device)  # [num_reqs]
         self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
         return self._state
+
+    def share_params(self) -> None:
+        """Rank 0's parameters of the round on every rank."""
+        packed = self.tail.params.packed
+        if (agreed := self._agree(packed)) is not packed:
+            packed.copy_(agreed)
 
     def free_runs(self, num_reqs: int) -> list[list[int]]:
         """[num_reqs] the candidates of requests that take a run in this round; rank 0's on every rank."""
@@ -116,7 +122,7 @@ class CostAwareDrafting:
         self._step = step
         if self._round is not None and self._state is not None:
             num_reqs, state = len(self._round.request_ids), self._state
-            report = self.tail.report(num_reqs, state.lengths).cpu()
+            report = self.tail.report(state.lengths[:num_reqs]).cpu().numpy()
             self._round.fill(Report.of(report, num_reqs, len(self.tail.widths)))
 
     def finish(

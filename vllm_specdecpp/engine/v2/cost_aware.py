@@ -152,22 +152,25 @@ class DeviceCostAware(CostAwareDrafting):
         """
         plan = None
         if self.rule is not None:
-            unread = np.array(behind) + np.array(prompts)
-            if self._drafting and any(limit and not count for limit, count in zip(max_lengths, unread, strict=True)):
-                unread = np.array(behind)  # somebody drafts: this step's prompts are read in any case
-            # A pass of its own reads what was left out earlier; the requests that it is for share its price.
-            num_late = sum(count > 0 for count in behind)
-            share = self.rule.costs.first.at(len(request_ids)) / max(num_late, 1)
-            apart = [share if count else 0.0 for count in behind]
-            rows = zip(request_ids, max_lengths, room, unread.tolist(), emitted, apart, constrained, strict=True)
-            round_ = self.rule.begin([Standing(*row) for row in rows], () if self.runs is None else None)
-            drafts = np.flatnonzero(round_.drafts)
-            longest = int(round_.limits[drafts].max(initial=0))
+            unread = behind
+            if any(prompts):
+                unread = [late + new for late, new in zip(behind, prompts, strict=True)]
+                if self._drafting and any(limit and not num for limit, num in zip(max_lengths, unread, strict=True)):
+                    unread = behind  # somebody drafts: this step's prompts are read in any case
+            apart = [0.0] * len(behind)
+            if any(behind):
+                # A pass of its own reads what was left out earlier; the requests that it is for share its price.
+                share = self.rule.costs.first.at(len(behind)) / sum(num > 0 for num in behind)
+                apart = [share if num else 0.0 for num in behind]
+            rows = zip(request_ids, max_lengths, room, unread, emitted, apart, constrained, strict=True)
+            round_ = self.rule.begin(list(map(Standing._make, rows)), () if self.runs is None else None)
+            drafts = round_.drafts.nonzero()[0].tolist()
+            longest = max(round_.limits[drafts].tolist(), default=0)
             self._drafting = bool(longest)
-            plan = Plan(longest, tuple(drafts.tolist()), reads=self._drafting)
+            plan = Plan(longest, tuple(drafts), reads=self._drafting)
             round_.load(self.tail.params)
             self._begun.append(_Begun(round_, self._start, runs=self.runs))
-        self.tail.params.packed.copy_(self._agree(self.tail.params.packed))
+        self.share_params()
         return plan
 
     def drafted(self, read: Sequence[int], num_reqs: int, lengths: torch.Tensor) -> None:
@@ -182,7 +185,7 @@ class DeviceCostAware(CostAwareDrafting):
             return
         last = self._begun[-1]
         last.read, last.end = read, self._clock.mark()
-        report = self.tail.report(num_reqs, lengths)
+        report = self.tail.report(lengths[:num_reqs])
         last.report = HostCopy(report if last.runs is None else torch.cat((report, last.runs.report())))
 
     def drop_round(self) -> None:
@@ -198,10 +201,10 @@ class DeviceCostAware(CostAwareDrafting):
     def _learn_from(self, begun: _Begun) -> None:
         assert self.rule is not None and begun.report is not None and begun.outcomes is not None
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
-        packed = begun.report.tensor
+        packed = begun.report.tensor.numpy()
         if begun.runs is not None:
-            packed, told = packed.split([len(packed) - COLUMNS * num_reqs, COLUMNS * num_reqs])
-            matches, lengths, accepted, behind = told.view(COLUMNS, num_reqs).double().numpy()
+            packed, told = np.split(packed, [-COLUMNS * num_reqs])
+            matches, lengths, accepted, behind = told.reshape(COLUMNS, num_reqs).astype(np.float64)
             names = round_.request_ids
             begun.runs.gaps.told(dict(zip(names, behind.astype(int).tolist(), strict=True)))
             free = self.rule.free_runs.reported(names, matches.astype(int), lengths.astype(int), accepted)
