@@ -32,9 +32,11 @@ def test_deciding_takes_about_a_hundredth_of_a_round(batch):
     assert all((part > 0).any() for part in spent.values())
 
 
-def test_prints_each_part_and_json(capsys):
-    assert overhead.main(["--batches", "2", "--rounds", "5", "--warm"]) == 0
+@pytest.mark.parametrize(("mode", "parts"), [([], overhead.PARTS), (["--v2"], overhead.PARTS_V2)])
+def test_prints_each_part_and_json(capsys, mode, parts):
+    assert overhead.main(["--batches", "2", "--rounds", "5", "--warm", *mode]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = json.loads(lines[-1])["rows"][0]
-    assert row["batch"] == 2 and row["sum"] == pytest.approx(sum(row[p] for p in overhead.PARTS), rel=0.5)
+    assert row["batch"] == 2 and row["sum"] == pytest.approx(sum(row[p] for p in parts), rel=0.5)
+    assert row["passes"] > 1  # there was something to decide
     assert overhead.main(["--rounds", "0"]) == 2

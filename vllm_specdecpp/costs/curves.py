@@ -89,9 +89,11 @@ class Curve:
         """[max_width + 1] seconds; index 0 is 0."""
         if self._table is None:
             seen = self._as_seen()
-            if (seen[1:] < seen[:-1]).any():
-                wider = np.minimum.accumulate(seen[::-1])[::-1]  # [max_width + 1] the least of this and wider ones
-                hills = np.flatnonzero(seen > wider)
+            falls = (seen[1:] < seen[:-1]).nonzero()[0]
+            if len(falls):
+                upto = seen[: falls[-1] + 2]  # from there on it only rises
+                wider = np.minimum.accumulate(upto[::-1])[::-1]  # the least of this width and wider ones
+                hills = np.flatnonzero(upto > wider)
                 unseen = 1 / (1 + self._state[0, 0, self._bin[hills]])
                 seen[hills] *= (np.maximum(wider[hills], _TINY) / seen[hills]) ** unseen
             self._table = seen

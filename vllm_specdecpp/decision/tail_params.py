@@ -140,17 +140,18 @@ class CostAwareParams:
         whole = part(max_reqs + 1).view(np.int32)
         whole[:num_reqs], whole[num_reqs:max_reqs], whole[max_reqs] = limits, 0, num_reqs + free_rows
         part(4)[:] = price, this[0], next[0], next[0] / fade
-        odds, theirs = np.zeros(num_buckets + 2) if runs is None else np.asarray(runs), slice(2, 2 + num_buckets)
-        by_bucket = np.array([v[1] + v[theirs] for v in (this, next, odds)] + [means[:num_buckets]])
-        own, after, run, mean = by_bucket[:, self.bucket_of]  # [num_positions + 1] each
-        for column in (own[:-1], after[:-1], (after[:-1] - own[1:]) / fade, mean[:-1]):
-            part(len(column))[:] = column
+        theirs, num_positions = slice(2, 2 + num_buckets), len(self.bucket_of) - 1
+        by_bucket = np.array((this[1] + this[theirs], next[1] + next[theirs], means[:num_buckets]))
+        own, after, mean = by_bucket[:, self.bucket_of]  # [num_positions + 1] each
+        part(4 * num_positions).reshape(4, -1)[:] = own[:-1], after[:-1], (after[:-1] - own[1:]) / fade, mean[:-1]
         part(max_reqs + 1)[:] = step_seconds[: max_reqs + 1]
         part(len(verify_seconds))[:] = verify_seconds
         _fill(part(max_reqs), levels)
-        part(1)[:] = odds[0]
-        part(len(run) - 1)[:] = run[:-1]
-        _fill(part(max_reqs), run_shifts)
+        if runs is None:
+            values[end:] = 0.0
+        else:
+            part(1 + num_positions)[:] = runs[0], *(runs[1] + np.asarray(runs)[theirs])[self.bucket_of[:-1]]
+            _fill(part(max_reqs), run_shifts)
         if host is not self.packed:
             self.packed.copy_(host, non_blocking=True)
 

@@ -53,6 +53,9 @@ class AcceptanceModel:
     Args:
         slope, common, intercepts: start of ``this``: the identity, or a calibration that came with the head.
         memory: observed candidates after which an old one counts 1/e.
+
+    Attributes:
+        means: [NUM_BUCKETS] acceptance lately, given that all before were accepted.
     """
 
     def __init__(
@@ -67,18 +70,13 @@ class AcceptanceModel:
         self.next = OnlineLogistic(_CARRIES * slope, start, own, memory, _NEXT_STIFFNESS)
         # Per bucket, faded: observed candidates, and accepted ones.
         self._observed, self._accepted = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
-        self._mean = np.full(NUM_BUCKETS, _MEAN)
-
-    @property
-    def means(self) -> Array:
-        """[NUM_BUCKETS] mean acceptance lately, given that all before were accepted."""
-        return self._mean
+        self.means = np.full(NUM_BUCKETS, _MEAN)
 
     def accept(self, x: Array, position: NDArray[np.int64] | int) -> Array:
         """[num_reqs] acceptance of the scored candidates at ``position``, one for all or one for each."""
         b = bucket(position)
         p = sigmoid(self.this.theta[0] * x + self.this.theta[1] + self.this.theta[2 + b])
-        return np.where(np.isnan(p), self._mean[b], p)
+        return np.where(np.isnan(p), self.means[b], p)
 
     def update(self, x: Array, labels: Array, levels: Array | None = None) -> None:
         """Learn from one verified batch.
@@ -112,8 +110,8 @@ class AcceptanceModel:
         are short for its sake alone, the mean still tells it of a better time.
         """
         common = (float(self._accepted.sum()) + _MEAN_WEIGHT * _MEAN) / (float(self._observed.sum()) + _MEAN_WEIGHT)
-        self._mean = (self._accepted + _MEAN_WEIGHT * common) / (self._observed + _MEAN_WEIGHT)
-        centre = logit_one(float(self._mean[0]))
+        self.means = (self._accepted + _MEAN_WEIGHT * common) / (self._observed + _MEAN_WEIGHT)
+        centre = logit_one(float(self.means[0]))
         self.next.shift((1 - _CARRIES) * (centre - self._centre))
         self._centre = centre
 

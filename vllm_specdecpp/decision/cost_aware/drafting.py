@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class CostAwareRound:
         self.admitted, self.drafts, self.running = admitted, drafts, drafts.copy()
         num_reqs = len(request_ids)
         self.constrained: Mask = np.zeros(num_reqs, dtype=np.bool_) if constrained is None else constrained
-        self.alone = bool(drafts.any() and self.constrained[drafts].all())
+        self.alone = bool(self.constrained.any() and drafts.any() and self.constrained[drafts].all())
         self.acceptance = rule.apart if self.alone else rule.acceptance
         self.lengths: NDArray[Any] = np.zeros(num_reqs, dtype=np.int32)
         self.survival, self.expected = np.ones(num_reqs, np.float32), np.zeros(num_reqs, np.float32)
@@ -80,6 +81,19 @@ class CostAwareRound:
     def submitted(self) -> NDArray[np.int64]:
         """[num_reqs] candidates, drafted or of a free run."""
         return self.lengths + self.free.lengths
+
+    @cached_property
+    def looks(self) -> list[list[float]]:
+        """[num_looks][num_reqs] log-odds of candidate 1, 2, ... as given, NaN: none; its steps are done."""
+        return [column.tolist() for column in self.scores[self.rule.lag :]]
+
+    @cached_property
+    def estimates(self) -> list[list[float]]:
+        """[num_looks][num_reqs] their acceptance, by the calibration in force when it is first asked for."""
+        columns = np.array(self.scores[self.rule.lag :], dtype=np.float64)
+        positions = np.arange(1, len(columns) + 1)[:, None]
+        found: list[list[float]] = self.acceptance.accept(columns, positions).tolist() if len(columns) else []
+        return found
 
     @property
     def trial(self) -> bool:

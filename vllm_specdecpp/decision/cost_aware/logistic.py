@@ -102,7 +102,8 @@ class OnlineLogistic:
 
     def shift(self, common: float) -> None:
         """Move the common intercept, and what it is drawn to."""
-        self.theta = self.theta + np.array([0.0, common] + [0.0] * NUM_BUCKETS)
+        self.theta = self.theta.copy()
+        self.theta[1] += common
         self._prior[1] += common
 
     def update(self, x: Array, buckets: NDArray[np.int64], labels: Array) -> None:

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
@@ -20,7 +18,7 @@ class ReliabilityLog:
     """Sums over the observed candidates since the start, in bins of the estimate that was in force."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros((3, NUM_BINS))  # candidates, estimates, accepted
+        self._sums = [[0.0] * NUM_BINS for _ in range(3)]  # candidates, estimates, accepted
 
     def verified(self, round_: CostAwareRound, verified: Sequence[int | None], accepted: Sequence[int]) -> None:
         """A round has been verified; call before the rule learns from it.
@@ -30,20 +28,21 @@ class ReliabilityLog:
             verified: as in :meth:`CostAwareRule.finish`.
             accepted: likewise.
         """
-        rule = round_.rule
-        tells = round_.drafts & ~round_.constrained
-        lengths = np.where(tells, [-1 if v is None else v for v in verified], -1)  # [num_reqs]
-        wins = np.minimum(np.asarray(accepted), lengths)  # [num_reqs]
-        for k, log_odds in enumerate(round_.scores[rule.lag :], start=1):
-            seen = (k <= lengths) & (k <= wins + 1) & np.isfinite(log_odds)
-            if seen.any():
-                self._add(rule.acceptance.accept(log_odds[seen], k), k <= wins[seen])
-
-    def _add(self, probability: NDArray[np.float64], accepted: NDArray[np.bool_]) -> None:
-        index = np.minimum((probability * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-        for sums, weights in zip(self._sums, (np.ones_like(probability), probability, accepted), strict=True):
-            sums += np.bincount(index, weights, NUM_BINS)
+        tells = (round_.drafts & ~round_.constrained).tolist()
+        looks, estimates = round_.looks, round_.estimates
+        candidates, sums, wins = self._sums
+        most = len(looks)
+        for row, (num, won, told) in enumerate(zip(verified, accepted, tells, strict=True)):
+            if num is None or not told:
+                continue
+            for k in range(min(won + 1, num, most)):
+                if math.isfinite(looks[k][row]):
+                    estimate = estimates[k][row]
+                    index = min(int(estimate * NUM_BINS), NUM_BINS - 1)
+                    candidates[index] += 1.0
+                    sums[index] += estimate
+                    wins[index] += k < won
 
     def sums(self) -> dict[str, list[float]]:
         """``num`` (observed candidates), ``probability`` (their estimates' sum) and ``accepted``: [NUM_BINS] each."""
-        return dict(zip(("num", "probability", "accepted"), self._sums.tolist(), strict=True))
+        return dict(zip(("num", "probability", "accepted"), map(list, self._sums), strict=True))

@@ -30,23 +30,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from operator import and_
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
-from vllm_specdecpp.decision.cost_aware.admission import Admission, Mask, Standing
+from vllm_specdecpp.decision.cost_aware.admission import Admission, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
 from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.sources import Run, RunSource
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
-
-Counts = NDArray[Any]
-"""Whole numbers."""
 
 _HALF_LIFE = 86400.0
 """Seconds after which what an earlier start has learnt counts half."""
@@ -141,69 +138,81 @@ class CostAwareRule:
         if not num_reqs:
             return
         costs = self.costs
-        found = np.array([-1 if v is None else v for v in verified])  # [num_reqs]
-        known = found >= 0
-        submitted = round_.submitted
-        lengths = np.minimum(np.maximum(found, 0), submitted)
-        wins = np.where(known, np.minimum(np.maximum(accepted, 0), lengths), 0)
-        num_tokens = num_reqs + int(submitted.sum())
+        submitted, drafts = round_.submitted.tolist(), round_.drafts.tolist()
+        known = [v is not None and v >= 0 for v in verified]
+        lengths = [min(v or 0, n) if there else 0 for v, n, there in zip(verified, submitted, known, strict=True)]
+        wins = [min(max(won, 0), n) if there else 0 for won, n, there in zip(accepted, lengths, known, strict=True)]
+        num_tokens = num_reqs + sum(submitted)
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
-        teaches = known if round_.alone else known & ~round_.constrained
         # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
         base = num_reqs + float(round_.free.accepted.sum())
-        drafted = np.where(round_.drafts, wins, 0)
-        tokens = base + float(np.where(known, drafted, round_.expected).sum())
+        drafted = sum(won for won, drafts_too in zip(wins, drafts, strict=True) if drafts_too)
+        tokens = base + drafted
+        if not all(known):
+            tokens += sum(n for n, there in zip(round_.expected.tolist(), known, strict=True) if not there)
         admitted = round_.admitted
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
+        constrained = round_.constrained.tolist()
         if round_.widths:
             self.explored_seconds += seconds * admitted.trial
             if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (base + int(drafted.sum())) / admitted.baseline)
-            if round_.alone or not (round_.drafts & round_.constrained).any():
+                self.purse.settle(seconds + admitted.reading - (base + drafted) / admitted.baseline)
+            if round_.alone or not any(map(and_, drafts, constrained)):
                 self.admission.learn(admitted, tokens, seconds, off_seconds, round_.alone)
             self._record(round_, known, lengths, wins)
             if self.adapt:
-                self._learn(round_, teaches, np.where(round_.drafts, lengths, 0), wins)
-        adapt = ~round_.constrained & self.adapt
-        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, adapt.tolist())
+                self._learn(round_, known, lengths, wins)
+        adapt = [self.adapt and not apart for apart in constrained]
+        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, adapt)
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)
         if verify_seconds is not None:
             costs.verify.observe(num_tokens, verify_seconds)
 
-    def _record(self, round_: CostAwareRound, known: Mask, lengths: Counts, wins: Counts) -> None:
+    def _record(
+        self, round_: CostAwareRound, known: Sequence[bool], lengths: Sequence[int], wins: Sequence[int]
+    ) -> None:  # fmt: skip
         """How often the draft was right, of the candidates that were looked at."""
-        columns = np.array(round_.scores[self.lag :]).reshape(-1, len(known))  # [num_looks, num_reqs]
-        index = np.flatnonzero(round_.drafts)
-        submitted, accepted = round_.lengths[index], wins[index]
-        looks = np.where(known[index], np.minimum(accepted + 1, lengths[index]), 0).astype(np.float64)
-        right = accepted.astype(np.float64)
-        # The one that was looked at and dropped counts as estimated.
-        dropped = np.flatnonzero((~known[index] | (accepted == submitted)) & (submitted < len(columns)))
-        if len(dropped):
-            x = columns[submitted[dropped], index[dropped]].astype(np.float64)
-            seen = x == x
-            looks[dropped] += seen
-            right[dropped] += np.where(seen, round_.acceptance.accept(x, submitted[dropped] + 1), 0.0)
-        names = [round_.request_ids[i] for i in index.tolist()]
-        self.admission.records.update(names, looks.tolist(), right.tolist(), round_.constrained[index].tolist())
+        rows = zip(
+            round_.request_ids, round_.drafts.tolist(), round_.lengths.tolist(), known, lengths, wins,
+            round_.constrained.tolist(), strict=True,
+        )  # fmt: skip
+        found = []
+        for row, (name, drafts, submitted, is_known, length, won, constrained) in enumerate(rows):
+            if not drafts:
+                continue
+            num, right = min(won + 1, length) if is_known else 0, float(won)
+            # The one that was looked at and dropped counts as estimated.
+            if (not is_known or won == submitted) and submitted < len(round_.looks):
+                x = round_.looks[submitted][row]
+                if x == x:
+                    num, right = num + 1, right + round_.estimates[submitted][row]
+            found.append((name, num, right, constrained))
+        if found:
+            self.admission.records.update(*zip(*found, strict=True))
 
-    def _learn(self, round_: CostAwareRound, teaches: Mask, lengths: Counts, wins: Counts) -> None:
+    def _learn(
+        self, round_: CostAwareRound, known: Sequence[bool], lengths: Sequence[int], wins: Sequence[int]
+    ) -> None:  # fmt: skip
         """Labels for the calibration: of the accepted candidates and the first rejected one, of requests that teach."""
-        depth = int(lengths.max()) if teaches.any() else 0
-        columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
-        if len(teaches) == 1:
-            x = [float(column[0]) for column in columns] + [math.nan] * (depth - len(columns))
-            round_.acceptance.update_run(x, int(wins[0]), depth, float(round_.levels[0]))
+        if len(known) == 1:
+            depth = lengths[0] if known[0] and round_.drafts[0] else 0
+            x = [column[0] for column in round_.looks[:depth]]
+            x += [math.nan] * (depth - len(x))
+            round_.acceptance.update_run(x, wins[0], depth, float(round_.levels[0]))
             return
+        teaches = np.array(known) if round_.alone else np.array(known) & ~round_.constrained
+        drafted, won = np.where(round_.drafts, lengths, 0), np.array(wins)
+        depth = int(drafted.max()) if teaches.any() else 0
+        columns = round_.scores[self.lag : self.lag + depth]  # of candidate k at k - 1
         scores = np.full((depth, len(teaches)), np.nan)
         scores[: len(columns)] = np.reshape(columns, (len(columns), len(teaches)))
         positions = np.arange(1, depth + 1)[:, None]
-        seen = (positions <= np.minimum(wins + 1, lengths)) & teaches
-        labels = np.where(seen, np.where(positions <= wins, 1.0, 0.0), np.nan)
+        seen = (positions <= np.minimum(won + 1, drafted)) & teaches
+        labels = np.where(seen, np.where(positions <= won, 1.0, 0.0), np.nan)
         round_.acceptance.update(scores, labels, round_.levels)
 
     def state(self) -> dict[str, Any]:

@@ -91,10 +91,9 @@ class DeviceRound(DraftRound):
         has emitted the token at position p, drafts at most ``end - 2 - p`` candidates.
         """
         rows, beyond = slice(num_reqs), slice(num_reqs, None)
-        next_positions = seq_lens[rows].long() - num_rejected[rows].long()  # [num_reqs]
-        self.next_positions[rows] = next_positions
+        next_positions = torch.sub(seq_lens[rows], num_rejected[rows], out=self.next_positions[rows])  # [num_reqs]
         room = torch.minimum(self.limits[rows, 0], self.limits[rows, 1] - 2 - next_positions).clamp_(min=0)
-        self.max_lengths[rows] = torch.where(num_sampled[rows] > 0, room, 0).int()
+        self.max_lengths[rows] = torch.where(num_sampled[rows] > 0, room, 0)
         # A graph of a larger batch runs these rows too.
         self.max_lengths[beyond] = self.next_positions[beyond] = 0
         self.draft_tokens[rows] = -1
