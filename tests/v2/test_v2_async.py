@@ -135,7 +135,7 @@ def test_the_cost_aware_rule_learns_of_rounds_late(llm, monkeypatch, tiny, refer
     finish = rule.finish
 
     def spy(round_: Any, verified: Any, accepted: Any, *times: Any) -> None:
-        in_flight.append(len(cost_aware._begun))
+        in_flight.append(cost_aware.in_flight.num(cost_aware._learn_from))
         told.append((round_.lengths.tolist(), list(verified), list(accepted)))
         finish(round_, verified, accepted, *times)
 

@@ -163,29 +163,23 @@ def _(monkeypatch, s):
 
 @mutation("outcomes go to the round before")
 def _(monkeypatch, s):
-    """A deque that is one round longer than what is verified."""
-    original = s.cost_aware.begin_round
+    original, drafted = s.cost_aware.verified, []
 
-    def begin(*args: Any) -> Any:
-        longest = original(*args)
-        begun = s.cost_aware._begun
-        if len(begun) >= 2:
-            begun[-1], begun[-2] = begun[-2], begun[-1]
-        elif len(begun) == 1:
-            begun.append(begun[0])
-        return longest
+    def verified(*args: Any) -> None:
+        drafted.append(s.cost_aware._last)
+        s.cost_aware._last = drafted[max(len(drafted) - 2, 0)]
+        original(*args)
 
-    monkeypatch.setattr(s.cost_aware, "begin_round", begin)
+    monkeypatch.setattr(s.cost_aware, "verified", verified)
 
 
 @mutation("booked room counts as verified")
 def _(monkeypatch, s):
     original = v2_cost_aware._outcomes
 
-    def outcomes(begun: Any) -> dict[str, tuple[int, int]]:
-        rows = zip(begun.request_ids, begun.outcomes.tensor.tolist(), strict=True)
-        booked = {i: (n - 1 + r, n - 1) for i, (n, r) in rows}
-        return {i: booked[i] for i in original(begun)}
+    def outcomes(round_: Any, names: Any, old: Any, rows: Any) -> dict[str, tuple[int, int]]:
+        booked = {i: (n - 1 + r, n - 1) for i, (n, r) in zip(names, rows, strict=True)}
+        return {i: booked[i] for i in original(round_, names, old, rows)}
 
     monkeypatch.setattr(v2_cost_aware, "_outcomes", outcomes)
 

@@ -15,6 +15,7 @@ from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
+from vllm_specdecpp.engine.v2.in_flight import DeferredRounds
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps, reading_passes
 
 
@@ -107,6 +108,7 @@ def _gaps(tables: Any, read_spans: Any = None, spec: Any = None) -> DraftKVGaps:
             block_tables=tables, kv_cache_config=SimpleNamespace(kv_cache_groups=layers, num_blocks=8),
             draft_attn_layer_names={"draft"}, device=torch.device("cpu"), max_num_tokens=99, read_spans=read_spans,
             requests=("a", "b"), on_device=torch.tensor, agree=lambda tensor: tensor, pcp_manager=None,
+            log=DeferredRounds(),
         )
     )  # fmt: skip
 

@@ -129,14 +129,14 @@ def test_nothing_waits_until_it_is_asked_for():
     steps = ([1, 0, 50, 11, -1, -1], [2, 0, 51, 21, -1, -1])
     for event, numbers in zip(events, steps, strict=True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(log, "drain", lambda wait: None)  # on a CPU the numbers are there at once
+            patch.setattr(log.in_flight, "settle", lambda: None)  # on a CPU the numbers are there at once
             _step(log, "a", numbers)
-        log._pending[-1].copied = event
-    log.drain(wait=False)
-    assert (len(log._pending), events[0].query()) == (2, False)
+        log._last[1]._copied = event
+    log.in_flight.settle()
+    assert (log.in_flight.num(log._account), events[0].query()) == (2, False)
     events[0].arrived = True
-    log.drain(wait=False)
-    assert (len(log._pending), events[1].query()) == (1, False)
+    log.in_flight.settle()
+    assert (log.in_flight.num(log._account), events[1].query()) == (1, False)
     assert log.candidates(["a", "b"]) == [[21], []]
     assert events[1].query()
     assert log.stats()["rounds"] == 1

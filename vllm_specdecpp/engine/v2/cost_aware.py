@@ -9,7 +9,6 @@ Nothing here waits for the device.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.engine.v2.free_runs import COLUMNS, DeviceFreeRuns
-from vllm_specdecpp.engine.v2.in_flight import HostCopy
+from vllm_specdecpp.engine.v2.in_flight import HostCopy, InFlight
 
 
 class StreamClock:
@@ -70,11 +69,6 @@ class _Begun:
     read: Sequence[int] = ()  # tokens of each pass that read, if that was more than the usual two a request
     report: HostCopy | None = None
     runs: DeviceFreeRuns | None = None  # that joined it
-    # Of the next step:
-    next_start: Any = None
-    request_ids: Sequence[str] = ()
-    was_prefilling: Sequence[bool] = ()
-    outcomes: HostCopy | None = None  # [num_reqs, 2] int64: sampled, rejected
 
 
 class DeviceCostAware(CostAwareDrafting):
@@ -91,7 +85,8 @@ class DeviceCostAware(CostAwareDrafting):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._clock = StreamClock(self._device)
-        self._begun: deque[_Begun] = deque()
+        self.in_flight = InFlight()
+        self._last: _Begun | None = None  # the round that the next step verifies
         self.runs: DeviceFreeRuns | None = None
         self._start: Any = None
         self._drafting = True  # whether somebody drafted in the last round
@@ -114,17 +109,13 @@ class DeviceCostAware(CostAwareDrafting):
         if self.rule is None:
             return
         self._start = self._clock.mark()
-        if self._begun and self._begun[-1].outcomes is None:
-            last, rows = self._begun[-1], slice(len(request_ids))
-            last.next_start, last.request_ids, last.was_prefilling = self._start, request_ids, was_prefilling
+        if self._last is not None:
+            rows = slice(len(request_ids))
             # Behind all else of that round: once it is here, so is the rest.
-            last.outcomes = HostCopy(torch.stack((num_sampled[rows].long(), num_rejected[rows].long()), dim=1))
-        self.settle()
-
-    def settle(self) -> None:
-        """Learn from the rounds whose outcome is here."""
-        while self._begun and (outcomes := self._begun[0].outcomes) is not None and outcomes.is_here():
-            self._learn_from(self._begun.popleft())
+            outcomes = HostCopy(torch.stack((num_sampled[rows], num_rejected[rows]), dim=1))
+            self.in_flight.send(outcomes, self._learn_from, self._last, self._start, request_ids, was_prefilling)
+            self._last = None
+        self.in_flight.settle()
 
     def begin_round(
         self,
@@ -169,7 +160,7 @@ class DeviceCostAware(CostAwareDrafting):
             self._drafting = bool(longest)
             plan = Plan(longest, tuple(drafts), reads=self._drafting)
             round_.load(self.tail.params)
-            self._begun.append(_Begun(round_, self._start, runs=self.runs))
+            self._last = _Begun(round_, self._start, runs=self.runs)
         self.share_params()
         return plan
 
@@ -183,7 +174,8 @@ class DeviceCostAware(CostAwareDrafting):
         """
         if self.rule is None:
             return
-        last = self._begun[-1]
+        last = self._last
+        assert last is not None
         last.read, last.end = read, self._clock.mark()
         report = self.tail.report(lengths[:num_reqs])
         last.report = HostCopy(report if last.runs is None else torch.cat((report, last.runs.report())))
@@ -191,15 +183,20 @@ class DeviceCostAware(CostAwareDrafting):
     def drop_round(self) -> None:
         """Another rule drafts from now on: what comes back is of no round that was begun here."""
         super().drop_round()
-        self._begun.clear()
+        self._last = None
+        self.in_flight.drop(self._learn_from)
 
     def stats(self) -> dict[str, Any]:
         """See :meth:`CostAwareDrafting.stats`."""
-        self.settle()
+        self.in_flight.settle()
         return super().stats()
 
-    def _learn_from(self, begun: _Begun) -> None:
-        assert self.rule is not None and begun.report is not None and begun.outcomes is not None
+    def _learn_from(
+        self, outcomes: torch.Tensor, begun: _Begun, next_start: Any, request_ids: Sequence[str],
+        was_prefilling: Sequence[bool],
+    ) -> None:  # fmt: skip
+        """A round and the step that verified it are over; arguments as in :meth:`verified`."""
+        assert self.rule is not None and begun.report is not None
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
         packed = begun.report.tensor.numpy()
         if begun.runs is not None:
@@ -215,16 +212,24 @@ class DeviceCostAware(CostAwareDrafting):
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
             "read": begun.read,
         }
-        rest = self._clock.seconds(begun.end, begun.next_start)
-        self.finish(round_, step, _outcomes(begun), len(begun.request_ids), rest)
+        rest = self._clock.seconds(begun.end, next_start)
+        told = _outcomes(round_, request_ids, was_prefilling, outcomes.tolist())
+        self.finish(round_, step, told, len(request_ids), rest)
 
 
-def _outcomes(begun: _Begun) -> dict[str, tuple[int, int]]:
-    """Request id -> candidates verified and accepted, of those of the round that the next step verified."""
-    assert begun.outcomes is not None
-    submitted = dict(zip(begun.round_.request_ids, begun.round_.submitted.tolist(), strict=True))
+def _outcomes(
+    round_: CostAwareRound, request_ids: Sequence[str], was_prefilling: Sequence[bool], outcomes: list[list[int]]
+) -> dict[str, tuple[int, int]]:
+    """Request id -> candidates verified and accepted, of those of the round that the next step verified.
+
+    Args:
+        round_: as it was drafted.
+        request_ids, was_prefilling: of the next step.
+        outcomes: [num_reqs] its tokens sampled, and booked candidates rejected.
+    """
+    submitted = dict(zip(round_.request_ids, round_.submitted.tolist(), strict=True))
     found = {}
-    rows = zip(begun.request_ids, begun.was_prefilling, begun.outcomes.tensor.tolist(), strict=True)
+    rows = zip(request_ids, was_prefilling, outcomes, strict=True)
     for request_id, was_prefilling, (num_sampled, num_rejected) in rows:
         if request_id in submitted and num_sampled and not was_prefilling:
             # The scheduler may submit fewer than were drafted, or book room for more.

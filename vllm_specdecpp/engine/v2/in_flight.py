@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,18 +35,37 @@ class HostCopy:
         """Whether :attr:`tensor` may be read; does not wait."""
         return self._copied is None or bool(self._copied.query())
 
+    def wait(self) -> None:
+        """Until it may be read."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
-@dataclass
-class _Step:
-    request_ids: list[str]
-    was_prefilling: list[bool]  # before the target's pass: nothing drafted was verified by it
-    finished: list[str]
-    num_passes: int | torch.Tensor  # of the draft model
-    numbers: torch.Tensor
-    """[num_reqs, COLUMNS + num_speculative_steps] int64: tokens sampled, rejected, the last one; the upper bound on the
-    candidates; how many of them are a free run's; the candidates."""
-    copied: Any  # event after the copy of ``numbers`` to the host, None on a CPU
-    stop_token_ids: Any  # [num_reqs, num_stop_tokens], padded with -1; None: none
+
+class InFlight:
+    """The one queue of what is on its way to the host, in the order of the stream, and of who takes it in."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[HostCopy, Callable[..., None], tuple[Any, ...]]] = deque()
+
+    def send(self, copy: HostCopy, take: Callable[..., None], *args: Any) -> None:
+        """Once the copy is here, ``take(copy.tensor, *args)``."""
+        self._queue.append((copy, take, args))
+
+    def settle(self, wait: bool = False) -> None:
+        """Let all be taken in that is here, or, if ``wait``, all that was sent."""
+        while self._queue and (wait or self._queue[0][0].is_here()):
+            copy, take, args = self._queue.popleft()
+            if wait:
+                copy.wait()
+            take(copy.tensor, *args)
+
+    def num(self, take: Callable[..., None]) -> int:
+        """How many copies are on their way to ``take``."""
+        return sum(theirs == take for _, theirs, _ in self._queue)
+
+    def drop(self, take: Callable[..., None]) -> None:
+        """Nothing that is on its way to ``take`` is wanted any more."""
+        self._queue = deque(sent for sent in self._queue if sent[1] != take)
 
 
 class DeferredRounds:
@@ -55,12 +73,14 @@ class DeferredRounds:
 
     Args:
         trace_rounds: as in ``RoundLog``.
+
+    Attributes:
+        in_flight: the queue, also of the cost-aware rule and of :class:`.kv.DraftKVGaps`.
     """
 
     def __init__(self, trace_rounds: int = 0) -> None:
-        self.log = RoundLog(trace_rounds)
-        self._pending: deque[_Step] = deque()
-        self._last: _Step | None = None
+        self.log, self.in_flight = RoundLog(trace_rounds), InFlight()
+        self._last: tuple[Sequence[str], HostCopy] | None = None
         self._candidates: dict[str, tuple[list[int], str]] = {}  # request id -> its last round's, and why not more
 
     def step(
@@ -72,30 +92,22 @@ class DeferredRounds:
         num_passes: int | torch.Tensor,
         stop_token_ids: Any = None,
     ) -> None:
-        """Note one step of the engine; its fields are those of ``_Step``. Does not wait."""
-        copied = None
-        if numbers.device.type != "cpu":
-            if isinstance(num_passes, torch.Tensor):
-                num_passes = num_passes.to("cpu", non_blocking=True)
-            numbers = numbers.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._last = _Step(
-            list(request_ids), list(was_prefilling), finished, num_passes, numbers, copied, stop_token_ids
-        )  # fmt: skip
-        self._pending.append(self._last)
-        self.drain(wait=False)
+        """Note one step of the engine. Does not wait.
 
-    def drain(self, wait: bool) -> None:
-        """Account for the steps whose numbers have arrived, or, if ``wait``, for all of them."""
-        while self._pending:
-            copied = self._pending[0].copied
-            if copied is not None:
-                if wait:
-                    copied.synchronize()
-                elif not copied.query():
-                    return
-            self._account(self._pending.popleft())
+        Args:
+            request_ids: of the batch.
+            was_prefilling: [num_reqs] before the target's pass: nothing drafted was verified by it.
+            finished: requests that have ended before the step.
+            numbers: [num_reqs, COLUMNS + num_speculative_steps] int64: tokens sampled, rejected, the last one; the
+                upper bound on the candidates; how many of them are a free run's; the candidates.
+            num_passes: of the draft model.
+            stop_token_ids: [num_reqs, num_stop_tokens], padded with -1; None: none.
+        """
+        passes = HostCopy(num_passes) if isinstance(num_passes, torch.Tensor) else num_passes
+        request_ids, copy = list(request_ids), HostCopy(numbers)  # once it is here, the passes are
+        self._last = request_ids, copy
+        self.in_flight.send(copy, self._account, request_ids, list(was_prefilling), finished, passes, stop_token_ids)
+        self.in_flight.settle()
 
     @property
     def counts(self) -> Counts:
@@ -108,55 +120,58 @@ class DeferredRounds:
 
     def is_settled(self) -> bool:
         """Whether all steps are accounted for; does not wait."""
-        self.drain(wait=False)
-        return not self._pending
+        self.in_flight.settle()
+        return not self.in_flight.num(self._account)
 
     def candidates(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What each request submitted in the last step; waits until that step's drafting is done."""
         if self._last is None:
             return [[] for _ in request_ids]
-        if self._last.copied is not None:
-            self._last.copied.synchronize()
-        drafted = dict(zip(self._last.request_ids, _drafted(self._last), strict=True))
+        names, copy = self._last
+        copy.wait()
+        drafted = dict(zip(names, _drafted(copy.tensor), strict=True))
         return [drafted.get(request_id, []) for request_id in request_ids]
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """See ``RoundLog.stats``; waits for the device."""
-        self.drain(wait=True)
+        self.in_flight.settle(wait=True)
         return self.log.stats(reset=reset)
 
     def rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """See ``RoundLog.rounds``; waits for the device."""
-        self.drain(wait=True)
+        self.in_flight.settle(wait=True)
         return self.log.rounds(clear=clear)
 
     def resize(self, trace_rounds: int) -> None:
         """See ``RoundLog.resize``; waits for the device."""
-        self.drain(wait=True)
+        self.in_flight.settle(wait=True)
         self.log.resize(trace_rounds)
 
-    def _account(self, step: _Step) -> None:
-        drafted = _drafted(step)
-        stops = [[]] * len(drafted) if step.stop_token_ids is None else step.stop_token_ids.tolist()
-        if step.numbers[:, 0].any():
-            self.log.left_out(step.numbers.shape[1] - COLUMNS - int(step.num_passes))
-        for _ in range(int(step.num_passes)):
+    def _account(
+        self, numbers: torch.Tensor, request_ids: Sequence[str], was_prefilling: Sequence[bool],
+        finished: Sequence[str], num_passes: int | HostCopy, stop_token_ids: Any,
+    ) -> None:  # fmt: skip
+        """Arguments as in :meth:`step`."""
+        drafted = _drafted(numbers)
+        passes = int(num_passes.tensor) if isinstance(num_passes, HostCopy) else num_passes
+        stops = [[]] * len(drafted) if stop_token_ids is None else stop_token_ids.tolist()
+        if numbers[:, 0].any():
+            self.log.left_out(numbers.shape[1] - COLUMNS - passes)
+        for _ in range(passes):
             self.log.draft_pass()
-        for index, request_id in enumerate(step.request_ids):
-            num_sampled, num_rejected, next_token, limit, ran = step.numbers[index, :COLUMNS].tolist()
+        rows = zip(request_ids, was_prefilling, numbers[:, :COLUMNS].tolist(), drafted, stops, strict=True)
+        for request_id, was_prompt, (num_sampled, num_rejected, next_token, limit, ran), mine, ends in rows:
             before, stop = self._candidates.pop(request_id, (None, ""))
-            if before is not None and num_sampled and not step.was_prefilling[index]:
+            if before is not None and num_sampled and not was_prompt:
                 # The scheduler may submit fewer than were drafted, or book room for more.
                 booked = num_sampled - 1 + num_rejected
                 verified = before[:booked]
                 self.log.booked(booked - len(verified))
                 self.log.verified(request_id, verified, num_sampled - 1, next_token, stop)
             if num_sampled:
-                mine = drafted[index]
-                ends = bool(mine) and mine[-1] in stops[index]
-                why = why_stopped(len(mine), limit, ends, ON_DEVICE[0] if ran else "")
+                why = why_stopped(len(mine), limit, bool(mine) and mine[-1] in ends, ON_DEVICE[0] if ran else "")
                 self._candidates[request_id] = mine, why
-        self.finish(step.finished)
+        self.finish(finished)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests have ended, and all their steps are accounted for."""
@@ -165,7 +180,7 @@ class DeferredRounds:
         self.log.finished(request_ids)
 
 
-def _drafted(step: _Step) -> list[list[int]]:
+def _drafted(numbers: torch.Tensor) -> list[list[int]]:
     """Each request's candidates: the row up to its first -1."""
-    rows: list[list[int]] = step.numbers[:, COLUMNS:].tolist()
+    rows: list[list[int]] = numbers[:, COLUMNS:].tolist()
     return [row[: row.index(-1)] if -1 in row else row for row in rows]

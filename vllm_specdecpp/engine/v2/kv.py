@@ -10,7 +10,6 @@ round without a draft pass.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -63,7 +62,6 @@ class DraftKVGaps:
         self._stale: torch.Tensor | None = None  # [num_blocks] bool
         self._behind: dict[str, int] = {}  # request id -> about how many tokens it is behind, at most
         self._right: dict[str, int] = {}  # request id -> how many of these the device has found not to be stale
-        self._asked: deque[tuple[list[str], HostCopy]] = deque()
         self._told: dict[str, int] = {}  # request id -> how many tokens it was behind in the last report
         self._gaps: torch.Tensor | None = None  # [num_reqs] bool, of this step: :meth:`have_gaps`
 
@@ -98,16 +96,17 @@ class DraftKVGaps:
         starts = self._first_stale(input_batch, self._speculator.on_device(rows), ends)
         names = [input_batch.req_ids[row] for row in rows]
         self._behind |= dict(zip(names, cached[rows].tolist(), strict=True))
-        self._asked.append((names, HostCopy(starts)))
+        self._speculator.log.in_flight.send(HostCopy(starts), self._found, names)
+
+    def _found(self, starts: torch.Tensor, names: Sequence[str]) -> None:
+        self._right |= dict(zip(names, starts.tolist(), strict=True))
 
     def missing(self, request_ids: Sequence[str]) -> list[int]:
         """About how many tokens each request is behind: [num_reqs].
 
         Ranks may get different answers, so the passes that they run must not depend on them.
         """
-        while self._asked and self._asked[0][1].is_here():
-            names, starts = self._asked.popleft()
-            self._right |= dict(zip(names, starts.tensor.tolist(), strict=True))
+        self._speculator.log.in_flight.settle()
         counted = [max(self._behind.get(name, 0) - self._right.get(name, 0), 0) for name in request_ids]
         return [self._told.get(name, count) for name, count in zip(request_ids, counted, strict=True)]
 

@@ -93,6 +93,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         if self.cost_aware is None:
             self.round.warm()
         super().start_cost_aware()
+        if self.cost_aware is not None:
+            self.cost_aware.in_flight = self.log.in_flight
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
