@@ -80,8 +80,7 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     for model in (rule.acceptance.this, rule.acceptance.next):
         model.theta = model.theta + rng.normal(0, 0.6, len(model.theta))
         model.theta[0] = max(0.0, model.theta[0])
-    means = rule.acceptance._mean = rng.uniform(0.3, 0.95, NUM_BUCKETS)
-    assert (rule.acceptance.mean(np.arange(NUM_BUCKETS)) == means).all()
+    rule.acceptance.means = rng.uniform(0.3, 0.95, NUM_BUCKETS)
     top = case.max_length if case.limit is None else case.limit
     limits = rng.integers(0 if n > 1 or not top else 1, top + 1, n)
     drafts = (limits > 0) & (rng.random(n) < (0.9 if n > 1 else 1.0))
@@ -129,7 +128,7 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
     return Oracle(
         limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), price=round_.price, lag=rule.lag,
         this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
-        means=rule.acceptance.mean(np.arange(NUM_BUCKETS)).tolist(), bucket_of=lambda position: BUCKETS[position],
+        means=rule.acceptance.means.tolist(), bucket_of=lambda position: BUCKETS[position],
         step=rule.costs.step.at, verify=rule.costs.verify.at, free_rows=int(round_.free.lengths.sum()),
         levels=round_.levels.tolist(),
     )  # fmt: skip
