@@ -85,7 +85,7 @@ def test_wheel_leaves_the_users_vllm_and_torch_alone(metadata_of_wheel: Message)
 def test_wheel_names_version_extras_and_entry_point(wheel: zipfile.ZipFile, metadata_of_wheel: Message) -> None:
     assert metadata_of_wheel["Name"] == "vllm-specdecpp"
     assert metadata_of_wheel["Version"] == vllm_specdecpp.__version__
-    assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "dev"]
+    assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "docs", "dev"]
     (name,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert wheel.read(name).decode().split() == [
         "[console_scripts]", "vllm-specdecpp", "=", "vllm_specdecpp.cli:main",
