@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tests import versions
 from vllm_specdecpp.config import SpecDecPPConfig, options_table
 from vllm_specdecpp.engine.hooks import LEDGER
 from vllm_specdecpp.rule_registry import RULES, rules_table
@@ -29,9 +31,16 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(("name", "table"), [("options", options_table), ("rules", rules_table)])
-def test_table_is_generated(name, table):
-    found = re.search(f"<!-- {name} -->\n(.*)\n<!-- /{name} -->", PAGES[f"docs/{name}.md"], re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("options", "options", options_table),
+        ("rules", "rules", rules_table),
+        ("benchmarks", "versions", versions.table),
+    ],
+)
+def test_table_is_generated(page, name, table):
+    found = re.search(f"<!-- {name} -->\n(.*)\n<!-- /{name} -->", PAGES[f"docs/{page}.md"], re.DOTALL)
     assert found is not None
     assert found[1].strip() == table(), f"paste the output of {table.__module__}.{table.__name__}()"
 
@@ -113,3 +122,19 @@ def test_named_make_targets_exist(page):
 
 def test_the_readme_is_short():
     assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    ("version", "summary", "says"),
+    [("0.32.1", "7 passed", "run: H, `tests/gpu/`: 7 passed"), ("0.33.0", "", "not run; ")],
+)
+def test_a_gpu_counts_as_run_where_its_results_are(tmp_path, version, summary, says):
+    found = {"versions": {"vllm": version, "hardware": "H"}, "tests": {"passed": True, "summary": summary}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert versions.on_gpu("0.32", "V2", tmp_path / "results.json").startswith(says)
+
+
+def test_a_version_of_which_no_test_tells_is_not_in_the_table(monkeypatch):
+    monkeypatch.setattr(versions, "SUPPORTED_VERSIONS", ("0.32", "0.34"))
+    with pytest.raises(ValueError, match="0.34"):
+        versions.table()
