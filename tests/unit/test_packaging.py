@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -55,13 +56,17 @@ def metadata_of_wheel(wheel: zipfile.ZipFile) -> Message:
     return Parser().parsestr(wheel.read(name).decode())
 
 
-def python(code: str, *options: str, cwd: Path) -> list[str]:
-    """Lines that ``code`` prints in a new process, without this environment's variables for Python."""
+def run(*command: str | Path, cwd: Path) -> list[str]:
+    """Lines that a command prints, without this environment's variables for Python."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [sys.executable, *options, "-c", code]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def python(code: str, *options: str, cwd: Path) -> list[str]:
+    """Lines that ``code`` prints in a new process."""
+    return run(sys.executable, *options, "-c", code, cwd=cwd)
 
 
 def test_wheel_holds_the_package_its_data_and_the_kernels_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -108,6 +113,33 @@ print(vllm_specdecpp.kernels.__file__)
         str(tree / "vllm_specdecpp/__init__.py"),
         str(tree / "kernels/__init__.py"),
     ]
+
+
+def test_wheel_installs_beside_a_vllm(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """In a fresh environment, which sees this one's packages: vLLM finds the plugin, the command starts."""
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        pytest.skip("needs vLLM")
+    fresh, pip = tmp_path / "fresh", [sys.executable, "-m", "pip", "--python", tmp_path / "fresh/bin/python"]
+    run(sys.executable, "-m", "venv", "--without-pip", fresh, cwd=tmp_path)
+    run(*pip, "install", "--no-index", "--no-deps", str(wheel.filename), cwd=tmp_path)
+    (site,) = fresh.glob("lib/python*/site-packages")
+    # Plain paths: an editable install of this package, there, is not followed.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "beside.pth").write_text("\n".join([*others, str(Path(vllm.origin).parents[1])]))
+    code = """
+import vllm.plugins
+from vllm.engine.arg_utils import EngineArgs
+own = EngineArgs.create_engine_config
+vllm.plugins.load_general_plugins()
+import vllm_specdecpp, vllm_specdecpp.kernels
+print(EngineArgs.create_engine_config.__wrapped__ is own)
+print(vllm_specdecpp.__file__, vllm_specdecpp.kernels.__file__, sep="\\n")
+"""
+    found = run(fresh / "bin/python", "-c", code, cwd=tmp_path)
+    package = site / "vllm_specdecpp"
+    assert found[-3:] == ["True", str(package / "__init__.py"), str(package / "kernels/__init__.py")]
+    assert run(fresh / "bin/vllm-specdecpp", "--help", cwd=tmp_path)[0].startswith("usage: vllm-specdecpp")
 
 
 @pytest.mark.parametrize(
