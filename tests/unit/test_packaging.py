@@ -184,3 +184,12 @@ def test_ci_runs_the_tests() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     assert re.search(r"^exec make .*\btest\b", script.read_text(), re.MULTILINE)
+
+
+def test_the_public_hosts_ci_runs_targets_of_the_makefile() -> None:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"check", "docs", "test"} <= {command.removeprefix("make ") for command in commands} <= targets
+    assert workflow.count("run:") == len(commands) and all(command.startswith("make ") for command in commands)
+    assert 'python-version: "3.11"' in workflow
