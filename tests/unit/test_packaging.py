@@ -120,8 +120,9 @@ def test_wheel_installs_beside_a_vllm(wheel: zipfile.ZipFile, tmp_path: Path) ->
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or vllm.origin is None:
         pytest.skip("needs vLLM")
-    fresh, pip = tmp_path / "fresh", [sys.executable, "-m", "pip", "--python", tmp_path / "fresh/bin/python"]
+    fresh = tmp_path / "fresh"
     run(sys.executable, "-m", "venv", "--without-pip", fresh, cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", str(fresh / "bin/python")]
     run(*pip, "install", "--no-index", "--no-deps", str(wheel.filename), cwd=tmp_path)
     (site,) = fresh.glob("lib/python*/site-packages")
     # Plain paths: an editable install of this package, there, is not followed.
