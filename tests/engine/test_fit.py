@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-WORDS = "sort list tree graph file sum word text code loop stack queue heap node edge path hash".split()
+WORDS = ["sort", "list", "tree", "graph", "file", "sum", "word", "text", "loop", "stack", "queue", "heap", "node"]
 
 
 def command(tiny: Any, tmp_path: Path) -> list[str]:
