@@ -16,6 +16,7 @@ from tests.dataset_files import refused
 from vllm_specdecpp.data.prompts import Prompt
 from vllm_specdecpp.decision.estimator import HeadEstimator
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.collect import command as collect
 from vllm_specdecpp.training.fit import command
 from vllm_specdecpp.training.fit.command import SETTINGS_FILE, claim, divided
 from vllm_specdecpp.training.fit.options import FitOptions, settings
@@ -174,6 +175,16 @@ def test_nothing_is_done_in_a_new_folder(tiny: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_signal_in_the_last_unit_of_a_collection_ends_it_all(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, *_) = stages_of(options(tiny, tmp_path), *divided(PROMPTS, 0.3, 0))
+    monkeypatch.setattr(collect, "collect", lambda _: True)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert len((tmp_path / "out" / "data" / "train.jsonl").read_text().splitlines()) == 28
+
+
 def test_a_head_that_was_trained_otherwise(tmp_path: Path) -> None:
     made = TrainOptions(data=[tmp_path], out=tmp_path)
     assert not _is_trained(made)
@@ -182,6 +193,15 @@ def test_a_head_that_was_trained_otherwise(tmp_path: Path) -> None:
     assert _is_trained(made)
     with refused("was trained with seed=0, not 1; remove it to train again, or name another --out"):
         _is_trained(made.model_copy(update={"seed": 1}))
+    (tmp_path / "provenance.json").write_text("{")
+    with refused("provenance.json is damaged .*; restore it, or remove .* to train again"):
+        _is_trained(made)
+
+
+def test_what_is_no_model_claims_no_folder(tiny: Any, tmp_path: Path) -> None:
+    with refused("draft='.*nothing' cannot be loaded"):
+        command.run(options(tiny, tmp_path, draft=str(tmp_path / "nothing")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_head_costs(monkeypatch: pytest.MonkeyPatch) -> None:

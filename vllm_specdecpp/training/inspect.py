@@ -192,16 +192,11 @@ def _serve_commands(pair: Mapping[str, Any], source: str, rule: Any) -> dict[str
     if isinstance(rule, Mapping) and {"rule", "num_speculative_tokens"} <= rule.keys():
         configs["with the tuned rule"] = config | {name: rule[name] for name in ("rule", "num_speculative_tokens")}
     target = pair["target"] or "TARGET"
-    return {name: _serve_command(target, each) for name, each in configs.items()}
+    return {name: serve_command(target, each) for name, each in configs.items()}
 
 
-def serve_command(target: str, draft: str, head: str | None) -> str:
-    """The line that serves a pair with the default rule, for a shell."""
-    config = {"method": "specdecpp", "model": draft}
-    return _serve_command(target, config if head is None else config | {"head": head})
-
-
-def _serve_command(target: str, config: Mapping[str, Any]) -> str:
+def serve_command(target: str, config: Mapping[str, Any]) -> str:
+    """The line for a shell that serves a target with a speculative config."""
     return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(config)])
 
 

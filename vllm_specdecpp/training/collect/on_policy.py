@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Manifest
 
 
-def start_engine(options: PairOptions, max_num_seqs: int | None = None, **speculative: Any) -> LLM:
-    """A vLLM engine of the pair.
+def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, max_num_seqs: int | None = None) -> LLM:
+    """A vLLM engine of the target, or of the pair.
 
     Args:
         options: of the command.
+        speculative: keys of the speculative config, beside the draft model and how it samples; None: no speculation.
         max_num_seqs: requests at once; by default the options' batch.
-        speculative: keys of the speculative config, beside the draft model and how it samples.
 
     Raises:
         ValueError: one line: the engine did not start.
@@ -37,7 +37,7 @@ def start_engine(options: PairOptions, max_num_seqs: int | None = None, **specul
     try:
         return LLM(
             model=options.target,
-            speculative_config=config | speculative,
+            speculative_config=None if speculative is None else {**config, **speculative},
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=max_num_seqs or options.batch,
@@ -65,7 +65,7 @@ class OnPolicyCollector:
     def __init__(self, options: CollectOptions, manifest: Manifest) -> None:
         self._options = options
         self._manifest = manifest
-        self._llm = start_engine(options, rule="fixed", num_speculative_tokens=options.candidates)
+        self._llm = start_engine(options, {"rule": "fixed", "num_speculative_tokens": options.candidates})
         self._flush(None, {})  # recording begins
 
     def collect(self, unit_index: int, prompts: list[Prompt]) -> UnitSummary:

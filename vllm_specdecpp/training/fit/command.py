@@ -20,6 +20,7 @@ from vllm_specdecpp.training.fit.options import FitOptions, settings
 from vllm_specdecpp.training.fit.stages import num_done, stages_of
 from vllm_specdecpp.training.fit.train import TrainOptions
 from vllm_specdecpp.training.inspect import serve_command
+from vllm_specdecpp.training.model_config import model_config
 from vllm_specdecpp.training.replay.tune_report import FEW_PROMPTS, verdict
 
 SETTINGS_FILE = "fit.json"
@@ -35,6 +36,8 @@ def run(options: FitOptions) -> int:
     options = options.model_copy(update={"out": options.out.expanduser()})
     prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
     fitted, judging = divided(prompts, options.held_out, options.seed)
+    for role in ("target", "draft"):
+        model_config(getattr(options, role), role)  # or the folder would be claimed for what is no model
     claim(options.out, settings(options, prompts))
     stages = stages_of(options, fitted, judging)
     first = num_done(stages)
@@ -49,7 +52,10 @@ def run(options: FitOptions) -> int:
     assert said is not None
     pays, sentence = said
     print(f"{sentence}\nServe it {'with' if pays else 'without'} the head:")
-    print(serve_command(options.target, options.draft, str(options.out / "head") if pays else None))
+    config = {"method": "specdecpp", "model": options.draft}
+    if options.draft_sample_method != "greedy":
+        config["draft_sample_method"] = options.draft_sample_method
+    print(serve_command(options.target, config | ({"head": str(options.out / "head")} if pays else {})))
     return 0
 
 

@@ -98,13 +98,13 @@ def stages_of(options: FitOptions, fitted: Sequence[Prompt], judging: Sequence[P
         return _quietly(tune.run, last)
 
     def is_tuned() -> bool:
-        return "rule" in _config(head) and (out / "tune" / "rows.jsonl").exists()
+        return "rule" in _content(head / CONFIG_FILE) and (out / "tune" / "rows.jsonl").exists()
 
     return [
         *stages,
         Stage("train", head, lambda: _is_trained(training), lambda: _quietly(train.run, training)),
         Stage(
-            "calibrate", head / "calibration", lambda: "calibration" in _config(head),
+            "calibrate", head / "calibration", lambda: "calibration" in _content(head / CONFIG_FILE),
             lambda: _quietly(calibrate.run, calibration),
         ),
         Stage("tune", out / "tune", is_tuned, tuned),
@@ -144,25 +144,34 @@ def _collecting(options: FitOptions, folder: Path, prompts: Sequence[Prompt]) ->
         dataset = create_dataset(folder, collect.make_manifest(collecting, prompts), force=False)
         return len(dataset.done_units()) == -(-len(prompts) // options.unit)
 
-    def run_it() -> int:
+    def run_it() -> None:
         lines = (json.dumps({"id": p.id, "set": p.set, "prompt": p.text}) + "\n" for p in prompts)
         write_whole(file, "".join(lines).encode())
-        return collect.run(collecting)
+        if collect.collect(collecting):
+            raise KeyboardInterrupt
 
     return Stage(f"collect {folder.name}", folder, is_done, run_it)
 
 
-def _config(head: Path) -> dict[str, Any]:
-    path = head / CONFIG_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _content(path: Path) -> dict[str, Any]:
+    """A file of the head's folder; empty if it is not there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"specdecpp: {path} is damaged ({error}); restore it, or remove {path.parent} to train again"
+        ) from None
 
 
 def _is_trained(options: train.TrainOptions) -> bool:
     """Whether the head was trained to its end (its provenance is written last), with these options."""
-    path = options.out / train.PROVENANCE_FILE
-    if not path.exists():
+    made_with = _content(options.out / train.PROVENANCE_FILE).get("options")
+    if made_with is None:
         return False
-    made_with = json.loads(path.read_text(encoding="utf-8"))["options"]
     for name, value in options.model_dump(mode="json", exclude={"data", "out", "force"}).items():
         if made_with.get(name) != value:
             raise ValueError(
