@@ -69,7 +69,10 @@ def divided(prompts: Sequence[Prompt], held_out: float, seed: int) -> tuple[list
     def place(prompt: Prompt) -> str:
         return hashlib.sha256(f"{seed}:{prompt.text}".encode()).hexdigest()
 
-    once = list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]
+    by_text: dict[str, Prompt] = {}
+    for prompt in prompts:
+        by_text.setdefault(prompt.text, prompt)
+    once = list(by_text.values())
     judging = set(sorted(once, key=place)[: round(held_out * len(once))])
     fitted = [prompt for prompt in once if prompt not in judging]
     share = TrainOptions.model_fields["validation"].default
