@@ -3,48 +3,56 @@
 
 oneDNN picks another kernel for one and two rows than for three to six, and on some machines a slower one. Padding
 changes no result (padded rows write no KV and are cut off), so the width is a matter of measured time alone. On GPUs
-the widths are those of the captured CUDA graphs, and nothing is measured here. Pure Python, no vLLM import.
+the widths are those of the captured CUDA graphs.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 MAX_ROWS = 8
-REPEATS = 5
 MIN_GAIN = 0.03
 """A wider pass must be this much cheaper: less is noise."""
+PASSES = ("draft", "logits", "target")
+
+Rows = dict[str, list[int]]
+"""Pass -> [MAX_ROWS] rows to run 1, 2, ... rows with. One that is missing runs at its own width."""
 
 
-class RowWidths:
-    """The cheapest width for each number of rows.
+def cheapest_rows(times: Mapping[int, float]) -> list[int]:
+    """[MAX_ROWS] rows to run 1, 2, ... rows with: those of a wider pass, if that was timed to be cheaper.
 
     Args:
-        seconds: measured time of a pass of 1, 2, ... rows; empty leaves every width as it is.
+        times: rows -> seconds of a pass; between two that were timed the line counts.
     """
-
-    def __init__(self, seconds: Sequence[float] = ()) -> None:
-        self.seconds = tuple(seconds)
-        self._cheapest = [self._find(n) for n in range(1, len(seconds) + 1)]
-
-    def _find(self, num_rows: int) -> int:
-        best = min(range(num_rows, len(self.seconds) + 1), key=lambda n: self.seconds[n - 1])
-        return best if self.seconds[best - 1] < (1 - MIN_GAIN) * self.seconds[num_rows - 1] else num_rows
-
-    def cheapest(self, num_rows: int) -> int:
-        """The width to run ``num_rows`` rows with, at least ``num_rows``."""
-        return self._cheapest[num_rows - 1] if 0 < num_rows <= len(self._cheapest) else num_rows
+    rows, timed = [], sorted(times)
+    for num in range(1, MAX_ROWS + 1):
+        own = float(np.interp(num, timed, [times[n] for n in timed]))
+        best = min((n for n in timed if num < n <= MAX_ROWS), key=times.__getitem__, default=num)
+        rows.append(best if best > num and times[best] < (1 - MIN_GAIN) * own else num)
+    return rows
 
 
-def measure(run: Callable[[int], object], max_rows: int = MAX_ROWS, repeats: int = REPEATS) -> list[float]:
-    """Median seconds of ``run(1)`` ... ``run(max_rows)``, interleaved so that a slow moment hits every width."""
-    samples: list[list[float]] = [[] for _ in range(max_rows)]
-    for repeat in range(repeats + 1):
-        for num_rows in range(1, max_rows + 1):
-            start = time.perf_counter()
-            run(num_rows)
-            if repeat:  # the first run of a width builds its kernel
-                samples[num_rows - 1].append(time.perf_counter() - start)
-    return [statistics.median(s) for s in samples]
+def padded(rows: Sequence[int], num_rows: int) -> int:
+    """The width to run ``num_rows`` rows with, at least ``num_rows``."""
+    return rows[num_rows - 1] if 0 < num_rows <= len(rows) else num_rows
+
+
+def padded_times(times: Mapping[int, float], rows: Sequence[int]) -> dict[int, float]:
+    """Rows -> seconds once passes run at the width that ``rows`` gives."""
+    return {num: times[padded(rows, num)] for num in times}
+
+
+def checked(rows: Mapping[str, Sequence[int]]) -> Rows:
+    """``rows``, as they were kept.
+
+    Raises:
+        ValueError: an unknown pass, or a width that is no number of rows from the wanted one to :data:`MAX_ROWS`.
+    """
+    for name, widths in rows.items():
+        right = name in PASSES and len(widths) == MAX_ROWS
+        if not right or not all(n <= width <= MAX_ROWS for n, width in enumerate(widths, 1)):
+            raise ValueError(f"has the widths {list(widths)} of {name}")
+    return {name: [int(width) for width in widths] for name, widths in rows.items()}
