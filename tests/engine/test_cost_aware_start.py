@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.costs.file import CostFile, read
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -66,3 +68,32 @@ def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, m
     assert rule.admission.records.known == pytest.approx(records.known, rel=0.05)  # a little older
     assert {n: list(c) for n, c in found.items()} == {n: list(c) for n, c in learnt.items()}
     assert all(found[name] == pytest.approx(learnt[name], rel=1e-6) for name in learnt)
+
+
+@pytest.mark.parametrize("reach", ["damaged", "out of reach"])
+def test_a_start_goes_on_without_the_costs_file(tiny, tmp_path, monkeypatch, caplog, reach):
+    """A damaged one is made anew; one that nobody can read or replace is left alone."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(timing, "measure", lambda *args: {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 9e-3}})
+    load, paths = CostFile.load, []
+
+    def spoilt(self: CostFile) -> Any:
+        paths.append(self.path)
+        self.path.parent.mkdir(exist_ok=True)
+        if reach == "damaged":
+            self.path.write_text('{"format"')
+        else:
+            self.path.mkdir()
+            (self.path / "mine").write_text("")
+        return load(self)
+
+    monkeypatch.setattr(CostFile, "load", spoilt)
+    with harness.engine(tiny.target, {"method": "specdecpp", "model": tiny.draft_good}) as llm:
+        while harness.proposer(llm).cost_aware._overheads is not None:
+            assert harness.generate(llm, harness.prompts(4))
+    (path,) = paths
+    if reach == "damaged":
+        assert "is damaged" in caplog.text and read(path).curves
+    else:
+        assert "cannot be read" in caplog.text and "cannot be written" in caplog.text
+        assert [inside.name for inside in path.iterdir()] == ["mine"]
