@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["vllm_specdecpp", "vllm_specdecpp.*"]), *KERNELS],
     package_dir={"vllm_specdecpp": "vllm_specdecpp", "vllm_specdecpp.kernels": "kernels"},
-    package_data={"vllm_specdecpp": ["py.typed", "pairs.json"]},
+    package_data={"vllm_specdecpp": ["py.typed", "pairs.json", "page.html"]},
     # vLLM is not here on purpose, and torch has no version: a vLLM that is installed is never replaced, nor its torch.
     install_requires=["huggingface_hub", "numpy", "packaging", "pydantic>=2", "safetensors", "torch"],
     extras_require={

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,22 @@ def test_damaged(tmp_path: Path, change: Any, caplog: pytest.LogCaptureFixture) 
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^specdecpp: costs file .*none.json cannot be read"):
         file.read(tmp_path / "none.json")
+
+
+def test_what_can_neither_be_read_nor_written_is_logged_and_left_alone(tmp_path, caplog, monkeypatch) -> None:
+    costs = CostFile(tmp_path, SETTING)
+    costs.path.mkdir()  # nobody, root included, can read or replace it
+    (costs.path / "mine").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert costs.load() is None and not costs.save(CURVES)
+    assert "cannot be read" in caplog.text and "cannot be written" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*")] == [costs.path.name, "mine"]
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", forbidden)  # as in a folder of somebody else's
+    assert costs.load() is None
 
 
 def test_a_disk_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

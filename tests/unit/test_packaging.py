@@ -72,7 +72,7 @@ def python(code: str, *options: str, cwd: Path) -> list[str]:
 def test_wheel_holds_the_package_its_data_and_the_kernels_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     for path in ROOT.glob("vllm_specdecpp/**/*"):
-        if path.suffix in (".py", ".json") or path.name == "py.typed":
+        if path.suffix in (".py", ".json", ".html") or path.name == "py.typed":
             assert str(path.relative_to(ROOT)) in names
     for path in ROOT.glob("kernels/**/*.py"):
         assert f"vllm_specdecpp/{path.relative_to(ROOT)}" in names

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -105,7 +106,7 @@ class CostFile:
 
     def load(self) -> KeptCosts | None:
         """What was saved last, or None: measure. A file that is damaged, or of another version, is logged."""
-        if not self.path.exists():
+        if not os.path.exists(self.path):  # Path.exists raises where a folder may not be read
             return None
         try:
             kept = read(self.path)
