@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["vllm_specdecpp", "vllm_specdecpp.*"]), *KERNELS],
     package_dir={"vllm_specdecpp": "vllm_specdecpp", "vllm_specdecpp.kernels": "kernels"},
-    package_data={"vllm_specdecpp": ["py.typed", "pairs.json"]},
+    package_data={"vllm_specdecpp": ["py.typed", "pairs.json", "page.html"]},
     # vLLM is not here on purpose, and torch has no version: a vLLM that is installed is never replaced, nor its torch.
     install_requires=["huggingface_hub", "numpy", "packaging", "pydantic>=2", "safetensors", "torch"],
     extras_require={
@@ -34,6 +34,7 @@ setup(
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
         "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
+        "docs": ["mkdocs>=1.6,<2"],
         "dev": [
             "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
             "ray[data]", "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",

@@ -40,6 +40,11 @@ class Command:
 
 COMMANDS = {
     "check": Command("say before serving whether a pair would start, and what it takes", "vllm_specdecpp.engine.check"),
+    "fit": Command(
+        "from a pair to a tuned acceptance head, and whether it pays: the next four in one",
+        "vllm_specdecpp.training.fit.command",
+        "what is finished is kept; the same command goes on from there",
+    ),
     "collect": Command(
         "record labels: which of the draft's tokens the target accepts",
         "vllm_specdecpp.training.collect.command",

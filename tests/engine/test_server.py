@@ -6,81 +6,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 
 from tests import engine_harness as harness
+from tests.browser import CHROMIUM, page_of, plots_of
+from tests.http_server import SEVERAL, START_SECONDS, free_port, get, serve
 from tests.reference_loop import answer
 from vllm_specdecpp.engine.metrics import dashboard
+from vllm_specdecpp.page import document
 
 openai = pytest.importorskip("openai")
 
-START_SECONDS = 180
-STOP_SECONDS = 30
 NUM_REQUESTS = 8
 MAX_TOKENS = 24
-API_SERVER = "vllm.entrypoints.openai.api_server"
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return response.read().decode()
-
-
-@contextmanager
-def _server(
-    target: str, speculative: list[str], log: Path, module: str = API_SERVER, **environment: str
-) -> Iterator[str]:
-    """The server's base URL; its process group is ended by id, whatever happens."""
-    port = _free_port()
-    command = [
-        sys.executable, "-m", module, *(["serve"] if module.endswith("cli.main") else []), "--model", target,
-        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enforce-eager",
-        "--max-model-len", str(harness.MAX_MODEL_LEN), "--max-num-seqs", "8",
-        "--enable-auto-tool-choice", "--tool-call-parser", "pythonic",
-        "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}', *speculative,
-    ]  # fmt: skip
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                _get(f"{url}/health")
-                break
-            except OSError:
-                assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
-                assert time.monotonic() < deadline, f"no answer in {START_SECONDS} s:\n{log.read_text()[-3000:]}"
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(STOP_SECONDS)
 
 
 # Slow: test_lossless starts an engine by the bare word; and whether the default rule drafts depends on the clock.
@@ -95,7 +42,7 @@ def server(request, tiny, tmp_path_factory):
     else:
         config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "entropy", "num_speculative_tokens": 5}
         arguments, environment = ["--speculative-config", json.dumps(config)], {}
-    with _server(tiny.target, arguments, log, **environment) as url:
+    with serve(tiny.target, arguments, log, **environment) as url:
         yield url, log
 
 
@@ -174,7 +121,7 @@ def test_speculation_took_place(server, client):
     url, log = server
     counters = {
         line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in _get(f"{url}/metrics").splitlines()
+        for line in get(f"{url}/metrics").splitlines()
         if line.startswith("vllm:spec_decode_num_")
     }
     assert counters["vllm:spec_decode_num_draft_tokens_total"] > counters["vllm:spec_decode_num_accepted_tokens_total"]
@@ -185,7 +132,7 @@ def test_speculation_took_place(server, client):
 def _counters(url: str) -> dict[str, float]:
     return {
         line.split("{")[0].removeprefix("vllm:spec_decode_num_"): float(line.rsplit(" ", 1)[1])
-        for line in _get(f"{url}/metrics").splitlines()
+        for line in get(f"{url}/metrics").splitlines()
         if line.startswith("vllm:spec_decode_num_") and "_total" in line
     }
 
@@ -299,7 +246,7 @@ def test_command_line_errors(tiny, tmp_path, arguments, words):
     env = {**os.environ, "SPECDECPP_PAIRS": str(tmp_path / "pairs.json")}
     (tmp_path / "pairs.json").write_text(json.dumps({tiny.target: {"draft": tiny.draft_good}}))
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny.target, "--port", str(_free_port())
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny.target, "--port", str(free_port())
     ]  # fmt: skip
     done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=START_SECONDS)
     assert done.returncode != 0
@@ -313,7 +260,7 @@ def test_command_line_errors(tiny, tmp_path, arguments, words):
 def test_spec_model_flags(tiny, tmp_path):
     """``--spec-method specdecpp --spec-model D --spec-tokens N``, and an answer."""
     arguments = ["--spec-method", "specdecpp", "--spec-model", tiny.draft_good, "--spec-tokens", "4"]
-    with _server(tiny.target, arguments, tmp_path / "log") as url:
+    with serve(tiny.target, arguments, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
         assert client.completions.create(model="tiny", prompt=[5, 6], max_tokens=4, temperature=0).choices[0].text
         log = (tmp_path / "log").read_text()
@@ -323,7 +270,7 @@ def test_spec_model_flags(tiny, tmp_path):
 def _ours(url: str) -> dict[str, float]:
     """Name -> sum over the labels, of our counters and vLLM's counters of drafts."""
     found: dict[str, float] = defaultdict(float)
-    for line in _get(f"{url}/metrics").splitlines():
+    for line in get(f"{url}/metrics").splitlines():
         if line.startswith(("vllm:specdecpp_", "vllm:spec_decode_num_")) and "_created" not in line:
             name = line.split("{")[0]
             found[name] += float(line.rsplit(" ", 1)[1])
@@ -343,7 +290,7 @@ def _check_metrics(url: str, drafts: bool = True) -> None:
     assert not drafts or ours["vllm:specdecpp_accepted_total"] > 0
 
 
-def test_metrics_reconcile_and_the_dashboard_asks_for_those_that_exist(server, client):
+def test_metrics_reconcile_and_dashboard_and_page_ask_for_those_that_exist(server, client):
     for stream in (False, True):
         client.completions.create(
             model="tiny", prompt=[5, 6, 7], max_tokens=MAX_TOKENS, temperature=0, stream=stream,
@@ -351,21 +298,37 @@ def test_metrics_reconcile_and_the_dashboard_asks_for_those_that_exist(server, c
         )  # fmt: skip
     time.sleep(0.5)  # a stream that is not read to its end is aborted
     _check_metrics(server[0], _drafts(server))
-    exposed = set(re.findall(r"^# TYPE (\S+)", _get(f"{server[0]}/metrics"), re.MULTILINE))
+    exposed = set(re.findall(r"^# TYPE (\S+)", get(f"{server[0]}/metrics"), re.MULTILINE))
     panels = json.loads(dashboard())["panels"]
     asked = {name for panel in panels for t in panel["targets"] for name in re.findall(r"vllm:\w+", t["expr"])}
     assert len(asked) > 12 and asked <= exposed
+    assert set(re.findall(r"vllm:\w+", document())) == asked
 
 
-def test_metrics_of_several_api_servers_add_up(tiny, tmp_path, monkeypatch):
+def test_no_page_unless_asked_for(server):
+    with pytest.raises(HTTPError, match="404"):
+        get(f"{server[0]}/specdecpp")
+
+
+def test_metrics_of_several_api_servers_add_up_and_each_has_the_page(tiny, tmp_path, monkeypatch):
     config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "entropy", "num_speculative_tokens": 5}
-    arguments = ["--api-server-count", "2", "--speculative-config", json.dumps(config)]
-    with _server(tiny.target, arguments, tmp_path / "log", module="vllm.entrypoints.cli.main") as url:
+    arguments = [
+        "--api-server-count", "2", "--speculative-config", json.dumps(config), "--api-key", "secret",
+        "--middleware", "vllm_specdecpp.page.Page",
+    ]  # fmt: skip
+    with serve(tiny.target, arguments, tmp_path / "log", module=SEVERAL) as url:
         for _ in range(6):  # whichever server answers
-            one = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
+            one = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", timeout=60, max_retries=0)
             one.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=12, temperature=0)
             _ours(url)
+            assert get(f"{url}/specdecpp") == document()  # and neither asks for the key
         _check_metrics(url)
+        with pytest.raises(HTTPError, match="401"):
+            get(f"{url}/v1/models")
+        if CHROMIUM:
+            page = page_of(f"{url}/specdecpp", tmp_path / "browser")
+            assert "every 2 s from /metrics" in page
+            assert plots_of(page)["Candidates by source"] == "since the server started"
 
 
 @pytest.mark.slow  # two engines
@@ -373,7 +336,7 @@ def test_two_data_parallel_ranks(tiny, answers, tmp_path):
     """Each rank drafts, and answers as the target alone would."""
     config = {"method": "specdecpp", "model": tiny.draft_good, "rule": "confidence", "num_speculative_tokens": 5}
     arguments = ["--data-parallel-size", "2", "--speculative-config", json.dumps(config)]
-    with _server(tiny.target, arguments, tmp_path / "log") as url:
+    with serve(tiny.target, arguments, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60, max_retries=0)
 
         def ask(prompt: list[int]) -> list[int]:
@@ -386,9 +349,9 @@ def test_two_data_parallel_ranks(tiny, answers, tmp_path):
         assert _at_once(ask, harness.prompts(NUM_REQUESTS, seed=12)) == answers
         accepted = {
             line.partition('engine="')[2][0]: float(line.rsplit(" ", 1)[1])
-            for line in _get(f"{url}/metrics").splitlines()
+            for line in get(f"{url}/metrics").splitlines()
             if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
         }
         _check_metrics(url)
-        assert 'vllm:specdecpp_draft_passes_total{engine="1"' in _get(f"{url}/metrics")
+        assert 'vllm:specdecpp_draft_passes_total{engine="1"' in get(f"{url}/metrics")
     assert accepted.keys() == {"0", "1"} and min(accepted.values()) > 0

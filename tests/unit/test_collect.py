@@ -113,8 +113,11 @@ def test_a_signal_ends_after_the_unit(options, fake, capsys, number):
 
 
 def test_a_signal_in_the_last_unit_interrupts_nothing(options, fake):
+    """But whoever has more to do is told."""
     fake.before_unit = {3: lambda: os.kill(os.getpid(), signal.SIGINT)}
     assert run(options) == 0
+    shard_path(options.out, 3).unlink()
+    assert collect.collect(options) and not collect.collect(options)
 
 
 def test_a_second_signal_interrupts_at_once(options, fake):

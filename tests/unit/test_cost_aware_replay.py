@@ -81,6 +81,18 @@ def test_as_on_the_process(costs: CostModel, lag: int | None) -> None:
         assert float(found.seconds[i]) == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize("lag", [None, 0])
+def test_it_goes_on_from_what_it_has_served(lag: int | None) -> None:
+    processes = [Process(200, 0.7, seed) for seed in range(4)]
+    head = None if lag is None else make_head(lag)
+    before, after = (chains_of(record(part, RECORDED), RECORDED, head) for part in (processes[:3], processes[3:]))
+    found = walk(after, cost_aware_lengths(after, CHEAP, head, BOUND, before), CHEAP)
+    warm, cold = served(processes, CHEAP, head)[3], served(processes[3:], CHEAP, head)[0]
+    assert warm != cold
+    assert int(found.rounds[0]) == len(warm)
+    assert int(found.candidates[0]) == sum(length for length, _ in warm)
+
+
 def test_it_drafts_where_that_pays_and_hardly_where_not() -> None:
     processes = [Process(400, 0.8, seed) for seed in range(4)]
     chains = chains_of(record(processes, RECORDED), RECORDED)

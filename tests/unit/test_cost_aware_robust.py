@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.engine.shared.round_log import RoundLog
 
 K = 6
 FIRST, STEP, OFF, ROW = 0.024, 0.022, 0.1, 0.002
@@ -149,6 +151,60 @@ def test_recovers_within_a_few_hundred_rounds(spoil):
     honest(rule, np.random.default_rng(7), 400)
     assert honest(rule, np.random.default_rng(8), 300) > 0.95 * reached
     assert reached > 1.3 * 2 / (OFF + ROW)
+
+
+class Clock:
+    """Tells the seconds it was wound to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("jump", "rounds", "during"),
+    [
+        pytest.param(3600.0, 1, ["verifying"], id="suspended"), pytest.param(-3600.0, 1, ["drafting"], id="set back"),
+        pytest.param(3.0, 8, ["drafting"], id="stalls while it drafts"),
+        pytest.param(3.0, 8, ["verifying"], id="stalls while it verifies"),
+        pytest.param(3.0, 40, ["drafting", "verifying"], id="stalls for long"),
+    ],
+)  # fmt: skip
+def test_costs_come_back_after_clock_jumps_and_stalls(jump, rounds, during):
+    rule, rng, clock = make_rule(), np.random.default_rng(2), Clock()
+    log = RoundLog(clock=clock)
+    last: tuple[Any, ...] = ()
+
+    def play(num_rounds: int, jump: float = 0.0) -> None:
+        nonlocal last
+        for _ in range(num_rounds):
+            with log.step(2, 2) as step:
+                if last:
+                    rule.finish(*last[:3], last[3]["draft_seconds"], step["since_last_seconds"])
+                round_ = rule.begin(standings(["h0", "h1"], [K, K]))
+                while round_.running.any():
+                    round_.step(np.full(2, 0.9))
+                drafting = (FIRST + (len(round_.widths) - 1) * STEP) if round_.widths else 0.0
+                clock.now += drafting * np.exp(rng.normal(0, 0.05)) + jump * ("drafting" in during)
+            wins = [int(np.argmin(np.append(rng.random(n) < 0.9, False))) for n in round_.lengths]
+            last = round_, round_.lengths.tolist(), wins, step
+            verifying = OFF + ROW * (1 + int(round_.lengths.sum()))
+            clock.now += verifying * np.exp(rng.normal(0, 0.05)) + jump * ("verifying" in during)
+
+    def worst() -> float:
+        """Of the costs in force over the real ones, the logarithm of the ratio that is furthest off."""
+        costs = rule.costs
+        pairs = [(costs.first.at(2), FIRST), (costs.step.at(2), STEP), (costs.verify.at(14), OFF + 13 * ROW)]
+        return max(abs(math.log(found / real)) for found, real in pairs)
+
+    play(80)
+    assert worst() < 0.05
+    play(rounds, jump)
+    play(1)
+    assert rounds > 1 or worst() < 0.05
+    play(80)
+    assert worst() < 0.05
 
 
 def test_a_spoilt_rule_is_worse_at_first():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         assert kept is not None and (kept.curves, kept.setting) == (CURVES, SETTING)
         assert kept.learnt == {"theta": [1.0, -0.5], "by": {"k": 3}} and 0 <= kept.age_seconds < 60
     assert [path.name for path in costs.path.parent.iterdir()] == [costs.path.name]  # no .part is left
+    costs.rows = {"draft": [4, 4, 4, 4, 8, 8, 8, 8]}
     assert costs.save(CURVES)
-    assert file.read(costs.path).learnt == {}
+    assert file.read(costs.path).learnt == {} and file.read(costs.path).rows == costs.rows
 
 
 def test_another_setting_is_another_file(tmp_path: Path) -> None:
@@ -63,6 +65,8 @@ OLD = {"format": 1, "key": SETTING, **{name: CURVES[name] for name in ("first", 
         {"written": "2026-01-02T03:04:05"}, {"curves": {**CURVES, "read": {}}}, {"curves": {**CURVES, "read": {1: -1}}},
         {"curves": {name: CURVES[name] for name in ("first", "step", "verify")}},
         {"curves": {**CURVES, "more": {1: 1}}},
+        {"rows": {"draft": [1, 2]}}, {"rows": {"draft": [4, 4, 4, 3, 8, 8, 8, 8]}}, {"rows": {"draft": [9] * 8}},
+        {"rows": {"x": [8] * 8}}, {"rows": {"draft": None}}, {"rows": {"draft": ["a"] * 8}}, {"rows": 3},
         {"curves": {**CURVES, "read": [1]}}, {"curves": {**CURVES, "read": {"a": 1}}},
     ],
 )  # fmt: skip
@@ -83,6 +87,22 @@ def test_damaged(tmp_path: Path, change: Any, caplog: pytest.LogCaptureFixture) 
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^specdecpp: costs file .*none.json cannot be read"):
         file.read(tmp_path / "none.json")
+
+
+def test_what_can_neither_be_read_nor_written_is_logged_and_left_alone(tmp_path, caplog, monkeypatch) -> None:
+    costs = CostFile(tmp_path, SETTING)
+    costs.path.mkdir()  # nobody, root included, can read or replace it
+    (costs.path / "mine").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert costs.load() is None and not costs.save(CURVES)
+    assert "cannot be read" in caplog.text and "cannot be written" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*")] == [costs.path.name, "mine"]
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", forbidden)  # as in a folder of somebody else's
+    assert costs.load() is None
 
 
 def test_a_disk_that_cannot_be_written_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

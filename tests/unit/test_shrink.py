@@ -250,7 +250,15 @@ def test_bad_drafts_are_told_in_one_line(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_text("{}")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x08")
-    cases = {"empty": "is no model", "weightless": "holds no *.safetensors", "cut": "cannot be read", "no/where": "hub"}
+    shutil.copytree(tiny.draft_good, tmp_path / "other")
+    (tmp_path / "reaches").mkdir()
+    (tmp_path / "reaches" / "config.json").write_text("{}")
+    index = json.dumps({"weight_map": {"secret": "../other/model.safetensors"}})
+    (tmp_path / "reaches" / "model.safetensors.index.json").write_text(index)
+    cases = {
+        "empty": "is no model", "weightless": "holds no *.safetensors", "cut": "cannot be read", "no/where": "hub",
+        "reaches": "names '../other/model.safetensors', which is not in its folder",
+    }  # fmt: skip
     for name, words in cases.items():
         draft = tmp_path / name if name != "no/where" else name
         assert shrink(draft, "--out", tmp_path / "out", "--scheme", "int8") == 2

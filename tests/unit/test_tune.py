@@ -224,9 +224,28 @@ class TestRun:
         chains = load_chains([files.held_out], head)
         for policy, read in (("cost_aware", None), ("cost_aware with the head", head)):
             (row,) = [row for row in files.rows() if (row["set"], row["policy"]) == ("all", policy)]
-            found = walk(chains, cost_aware_lengths(chains, COSTS, read, 16), COSTS)
+            served = load_chains([files.train], head)
+            found = walk(chains, cost_aware_lengths(chains, COSTS, read, 16, served), COSTS)
             assert row["tokens_per_second"] == pytest.approx(found.tokens_per_second())
             assert f"| all | {policy} | {row['tokens_per_second']:.2f} |" in (files.out / "tune.md").read_text()
+
+    def test_what_the_head_takes_is_charged_to_it(self, files: Files) -> None:
+        run(files.options())
+        before = files.rows()
+        run(files.options(head_ms=20.0, force=True))
+        for policy in ("threshold", "confidence", "cost_aware", "cost_aware with the head"):
+            with_it, without = (
+                max(r["tokens_per_second"] for r in rows if (r["set"], r["policy"]) == ("all", policy))
+                for rows in (files.rows(), before)
+            )
+            assert (with_it < 0.95 * without) is (policy in ("threshold", "cost_aware with the head"))
+            assert with_it <= without
+        (row,) = [r for r in files.rows() if (r["set"], r["policy"]) == ("all", "cost_aware with the head")]
+        (plain,) = [r for r in files.rows() if (r["set"], r["policy"]) == ("all", "cost_aware")]
+        assert row["over_cost_aware"] == pytest.approx(row["tokens_per_second"] / plain["tokens_per_second"])
+        assert row["over_cost_aware_low"] < row["over_cost_aware"] < row["over_cost_aware_high"] and row["prompts"] == 8
+        assert (plain["over_cost_aware_low"], plain["over_cost_aware_high"]) == (1.0, 1.0)
+        assert "Too few held-out prompts to say whether a head pays" in (files.out / "tune.md").read_text()
 
 
 class TestRefusals:

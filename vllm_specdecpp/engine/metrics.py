@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -107,50 +107,74 @@ class EngineMetrics:
         logger.info(line)
 
 
+class Panel(NamedTuple):
+    """A plot of the Grafana dashboard and of the page (:mod:`vllm_specdecpp.page`)."""
+
+    title: str
+    unit: str
+    """Grafana's name of it."""
+    of: dict[str, str]
+    """Legend -> a gauge, or a counter, whose rate is shown; those that are not ours by their whole name."""
+    over: str | None = None
+    """Counter by whose rate that is divided."""
+    by: tuple[str, ...] = ()
+    """Labels of which each value has a line of its own."""
+    only: dict[str, str] = {}
+    """Labels that what is divided must have."""
+
+
+PANELS = (
+    Panel("Mean candidate length", "short", {"": "candidates"}, "rounds"),
+    Panel("Rounds by candidate length", "ops", {"": "rounds"}, by=("candidates",)),
+    Panel("Rounds at K = 0", "percentunit", {"": "rounds"}, "rounds", only={"candidates": "0"}),
+    Panel("Candidates by source", "ops", {"": "candidates"}, by=("source",)),
+    Panel("Acceptance by source", "percentunit", {"": "accepted"}, "candidates", by=("source",)),
+    Panel("Acceptance, estimated and observed", "percentunit",
+          {"estimated": "estimated_accepted", "observed": "observed_accepted"}, "observed_candidates"),
+    Panel("Draft passes", "ops", {"run": "draft_passes", "saved": "draft_passes_saved"}),
+    Panel("Why rounds have no more candidates", "ops", {"": "stops"}, by=("reason",)),
+    Panel("Requests: drafted, or at K = 0 and why", "ops", {"": "requests"}, by=("drafts",)),
+    Panel("Rows booked in vain", "ops", {"": "booked_rows"}),
+    Panel("Share of time spent exploring", "percentunit", {"": "exploring_seconds"}),
+    Panel("rho, tokens per second", "short", {"": "rho"}),
+    Panel("Expected speedup", "short", {"": "expected_speedup"}),
+    Panel("Costs in force", "s", {"": "cost_seconds"}, by=("what", "tokens")),
+    Panel("vLLM's own count of candidates", "ops", {"": "vllm:spec_decode_num_draft_tokens"}),
+)  # fmt: skip
+
+
+def exposed(name: str) -> str:
+    """Of a metric that a panel names: what it is called in ``/metrics``."""
+    return (name if ":" in name else PREFIX + name) + ("" if name in GAUGES else "_total")
+
+
 def dashboard() -> str:
     """A Grafana dashboard, as JSON: ``python -m vllm_specdecpp.engine.metrics > docs/grafana.json``."""
 
-    own = '{model_name=~"$model"}'
+    def query(panel: Panel, name: str) -> str:
+        def chosen(name: str, only: Mapping[str, str]) -> str:
+            match = ", ".join(['model_name=~"$model"', *(f'{label}="{value}"' for label, value in only.items())])
+            text = f"{exposed(name)}{{{match}}}"
+            if name in GAUGES:
+                return text
+            return f"sum by ({', '.join(panel.by) or 'engine'}) (rate({text}[$__rate_interval]))"
 
-    def rate(name: str, by: str = "") -> str:
-        total = f"rate({PREFIX}{name}_total{own}[$__rate_interval])"
-        return f"sum by ({by or 'engine'}) ({total})"
+        return chosen(name, panel.only) + (f" / {chosen(panel.over, {})}" if panel.over else "")
 
-    panels = [
-        ("Mean candidate length", {"": f"{rate('candidates')} / {rate('rounds')}"}, "short"),
-        ("Rounds by candidate length", {"{{candidates}}": rate("rounds", "candidates")}, "ops"),
-        ("Candidates by source", {"{{source}}": rate("candidates", "source")}, "ops"),
-        ("Acceptance by source", {
-            "{{source}}": f"{rate('accepted', 'source')} / {rate('candidates', 'source')}"
-        }, "percentunit"),
-        ("Acceptance, estimated and observed", {
-            what: f"{rate(name)} / {rate('observed_candidates')}"
-            for what, name in (("estimated", "estimated_accepted"), ("observed", "observed_accepted"))
-        }, "percentunit"),
-        ("Draft passes", {"run": rate("draft_passes"), "saved": rate("draft_passes_saved")}, "ops"),
-        ("Why rounds have no more candidates", {"{{reason}}": rate("stops", "reason")}, "ops"),
-        ("Requests: drafted, or at K = 0 and why", {"{{drafts}}": rate("requests", "drafts")}, "ops"),
-        ("Rows booked in vain", {"": rate("booked_rows")}, "ops"),
-        ("Share of time spent exploring", {"": rate("exploring_seconds")}, "percentunit"),
-        ("rho, tokens per second", {"": f"{PREFIX}rho{own}"}, "short"),
-        ("Expected speedup", {"": f"{PREFIX}expected_speedup{own}"}, "short"),
-        ("Costs in force", {"{{what}} {{tokens}}": f"{PREFIX}cost_seconds{own}"}, "s"),
-        ("vLLM's own count of candidates", {
-            "": "sum(rate(vllm:spec_decode_num_draft_tokens_total[$__rate_interval]))"
-        }, "ops"),
-    ]  # fmt: skip
     made = [
         {
-            "id": number + 1, "type": "timeseries", "title": title,
+            "id": number + 1, "type": "timeseries", "title": panel.title,
             "gridPos": {"h": 8, "w": 8, "x": number % 3 * 8, "y": number // 3 * 8},
             "datasource": {"type": "prometheus", "uid": "$source"},
-            "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
+            "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
             "targets": [
-                {"expr": expression, "legendFormat": legend or "__auto", "refId": chr(65 + i)}
-                for i, (legend, expression) in enumerate(queries.items())
+                {"expr": query(panel, name),
+                 "legendFormat": " ".join(f"{{{{{label}}}}}" for label in panel.by) or legend or "__auto",
+                 "refId": chr(65 + i)}
+                for i, (legend, name) in enumerate(panel.of.items())
             ],
         }
-        for number, (title, queries, unit) in enumerate(panels)
+        for number, panel in enumerate(PANELS)
     ]  # fmt: skip
     variables = [
         {"name": "source", "type": "datasource", "query": "prometheus"},

@@ -96,7 +96,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     paths = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():  # beside them other files may lie, as the original's "consolidated.safetensors"
-        paths = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"specdecpp: {index} names {outside[0]!r}, which is not in its folder; fetch it again")
+        paths = [folder / name for name in names]
     files, shapes, sizes = {}, {}, {}
     try:
         for path in paths:

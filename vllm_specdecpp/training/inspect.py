@@ -191,8 +191,13 @@ def _serve_commands(pair: Mapping[str, Any], source: str, rule: Any) -> dict[str
     # The engine takes the tuned threshold from the head; the upper bound sizes vLLM's buffers and has to be given.
     if isinstance(rule, Mapping) and {"rule", "num_speculative_tokens"} <= rule.keys():
         configs["with the tuned rule"] = config | {name: rule[name] for name in ("rule", "num_speculative_tokens")}
-    words = ["vllm", "serve", pair["target"] or "TARGET", "--speculative-config"]
-    return {name: shlex.join([*words, json.dumps(each)]) for name, each in configs.items()}
+    target = pair["target"] or "TARGET"
+    return {name: serve_command(target, each) for name, each in configs.items()}
+
+
+def serve_command(target: str, config: Mapping[str, Any]) -> str:
+    """The line for a shell that serves a target with a speculative config."""
+    return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(config)])
 
 
 def _dataset(folder: Path) -> dict[str, Any]:

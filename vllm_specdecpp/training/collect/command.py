@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 
 
 def run(options: CollectOptions) -> int:
+    """Carry out the command: see :func:`collect`."""
+    collect(options)
+    return 0
+
+
+def collect(options: CollectOptions) -> bool:
     """Collect every unit that is not there yet.
+
+    Returns:
+        Whether a first signal came while the last unit was collected.
 
     Raises:
         ValueError: wrong prompts, models or folder; a full disk. What is finished stays.
@@ -54,7 +63,7 @@ def run(options: CollectOptions) -> int:
                 raise KeyboardInterrupt from error
             raise
     print(f"{options.out}: {describe(dataset.summary())}")
-    return 0
+    return stop.requested
 
 
 def with_absolute_paths(options: CollectOptions) -> CollectOptions:

@@ -10,12 +10,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions
+from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions, PairOptions
 from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
 
 if TYPE_CHECKING:
+    from vllm import LLM
+
     from vllm_specdecpp.data.prompts import Prompt
     from vllm_specdecpp.data.shards import Manifest
+
+
+def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, max_num_seqs: int | None = None) -> LLM:
+    """A vLLM engine of the target, or of the pair.
+
+    Args:
+        options: of the command.
+        speculative: keys of the speculative config, beside the draft model and how it samples; None: no speculation.
+        max_num_seqs: requests at once; by default the options' batch.
+
+    Raises:
+        ValueError: one line: the engine did not start.
+    """
+    from vllm import LLM
+
+    config = {"method": "specdecpp", "model": options.draft, "draft_sample_method": options.draft_sample_method}
+    try:
+        return LLM(
+            model=options.target,
+            speculative_config=None if speculative is None else {**config, **speculative},
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            max_num_seqs=max_num_seqs or options.batch,
+            kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
+            enforce_eager=options.eager,
+            tensor_parallel_size=options.tensor_parallel_size,
+            enable_prefix_caching=False,
+            seed=options.seed,
+        )
+    except RuntimeError as error:  # the engine's own process has said more above
+        raise ValueError(f"specdecpp: the engine did not start ({_last_line(error)})") from error
+
 
 class OnPolicyCollector:
     """Answers prompts with the engine in recording mode.
@@ -29,33 +63,9 @@ class OnPolicyCollector:
     """
 
     def __init__(self, options: CollectOptions, manifest: Manifest) -> None:
-        from vllm import LLM
-
         self._options = options
         self._manifest = manifest
-        speculative_config = {
-            "method": "specdecpp",
-            "model": options.draft,
-            "rule": "fixed",
-            "num_speculative_tokens": options.candidates,
-            "draft_sample_method": options.draft_sample_method,
-        }
-        kv_cache_bytes = None if options.kv_cache_mib is None else options.kv_cache_mib << 20
-        try:
-            self._llm = LLM(
-                model=options.target,
-                speculative_config=speculative_config,
-                dtype=options.dtype,
-                max_model_len=options.max_model_len,
-                max_num_seqs=options.batch,
-                kv_cache_memory_bytes=kv_cache_bytes,
-                enforce_eager=options.eager,
-                tensor_parallel_size=options.tensor_parallel_size,
-                enable_prefix_caching=False,
-                seed=options.seed,
-            )
-        except RuntimeError as error:  # the engine's own process has said more above
-            raise ValueError(f"specdecpp: the engine did not start ({_last_line(error)})") from error
+        self._llm = start_engine(options, {"rule": "fixed", "num_speculative_tokens": options.candidates})
         self._flush(None, {})  # recording begins
 
     def collect(self, unit_index: int, prompts: list[Prompt]) -> UnitSummary:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of ``collect``."""
+"""The options of ``collect``, and those that ``fit`` shares with it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FEWEST_TOKENS = 3
 """The first token comes without a draft and the last one is the target's own: below this nothing is drafted."""
 
 
-class CollectOptions(CommandOptions):
-    """Record labels: which of the draft's tokens the target accepts."""
+class PairOptions(CommandOptions):
+    """A pair of models, the prompts that it answers, and how."""
 
     target: str = Field(min_length=1)
     """Target model: a folder or a hub id."""
@@ -25,12 +25,6 @@ class CollectOptions(CommandOptions):
 
     prompts: str = Field(min_length=1)
     """A .jsonl file ({"id", "set", "prompt"} a line), a .txt file (a prompt a line), or a Hugging Face dataset id."""
-
-    out: Path
-    """Dataset folder to write; the same command goes on there after an interruption."""
-
-    source: Literal["on-policy", "paper"] = "on-policy"
-    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
 
     temperature: float = Field(default=0.0, ge=0)
     """Of the target's answers."""
@@ -82,6 +76,16 @@ class CollectOptions(CommandOptions):
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of both models."""
+
+
+class CollectOptions(PairOptions):
+    """Record labels: which of the draft's tokens the target accepts."""
+
+    out: Path
+    """Dataset folder to write; the same command goes on there after an interruption."""
+
+    source: Literal["on-policy", "paper"] = "on-policy"
+    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
 
     ray: int | None = Field(default=None, ge=1)
     """Spread the units over this many workers of a Ray cluster."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_specdecpp.training.collect.on_policy import start_engine
 from vllm_specdecpp.training.collect.units import encode, write_responses
 
 if TYPE_CHECKING:
@@ -99,22 +100,9 @@ def generate_responses(options: CollectOptions, units: Mapping[int, Sequence[Pro
         ValueError: the engine cannot start with these options, or the disk is full.
     """
     from tqdm import tqdm
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    try:
-        llm = LLM(
-            model=options.target,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.batch,
-            kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
-            enforce_eager=options.eager,
-            tensor_parallel_size=options.tensor_parallel_size,
-            enable_prefix_caching=False,
-            seed=options.seed,
-        )
-    except RuntimeError as error:  # the engine's own process has said more above
-        raise ValueError(f"specdecpp: the engine did not start ({str(error).splitlines()[-1]})") from error
+    llm = start_engine(options, None)
     try:
         longest = llm.llm_engine.vllm_config.model_config.max_model_len - 1
         for unit, prompts in units.items():

@@ -2,7 +2,8 @@
 """Replays recorded rounds under the engine's default rule, ``cost_aware``: its own code, round after round.
 
 The rule learns while it serves, so its rounds have an order: prompt after prompt, as one request at a time would be
-served. It starts as an engine does that has measured its costs and seen no traffic, and the costs stay as they are.
+served. It starts as an engine does that has measured its costs and seen no traffic but what it is given, and the costs
+stay as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.replay.chains import Chains
+from vllm_specdecpp.training.replay.chains import Chains, concatenate
 from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
 
 
-def cost_aware_lengths(chains: Chains, costs: CostModel, head: AcceptanceHead | None, max_length: int) -> Lengths:
+def cost_aware_lengths(
+    chains: Chains, costs: CostModel, head: AcceptanceHead | None, max_length: int, served: Chains | None = None
+) -> Lengths:
     """What the rule drafts at the starts that its own rounds reach; nothing at the others.
 
     Args:
@@ -27,7 +30,12 @@ def cost_aware_lengths(chains: Chains, costs: CostModel, head: AcceptanceHead | 
         costs: of one request.
         head: whose scores the rule reads; None: the draft's top-1 probability.
         max_length: the most candidates of a round.
+        served: what the rule has answered before and learnt from, loaded likewise.
     """
+    if served is not None:
+        both = cost_aware_lengths(concatenate([served, chains]), costs, head, max_length)
+        assert both.passes is not None
+        return Lengths(*(values[served.num_starts :] for values in (both.candidates, both.cut, both.passes)))
     source = step_source("confidence" if head is None else "threshold", chains, head)
     lag = source.estimator.lag
     own = CostModel(**costs.points(), max_reqs=1, max_tokens=max_length + 1)

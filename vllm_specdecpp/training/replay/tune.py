@@ -73,6 +73,9 @@ class TuneOptions(CommandOptions):
     costs: Path
     """What passes cost on this machine: the file of an engine whose rule was cost_aware; its log says where."""
 
+    head_ms: float = Field(default=0.0, ge=0)
+    """Milliseconds that the head adds to a draft pass; ``fit`` measures them."""
+
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
 
@@ -110,6 +113,7 @@ def run(options: TuneOptions) -> int:
     _check(options)
     kept = cost_file.read(options.costs)
     costs, machine = CostModel(**kept.curves, max_reqs=1, max_tokens=1024), kept.setting.get("device", "")
+    head_costs = with_head(costs, options.head_ms / 1000)
     datasets = open_rounds([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
     sets = options.sets or None
@@ -133,8 +137,10 @@ def run(options: TuneOptions) -> int:
     rows: list[dict[str, Any]] = []
     with _progress("rules tried", len(rules) * len(bounds) * len(options.thresholds)) as tick:
         for rule in rules:
-            choices[rule] = choose(data_of[rule], costs, rule, head, options.thresholds, bounds, tick)
-    walks = _walks(judged, costs, head, choices, options.thresholds, recorded_length)
+            its_costs = head_costs if RULES[rule].needs_head else costs
+            choices[rule] = choose(data_of[rule], its_costs, rule, head, options.thresholds, bounds, tick)
+    served = None if judged is data else data
+    walks = _walks(judged, costs, head, head_costs, choices, options.thresholds, recorded_length, served)
     for name in [*judged.sets, ALL]:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
@@ -143,6 +149,13 @@ def run(options: TuneOptions) -> int:
     if head is not None and options.write and "threshold" in choices:
         _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
     return 0
+
+
+def with_head(costs: CostModel, seconds: float) -> CostModel:
+    """The costs with ``seconds`` more in every draft pass that draws."""
+    points = costs.points()
+    drawn = {name: {w: s + seconds for w, s in points[name].items()} for name in ("first", "step")}
+    return CostModel(**(points | drawn), max_reqs=1, max_tokens=1024)
 
 
 def choose(
@@ -169,22 +182,25 @@ def _walks(
     chains: Chains,
     costs: CostModel,
     head: AcceptanceHead | None,
+    head_costs: CostModel,
     choices: dict[str, Choice],
     thresholds: Sequence[float],
     max_length: int,
+    served: Chains | None,
 ) -> Walks:
-    """Every policy that is reported, on the chains that it is judged by."""
+    """Every policy that is reported, on the chains that it is judged by; ``served``: what came before them."""
     walks: Walks = {("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
     for rule, choice in choices.items():
         survival = survivals(chains, step_source(rule, chains, head), choice.num_speculative_tokens)
         for threshold in sorted({*thresholds, choice.threshold}):
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
-            walks[rule, threshold, choice.num_speculative_tokens] = walk(chains, lengths, costs)
-    walks[COST_AWARE, 0.0, max_length] = walk(chains, cost_aware_lengths(chains, costs, None, max_length), costs)
+            its_costs = head_costs if RULES[rule].needs_head else costs
+            walks[rule, threshold, choice.num_speculative_tokens] = walk(chains, lengths, its_costs)
+    lengths = cost_aware_lengths(chains, costs, None, max_length, served)
+    walks[COST_AWARE, 0.0, max_length] = walk(chains, lengths, costs)
     if head is not None:
-        walks[COST_AWARE_HEAD, 0.0, max_length] = walk(
-            chains, cost_aware_lengths(chains, costs, head, max_length), costs
-        )
+        lengths = cost_aware_lengths(chains, head_costs, head, max_length, served)
+        walks[COST_AWARE_HEAD, 0.0, max_length] = walk(chains, lengths, head_costs)
     walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
     return walks
 

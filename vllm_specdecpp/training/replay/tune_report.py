@@ -61,12 +61,15 @@ def table_rows(
         return w.tokens[chosen][index].sum(1) / w.seconds[chosen][index].sum(1)  # [num_resamples]
 
     base_samples = sampled(base)
+    default = next((w for key, w in walks.items() if key[0] == COST_AWARE), base)
+    default_rate, default_samples = default.tokens_per_second(chosen), sampled(default)
     rows: list[dict[str, Any]] = []
     for key, w in walks.items():
         policy, threshold, bound = key
         rate, samples = w.tokens_per_second(chosen), sampled(w)
         low, high = _interval(samples)
         over_low, over_high = _interval(samples / base_samples)
+        default_low, default_high = _interval(samples / default_samples)
         is_rule = policy in choices
         rows.append(
             {
@@ -86,6 +89,9 @@ def table_rows(
                 "over_best_fixed": rate / base_rate,
                 "over_best_fixed_low": over_low,
                 "over_best_fixed_high": over_high,
+                "over_cost_aware": rate / default_rate,
+                "over_cost_aware_low": default_low,
+                "over_cost_aware_high": default_high,
                 "gap_closed": (rate - base_rate) / (oracle_rate - base_rate) if oracle_rate > base_rate else None,
                 **w.rates(chosen),
             }
@@ -96,6 +102,32 @@ def table_rows(
 def _interval(samples: Tensor) -> tuple[float, float]:
     low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
     return low, high
+
+
+def verdict(rows: Sequence[Mapping[str, Any]]) -> tuple[bool, str] | None:
+    """Whether the head pays, and why, in one sentence; None without a head.
+
+    The default rule with the head against the same rule without, on the same prompts; the interval is by bootstrap over
+    prompts. A head pays if all of it lies above 0; too few prompts make it too narrow.
+
+    Args:
+        rows: of prompts that nothing was fitted to.
+    """
+    found = [row for row in rows if (row["set"], row["policy"]) == (ALL, COST_AWARE_HEAD)]
+    if not found:
+        return None
+    (row,) = found
+    over, low, high = (row[f"over_cost_aware{end}"] for end in ("", "_low", "_high"))
+    figures = (
+        f"{row['tokens_per_second']:.2f} predicted tokens/s with it, {row['tokens_per_second'] / over:.2f} with the "
+        f"default rule alone ({over - 1:+.1%}, 95 % interval {low - 1:+.1%} to {high - 1:+.1%}, "
+        f"{row['prompts']} held-out prompts)"
+    )
+    if row["prompts"] < FEW_PROMPTS:
+        return False, f"Too few held-out prompts to say whether a head pays, give {FEW_PROMPTS} or more: {figures}."
+    told = "does not pay, " + ("it costs more than it brings" if high < 1 else "the difference is within noise")
+    told = "pays" if low > 1 else told
+    return low > 1, f"A head for this pair on this machine {told}: {figures}."
 
 
 def markdown(
@@ -122,8 +154,11 @@ def markdown(
         f"* {tuned_on}; judged on "
         + ("the same ones, which favours the rules." if same else f"{len(judged.prompts)} others."),
         "* Best K is chosen on the very set it is judged by, which favours it. Prefill is left out.",
-        f"* {COST_AWARE} is the engine's default and has nothing to tune; here it starts cold and learns as it serves.",
+        f"* {COST_AWARE} is the engine's default and has nothing to tune; it learns as it serves, and here starts "
+        + ("cold." if same else "with what it has learnt of the prompts tuned on."),
     ]
+    if not same and (said := verdict(rows)):
+        lines.append(f"* {said[1]}")
     if own < FEW_PROMPTS:
         lines.append(
             f"* Warning: thresholds that were chosen on {own} prompts are uncertain; give --data more that the head "
