@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -98,13 +99,13 @@ def measure_v2(
     rule = CostAwareRule(CostModel({1: FIRST}, {1: STEP}, VERIFY, max_reqs=V2_REQS, max_tokens=V2_TOKENS), MAX_LENGTH)
     tail = CostAwareTail(make_estimator(None), V2_REQS, MAX_LENGTH, V2_TOKENS, "cpu")
     host = DeviceCostAware(rule, tail, None, lambda tensor: tensor, torch.device("cpu"))
-    clock = iter(())
+    clock: Iterator[float] = iter(())
     host._clock.mark = lambda: next(clock)  # type: ignore[method-assign]
     names, nothing = [f"request-{i}" for i in range(batch)], [0] * batch
     ballast = np.ones(1 << 20 if cold else 1)  # 8 MiB
     spent = {part: np.zeros(rounds) for part in PARTS_V2}
     num_passes = np.zeros(rounds, dtype=np.int64)
-    sampled = rejected = torch.zeros(batch, dtype=torch.int32)
+    lengths = sampled = rejected = torch.zeros(batch, dtype=torch.int32)
     now = 0.0
     for turn in range(-min(50, rounds), rounds):  # what is not timed is written over
         calls = {

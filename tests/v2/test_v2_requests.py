@@ -131,6 +131,7 @@ def test_nothing_waits_until_it_is_asked_for():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(log.in_flight, "settle", lambda: None)  # on a CPU the numbers are there at once
             _step(log, "a", numbers)
+        assert log._last is not None
         log._last[1]._copied = event
     log.in_flight.settle()
     assert (log.in_flight.num(log._account), events[0].query()) == (2, False)

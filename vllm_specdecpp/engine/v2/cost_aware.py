@@ -213,8 +213,8 @@ class DeviceCostAware(CostAwareDrafting):
             "read": begun.read,
         }
         rest = self._clock.seconds(begun.end, next_start)
-        told = _outcomes(round_, request_ids, was_prefilling, outcomes.tolist())
-        self.finish(round_, step, told, len(request_ids), rest)
+        known = _outcomes(round_, request_ids, was_prefilling, outcomes.tolist())
+        self.finish(round_, step, known, len(request_ids), rest)
 
 
 def _outcomes(
@@ -230,8 +230,8 @@ def _outcomes(
     submitted = dict(zip(round_.request_ids, round_.submitted.tolist(), strict=True))
     found = {}
     rows = zip(request_ids, was_prefilling, outcomes, strict=True)
-    for request_id, was_prefilling, (num_sampled, num_rejected) in rows:
-        if request_id in submitted and num_sampled and not was_prefilling:
+    for request_id, was_prompt, (num_sampled, num_rejected) in rows:
+        if request_id in submitted and num_sampled and not was_prompt:
             # The scheduler may submit fewer than were drafted, or book room for more.
             booked = num_sampled - 1 + num_rejected
             found[request_id] = min(submitted[request_id], booked), num_sampled - 1
