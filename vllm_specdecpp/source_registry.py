@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm_specdecpp.decision.sources import RunSource
 
 DRAFT_MODEL = "draft_model"
-"""The source that every engine has; what it proposes is drawn, step by step."""
+"""The source that is no :class:`RunSource`; what it proposes is drawn, step by step."""
 ON_DEVICE = ("suffix",)
 """Sources of runs that Model Runner V2 has: it looks for them on the device (``kernels.suffix_match``)."""
 RUN_SOURCES: dict[str, Callable[[], RunSource]] = {}
@@ -39,7 +39,7 @@ def make_sources(names: Sequence[str]) -> list[RunSource]:
 
 def one_of_the_sources() -> str:
     """The end of an error's line: which sources there are."""
-    return f"must name some of {', '.join(map(repr, [*RUN_SOURCES, DRAFT_MODEL]))}, {DRAFT_MODEL!r} among them"
+    return f"must name one or more of {', '.join(map(repr, [*RUN_SOURCES, DRAFT_MODEL]))}, each once"
 
 
 def _suffix() -> RunSource:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_specdecpp.costs.model import Points, suggested_widths
+from vllm_specdecpp.costs.model import CURVES, Points, suggested_widths
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -138,6 +138,17 @@ def measure(
     shown = {name: {n: f"{1e3 * t:.1f} ms" for n, t in list(curve.items())[:4]} for name, curve in points.items()}
     logger.info("specdecpp: measured in %.1f s: %s, ...", time.perf_counter() - start, shown)
     return points
+
+
+def measure_target(
+    passes: Passes, scheduler_config: Any, max_length: int, agree: Callable[[torch.Tensor], torch.Tensor]
+) -> Points:  # fmt: skip
+    """As :func:`measure`, where there is no draft model: a pass of it counts as one of the target, and none is run."""
+    most = scheduler_config.max_num_batched_tokens
+    num_reqs = min(scheduler_config.max_num_seqs, most)
+    verify = time_widths(passes.target, coarse_to_fine(min(num_reqs * (max_length + 1), most)), agree)
+    logger.info("specdecpp: measured what verifications cost: %.1f ms for one row", 1e3 * verify[1])
+    return {name: dict(verify) for name in CURVES}
 
 
 def _time_reading(

@@ -27,7 +27,7 @@ from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
-from vllm_specdecpp.source_registry import ON_DEVICE
+from vllm_specdecpp.source_registry import DRAFT_MODEL, ON_DEVICE
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -223,6 +223,24 @@ def _logits_processors(args: Any) -> list[str]:
     return given + [point.name for point in entry_points(group="vllm.logits_processors")]
 
 
+def _has_no_draft(user: Mapping[str, Any]) -> bool:
+    """Whether all candidates come from free runs. vLLM is then told of the target as its own draft model: that is never
+    loaded (``engine.v1.runs_only``, ``engine.v2.runs_only``).
+
+    Raises:
+        ValueError: a draft model is named all the same.
+    """
+    sources = user.get("sources")
+    if not isinstance(sources, list) or not sources or DRAFT_MODEL in sources:
+        return False
+    if user.get("model"):
+        raise ValueError(
+            f"specdecpp: model={user['model']!r} would never draft with sources={sources}; leave one of the two out, "
+            "or add 'draft_model' to the sources"
+        )
+    return True
+
+
 def expand(args: Any) -> SpecDecPPConfig | None:
     """Rewrite an ``EngineArgs`` in place if it asks for specdecpp.
 
@@ -241,6 +259,8 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     require_supported()
     from vllm.config.speculative import SpeculativeConfig
 
+    if _has_no_draft(user):
+        user["model"] = str(args.model)
     if not user.get("model"):
         from vllm_specdecpp.pairs import find_pair
 
@@ -299,9 +319,10 @@ def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
     least = 0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens
+    draft = config.model if config.drafts else f"none, sources {config.run_sources}"
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        *(config.model, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
+        *(draft, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
     )
 
 
@@ -337,7 +358,10 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             vllm_config = make()
         _check_model_runner(self, config, vllm_config)
         _check_data_parallel(vllm_config)
-        draft_layers.keep_alike(vllm_config)
+        if config.drafts:
+            draft_layers.keep_alike(vllm_config)
+        else:
+            vllm_config.speculative_config.draft_model_config = vllm_config.model_config
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
