@@ -27,7 +27,7 @@ from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
-from vllm_specdecpp.source_registry import DRAFT_MODEL, ON_DEVICE
+from vllm_specdecpp.source_registry import ON_DEVICE, has_no_draft
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -223,24 +223,6 @@ def _logits_processors(args: Any) -> list[str]:
     return given + [point.name for point in entry_points(group="vllm.logits_processors")]
 
 
-def _has_no_draft(user: Mapping[str, Any]) -> bool:
-    """Whether all candidates come from free runs. vLLM is then told of the target as its own draft model: that is never
-    loaded (``engine.v1.runs_only``, ``engine.v2.runs_only``).
-
-    Raises:
-        ValueError: a draft model is named all the same.
-    """
-    sources = user.get("sources")
-    if not isinstance(sources, list) or not sources or DRAFT_MODEL in sources:
-        return False
-    if user.get("model"):
-        raise ValueError(
-            f"specdecpp: model={user['model']!r} would never draft with sources={sources}; leave one of the two out, "
-            "or add 'draft_model' to the sources"
-        )
-    return True
-
-
 def expand(args: Any) -> SpecDecPPConfig | None:
     """Rewrite an ``EngineArgs`` in place if it asks for specdecpp.
 
@@ -259,7 +241,7 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     require_supported()
     from vllm.config.speculative import SpeculativeConfig
 
-    if _has_no_draft(user):
+    if has_no_draft(user):
         user["model"] = str(args.model)
     if not user.get("model"):
         from vllm_specdecpp.pairs import find_pair
