@@ -33,10 +33,10 @@ setup(
         "cpu": ["accelerate", "gguf", "transformers"],
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
         "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
-        "bench": ["matplotlib", "scipy>=1.15"],
+        "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
         "dev": [
-            "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "ray[data]",
-            "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64",
+            "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
+            "ray[data]", "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",
         ],
     },
     entry_points={

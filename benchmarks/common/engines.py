@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two vLLM engines side by side, each in its own process: speculation off, and speculation whose method is switched.
+"""vLLM engines side by side, each in its own process: speculation off, and one a draft model whose method is switched.
 
-Only one of them works at a time; the other one waits on a socket and uses no processor time. The second engine changes
+Only one of them works at a time; the others wait on a socket and use no processor time. A speculating engine changes
 its method between two prompts without a restart: our rules through the worker's own ``specdecpp_configure``, vLLM's
-``draft_model`` by giving the model runner a proposer of vLLM's own class (see ``use_native_proposer``).
+own by giving the model runner a proposer of vLLM's own class (``benchmarks.common.in_worker``).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common.methods import NATIVE, OFF, PADDING, RUNS, Method
+from benchmarks.common.in_worker import restore_proposer, use_native_proposer, use_padding, use_runs, use_text_proposer
+from benchmarks.common.methods import NATIVE, NGRAM, OFF, PADDING, RUNS, SUFFIX, Method
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 SPEC = "spec"
-"""Name of the speculating engine; the other one is ``OFF``."""
+"""Name of the pair's speculating engine; one with another draft has its name after an @, the other one is ``OFF``."""
 
-PADDING_METHOD = "_determine_batch_execution_and_padding"
-"""The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.v1.target_widths``)."""
-
-# vLLM's own counters: every method is counted by the same code.
+# vLLM's own counters (`SpecDecodingProm`): every method is counted by the same code.
 COUNTERS = {
-    "rounds": "vllm:spec_decode_num_drafts",
-    "candidates": "vllm:spec_decode_num_draft_tokens",
-    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "rounds": "counter_spec_decode_num_drafts",
+    "candidates": "counter_spec_decode_num_draft_tokens",
+    "accepted": "counter_spec_decode_num_accepted_tokens",
 }
 
 
@@ -47,10 +45,12 @@ class EngineSettings:
     kv_cache_bytes: int = 512 << 20
     eager: bool = False
     trace_rounds: int = 0
+    other_drafts: Mapping[str, str] = field(default_factory=dict)
 
-    def speculative_config(self, ours: bool = True, **options: Any) -> dict[str, Any]:
-        """vLLM's option for the speculating engine, with our method and some of its options or with vLLM's own."""
-        shared: dict[str, Any] = {"model": self.draft, "num_speculative_tokens": self.num_speculative_tokens}
+    def speculative_config(self, ours: bool = True, draft: str = "", **options: Any) -> dict[str, Any]:
+        """vLLM's option for a speculating engine, with our method and some of its options or with vLLM's own."""
+        model = self.other_drafts[draft] if draft else self.draft
+        shared: dict[str, Any] = {"model": model, "num_speculative_tokens": self.num_speculative_tokens}
         if self.draft_sample_method is not None:
             shared["draft_sample_method"] = self.draft_sample_method
         if not ours:
@@ -74,58 +74,6 @@ class Generation:
         return sum(map(len, self.token_ids))
 
 
-def use_native_proposer(worker: Any, num_candidates: int) -> str:
-    """Runs in the worker: draft with vLLM's own ``DraftModelProposer``, unmodified, at a fixed K.
-
-    The new proposer shares every attribute (weights, buffers, KV groups) with the one that vLLM or our plugin set up,
-    but its class is vLLM's: no method of ours is called. ``SpecDecodeBaseProposer.propose`` takes K as an argument for
-    every call (vLLM's dynamic speculation uses that), so K below the start-up value needs no other change.
-    """
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
-
-    class FixedK(DraftModelProposer):
-        def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
-            return super().propose(min(num_candidates, num_speculative_tokens), *args, **kwargs)
-
-        def take_metrics(self) -> dict[str, Any]:
-            return {"counters": [], "gauges": []}  # the engine asks for ours whoever drafts
-
-    restore_proposer(worker)
-    runner = worker.model_runner
-    native = object.__new__(FixedK)
-    native.__dict__ = runner.drafter.__dict__
-    worker._benchmark_proposer = runner.drafter
-    runner.drafter = native
-    use_padding(worker, False)  # verifying at a cheaper width is ours as well
-    return str(DraftModelProposer.propose.__qualname__)
-
-
-def restore_proposer(worker: Any) -> None:
-    """Runs in the worker: put back the proposer and the padding that the engine started with."""
-    if getattr(worker, "_benchmark_proposer", None) is not None:
-        worker.model_runner.drafter = worker._benchmark_proposer
-        worker._benchmark_proposer = None
-    use_padding(worker, True)
-
-
-def use_padding(worker: Any, on: bool) -> None:
-    """Runs in the worker: verify at the widths that our worker measured, or at those that vLLM would use."""
-    attributes = worker.model_runner.__dict__
-    if not on and PADDING_METHOD in attributes:
-        worker._benchmark_padding = attributes.pop(PADDING_METHOD)
-    elif on and getattr(worker, "_benchmark_padding", None) is not None:
-        attributes[PADDING_METHOD] = worker._benchmark_padding
-        worker._benchmark_padding = None
-
-
-def use_runs(worker: Any, on: bool) -> None:
-    """Runs in the worker: let the cost-aware rule propose free runs, or the draft model alone."""
-    from vllm_specdecpp.source_registry import make_sources
-
-    rule = worker.model_runner.drafter.cost_aware.rule
-    rule.sources = tuple(make_sources(list(rule.free_runs.models))) if on else ()
-
-
 class Engines:
     """Starts the engines that the methods need: one that is off, one that speculates."""
 
@@ -133,11 +81,9 @@ class Engines:
         self.settings = settings
         self._methods = methods
         self._needs_off = any(method.name == OFF for method in methods)
-        self._needs_native = any(method.name == NATIVE for method in methods)
-        self._needs_rules = any(method.is_rule for method in methods)
         self._say = say
         self._llms: dict[str, LLM] = {}
-        self._selected: Method | None = None
+        self._selected: dict[str, Method] = {}
 
     def check(self) -> None:
         """Refuse methods that this engine cannot run, before minutes are spent on starting it.
@@ -153,6 +99,14 @@ class Engines:
             start_up["head"] = self.settings.head
         for method in self._methods:
             wanted = method.fixed_k or 0
+            if method.draft and method.draft not in self.settings.other_drafts:
+                there = ", ".join(self.settings.other_drafts) or "none"
+                raise ValueError(f"method {method.label!r}: there is no draft {method.draft!r}; there is {there}")
+            if method.name == SUFFIX:
+                from vllm.utils.import_utils import has_arctic_inference
+
+                if not has_arctic_inference():
+                    raise ValueError("method 'suffix': vLLM's needs arctic_inference; install it, or leave suffix out")
             if method.is_rule:
                 changes = self._rule_arguments(method)
                 SpecDecPPConfig.from_additional_config(start_up).with_changes(changes)
@@ -163,18 +117,22 @@ class Engines:
                 )
 
     def start(self) -> None:
-        """Start what is needed; the speculating engine last, because vLLM's metrics belong to the newest engine."""
+        """Start what is needed: an engine that is off, and one for each draft."""
         self.check()
         if self._needs_off:
             self.start_engine(OFF, None)
-        if self._needs_native or self._needs_rules:
-            self.start_engine(SPEC, self.settings.speculative_config(ours=self._needs_rules))
+        for draft in dict.fromkeys(method.draft for method in self._methods if method.name != OFF):
+            # vLLM's ngram and suffix run in ours as well: the engine that they need has no other place.
+            ours = any(m.name != NATIVE for m in self._methods if m.name != OFF and m.draft == draft)
+            self.start_engine(_engine_of(draft), self.settings.speculative_config(ours=ours, draft=draft))
 
     def start_engine(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Start one engine, in a process of its own."""
         # A function is sent to the worker by pickle; both ends are ours.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        # The threads that numba starts for vLLM's ngram make every later pass of that worker several times slower.
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
         from vllm import LLM
 
         compiled = "eager" if self.settings.eager else "compiled: takes minutes"
@@ -217,17 +175,21 @@ class Engines:
 
     def select(self, method: Method) -> None:
         """Switch the speculating engine to ``method``, outside any timed section."""
-        if method == self._selected or method.name == OFF:
+        engine = _engine_of(method.draft)
+        if method == self._selected.get(engine) or method.name == OFF:
             return
+        options = dict(method.options)
         if method.name == NATIVE:
-            self.spec_rpc(use_native_proposer, num_candidates=method.fixed_k)
+            self.rpc(engine, use_native_proposer, num_candidates=method.fixed_k)
+        elif method.name in (NGRAM, SUFFIX):
+            self.rpc(engine, use_text_proposer, proposer=method.name, options=options)
         else:
-            self.spec_rpc(restore_proposer)
-            self.spec_rpc(use_padding, on=bool(dict(method.options).get(PADDING, 1)))
-            self.spec_rpc("specdecpp_configure", **self._rule_arguments(method))
+            self.rpc(engine, restore_proposer)
+            self.rpc(engine, use_padding, on=bool(options.get(PADDING, 1)))
+            self.rpc(engine, "specdecpp_configure", **self._rule_arguments(method))
             if method.name == "cost_aware":
-                self.spec_rpc(use_runs, on=bool(dict(method.options).get(RUNS, 1)))
-        self._selected = method
+                self.rpc(engine, use_runs, on=bool(options.get(RUNS, 1)))
+        self._selected[engine] = method
 
     def _rule_arguments(self, method: Method) -> dict[str, Any]:
         """Every option is sent each time, so that nothing is left over from the method before."""
@@ -248,13 +210,13 @@ class Engines:
         max_tokens: int,
         temperature: float,
         top_k: int | None = None,
-        seed: int = 0,
     ) -> Generation:
         """Generate for one batch of token-id prompts with ``method``; the clock covers prefill and decoding."""
         self.select(method)
-        before = self._counters() if method.name != OFF else {}
-        result = self.answer(OFF if method.name == OFF else SPEC, prompts, max_tokens, temperature, top_k, seed)
-        after = self._counters() if method.name != OFF else {}
+        engine = OFF if method.name == OFF else _engine_of(method.draft)
+        before = self._counters(engine)
+        result = self.answer(engine, prompts, max_tokens, temperature, top_k)
+        after = self._counters(engine)
         return replace(result, counters={key: after.get(key, 0) - before.get(key, 0) for key in COUNTERS})
 
     def answer(
@@ -264,16 +226,17 @@ class Engines:
         max_tokens: int,
         temperature: float,
         top_k: int | None = None,
-        seed: int = 0,
     ) -> Generation:
-        """Generate for one batch of token-id prompts with one engine as it is; nothing is counted."""
+        """Generate for one batch of token-id prompts with one engine as it is; nothing is counted.
+
+        Requests have no seed: a seeded one would draft one-hot, which most traffic does not.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k or 0,
-            seed=seed if temperature > 0 else None,
         )
         inputs: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
         start = time.perf_counter()
@@ -285,14 +248,26 @@ class Engines:
             texts=[output.outputs[0].text for output in outputs],
         )
 
-    def _counters(self) -> dict[str, int]:
-        metrics = self._llms[SPEC].get_metrics()
-        values = {metric.name: int(metric.value) for metric in metrics if metric.name in COUNTERS.values()}
-        return {key: values[name] for key, name in COUNTERS.items()}
+    def _counters(self, engine: str) -> dict[str, int]:
+        """Of one engine: vLLM's registry holds only those of the engine that started last."""
+        if engine == OFF:
+            return {}
+        loggers: Any = self._llms[engine].llm_engine.logger_manager
+        prom = next(x for x in loggers.stat_loggers if hasattr(x, "spec_decoding_prom")).spec_decoding_prom
+        return {key: int(_value(getattr(prom, name)[0])) for key, name in COUNTERS.items()}
 
     def close(self) -> None:
         """End the engines' processes."""
         for llm in self._llms.values():
             llm.llm_engine.engine_core.shutdown(timeout=20)
         self._llms.clear()
-        self._selected = None
+        self._selected.clear()
+
+
+def _engine_of(draft: str) -> str:
+    return f"{SPEC}@{draft}" if draft else SPEC
+
+
+def _value(counter: Any) -> float:
+    """What a Prometheus counter of one engine stands at."""
+    return next(float(s.value) for metric in counter.collect() for s in metric.samples if s.name.endswith("_total"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods a benchmark compares, as written on the command line: ``name[:key=value,...]``."""
+"""The methods a benchmark compares, as written on the command line: ``name[@draft][:key=value,...]``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 OFF = "off"
 NATIVE = "draft_model"
+NGRAM, SUFFIX = "ngram", "suffix"
 
 PADDING, RUNS = "padding", "runs"
 # What `specdecpp_configure` takes besides the rule's name, and how each value is read; padding=0, which verifies at the
@@ -19,27 +20,38 @@ RULE_OPTIONS: dict[str, type] = {
     PADDING: int,
     RUNS: int,
 }
-NATIVE_OPTIONS: dict[str, type] = {"K": int}
+# vLLM's own methods; ngram's min and max are `prompt_lookup_min` and `prompt_lookup_max`.
+VLLM_OPTIONS: dict[str, dict[str, type]] = {
+    OFF: {},
+    NATIVE: {"K": int},
+    NGRAM: {"K": int, "min": int, "max": int},
+    SUFFIX: {"K": int},
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One column of a benchmark: speculation off, vLLM's draft_model at a fixed K, or one of our stop rules."""
+    """One column of a benchmark: speculation off, one of vLLM's own methods, or one of our stop rules.
+
+    ``draft`` names another draft model than the pair's, where a benchmark has several.
+    """
 
     name: str
     options: tuple[tuple[str, int | float], ...] = ()
+    draft: str = ""
 
     @property
     def label(self) -> str:
         """The canonical spelling, which is the ``method`` of the result rows."""
+        name = f"{self.name}@{self.draft}" if self.draft else self.name
         if not self.options:
-            return self.name
-        return self.name + ":" + ",".join(f"{key}={value:g}" for key, value in self.options)
+            return name
+        return name + ":" + ",".join(f"{key}={value:g}" for key, value in self.options)
 
     @property
     def is_rule(self) -> bool:
-        """True for a stop rule of ours (everything but ``off`` and ``draft_model``)."""
-        return self.name not in (OFF, NATIVE)
+        """True for a stop rule of ours (everything but vLLM's own methods)."""
+        return self.name not in VLLM_OPTIONS
 
     @property
     def fixed_k(self) -> int | None:
@@ -48,19 +60,22 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """Read ``off``, ``draft_model:4``, ``draft_model:K=4`` or ``rule[:option=value,...]``.
+    """Read ``off``, ``draft_model:4``, ``ngram:K=4,min=2,max=5``, ``suffix:24`` or ``rule[@draft][:option=value,...]``.
 
     Raises:
-        ValueError: unknown option, a value that is no number, an option given twice, draft_model without K.
+        ValueError: unknown option, a value that is no number, an option given twice, a method of vLLM without its K.
     """
-    name, colon, rest = text.partition(":")
+    head, colon, rest = text.partition(":")
+    name, _, draft = head.partition("@")
+    if draft and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", draft):
+        raise ValueError(f"method {text!r}: {draft!r} is no draft's name; write name@draft, e.g. cost_aware@32k")
     if not re.fullmatch(r"[a-z][a-z_0-9]*", name) or (colon and not rest):
         raise ValueError(
             f"method {text!r}: write name[:option=value,...], e.g. draft_model:4, confidence:threshold=0.6"
         )
-    if name == NATIVE and rest.isdigit():
+    known = VLLM_OPTIONS.get(name, RULE_OPTIONS)
+    if "K" in known and rest.isdigit():
         rest = f"K={rest}"
-    known = {OFF: {}, NATIVE: NATIVE_OPTIONS}.get(name, RULE_OPTIONS)
     options: dict[str, int | float] = {}
     for item in rest.split(",") if rest else []:
         key, _, value = item.partition("=")
@@ -73,9 +88,9 @@ def parse_method(text: str) -> Method:
             options[key] = known[key](value)
         except ValueError:
             raise ValueError(f"method {text!r}: {key}={value!r} is not a {known[key].__name__}") from None
-    if name == NATIVE and options.get("K", 0) < 1:
-        raise ValueError(f"method {text!r}: draft_model needs its fixed K >= 1, e.g. draft_model:4")
-    return Method(name, tuple((key, options[key]) for key in known if key in options))
+    if "K" in known and options.get("K", 0) < 1:
+        raise ValueError(f"method {text!r}: {name} needs its K >= 1, e.g. {name}:4")
+    return Method(name, tuple((key, options[key]) for key in known if key in options), draft)
 
 
 def parse_methods(texts: list[str]) -> list[Method]:

@@ -90,7 +90,7 @@ def provenance(argv: Sequence[str], module: str, methods: Sequence[Method]) -> R
 
 def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
     """The engines of these options, for at most ``batch`` requests at once; models are fetched if need be."""
-    target, draft = (str(fetch(name)) if name in SOURCES else name for name in args.pair)
+    target, draft = map(_fetched, args.pair)
     return EngineSettings(
         target=target,
         draft=draft,
@@ -101,7 +101,12 @@ def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
         max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_mib << 20,
         eager=args.eager,
+        other_drafts={name: _fetched(place) for name, place in getattr(args, "other_drafts", {}).items()},
     )
+
+
+def _fetched(name: str) -> str:
+    return str(fetch(name)) if name in SOURCES else name
 
 
 def command(

@@ -27,6 +27,8 @@ class Unit:
     temperature: float
     cell: Mapping[str, float] = field(default_factory=dict)
     """Keys that its raw rows have besides, where the prompts alone do not tell two units apart."""
+    methods: tuple[Method, ...] = ()
+    """Who answers it, if not all methods of the run."""
 
     @property
     def id(self) -> str:
@@ -108,19 +110,21 @@ def make_plan(units: Sequence[Unit], methods: list[Method], raw: RawFile) -> Pla
     plan = []
     for turn, unit in enumerate(units):
         done = raw.done(*unit.cell)
-        order = [method for method in rotated(methods, turn) if unit.key(method.label) not in done]
+        mine = rotated(list(unit.methods) or methods, turn)
+        order = [method for method in mine if unit.key(method.label) not in done]
         if order:
             plan.append((unit, order))
     return plan
 
 
 def warm_up(engines: Engines, plan: Plan, methods: Sequence[Method], args: argparse.Namespace) -> None:
-    """Every method once at every temperature, with the fewest and with the most prompts at once."""
-    sizes = sorted({len(unit.prompts) for unit, _ in plan})
+    """Every method once at each of its temperatures, with the fewest and with the most of its prompts at once."""
     for method in methods:
         print(f"warm-up: {method.label}", flush=True)
-        for temperature in sorted({unit.temperature for unit, _ in plan}):
-            for batch in dict.fromkeys((sizes[0], sizes[-1])):
+        mine = [unit for unit, order in plan if method in order]
+        for temperature in sorted({unit.temperature for unit in mine}):
+            sizes = [len(unit.prompts) for unit in mine if unit.temperature == temperature]
+            for batch in dict.fromkeys((min(sizes), max(sizes))):
                 prompts = [engines.encode(WARM_UP)] * batch
                 engines.generate(method, prompts, args.warm_up_tokens, temperature, args.top_k)
 

@@ -91,7 +91,7 @@ def heading(run: dict[str, Any], temperature: str, batch: str) -> str:
         parts.append(f"{settings['draft_sample_method']} drafting")
     compiled = "eager" if settings["eager"] else "compiled"
     parts += [batch, f"up to {settings['max_tokens']} new tokens", compiled]
-    return f"{', '.join(parts)}. {run['versions'].get('hardware', '')}."
+    return f"{', '.join(filter(None, parts))}. {run['versions'].get('hardware', '')}."
 
 
 def origin(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -155,9 +155,7 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     methods = method_order(raw)
     settings = raw.runs[-1]["settings"]
     if "temperature" not in settings:
-        raise ValueError(
-            f"{raw.path} holds several temperatures and batches; use python -m benchmarks.serve.matrix_report"
-        )
+        raise ValueError(f"{raw.path} holds several temperatures and batches; use python -m benchmarks.campaign.report")
     cells = aggregate(raw.rows, methods)
     table = markdown(cells, raw.runs)
     write_files(out, result_rows(cells, raw.runs, settings["temperature"], settings["batch"]), table)
@@ -194,7 +192,7 @@ def report_command(
     try:
         if not args.raw.exists():
             raise ValueError(
-                f"{args.raw} is missing; measure first with python -m benchmarks.serve.run or benchmarks.serve.matrix"
+                f"{args.raw} is missing; measure first with python -m benchmarks.serve.run or benchmarks.campaign"
             )
         print(write(RawFile(args.raw), args.out, args.force))
     except ValueError as error:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common.engines import Engines, EngineSettings, restore_proposer
+from benchmarks.common.engines import Engines, EngineSettings
+from benchmarks.common.in_worker import restore_proposer, use_native_proposer, use_padding, use_runs, use_text_proposer
 from benchmarks.common.methods import parse_method, parse_methods
 from benchmarks.common.provenance import command_line
 from vllm_specdecpp.costs.model import CostModel
@@ -17,8 +18,6 @@ from vllm_specdecpp.source_registry import make_sources
 
 
 def test_the_proposer_is_vllms_own_and_comes_back() -> None:
-    from benchmarks.common.engines import use_native_proposer, use_padding
-
     draft_model = pytest.importorskip("vllm.v1.spec_decode.draft_model")
 
     class Ours(draft_model.DraftModelProposer):  # type: ignore[name-defined]
@@ -63,10 +62,34 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
     assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
 
 
-def test_free_runs_are_left_out_and_come_back() -> None:
+def test_vllms_ngram_drafts_and_ours_comes_back() -> None:
+    """The runner asks by the configuration's method; what our worker asks of a drafter is still ours."""
     from types import SimpleNamespace as Space
 
-    from benchmarks.common.engines import use_runs
+    import numpy as np
+
+    config = Space(method="specdecpp", num_speculative_tokens=8)
+    vllm_config: Any = Space(
+        speculative_config=config,
+        model_config=Space(max_model_len=32),
+        scheduler_config=Space(max_num_seqs=2),
+        parallel_config=Space(tensor_parallel_size=1),
+    )
+    ours = Space(log="ours")
+    runner = Space(drafter=ours, speculative_config=config, vllm_config=vllm_config)
+    worker: Any = Space(model_runner=runner)
+    use_text_proposer(worker, "ngram", {"K": 3, "min": 2, "max": 3})
+    assert runner.speculative_config.method == "ngram" and config.method == "specdecpp"
+    assert runner.drafter.log == "ours"
+    tokens = np.zeros((2, 32), dtype=np.int32)
+    tokens[0, :9] = [1, 2, 3, 4, 5, 6, 7, 1, 2]
+    assert runner.drafter.propose(8, [[2], []], np.array([9, 4], dtype=np.int32), tokens) == [[3, 4, 5], []]
+    restore_proposer(worker)
+    assert runner.drafter is ours and runner.speculative_config is config
+
+
+def test_free_runs_are_left_out_and_come_back() -> None:
+    from types import SimpleNamespace as Space
 
     rule: Any = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
     worker: Any = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
@@ -85,14 +108,15 @@ def test_free_runs_are_left_out_and_come_back() -> None:
         ("confidence:threshold=1.5", "strictly between 0 and 1"),
         ("threshold", "needs an acceptance head"),
         ("fixed:threshold=0.5", "no meaning with rule='fixed'"),
+        ("cost_aware@small", "there is no draft 'small'; there is other"),
     ],
 )
 def test_a_method_that_cannot_run_is_refused_before_the_engine_starts(method: str, message: str) -> None:
-    settings = EngineSettings("T", "D", num_speculative_tokens=4)
+    settings = EngineSettings("T", "D", num_speculative_tokens=4, other_drafts={"other": "E"})
     with pytest.raises(ValueError, match=message):
         Engines(settings, [parse_method(method)]).start()
     good = ["off", "draft_model:4", "confidence:num_speculative_tokens=4,min_speculative_tokens=2", "fixed", "entropy"]
-    Engines(settings, parse_methods(good)).check()
+    Engines(settings, parse_methods([*good, "ngram:4", "cost_aware@other"])).check()
 
 
 def test_the_command_line_holds_no_machine_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

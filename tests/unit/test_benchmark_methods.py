@@ -27,8 +27,8 @@ def test_a_method_is_read_and_written_canonically(text: str, label: str) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("draft_model", "needs its fixed K"),
-        ("draft_model:0", "needs its fixed K"),
+        ("draft_model", "needs its K"),
+        ("draft_model:0", "needs its K"),
         ("draft_model:k=4", "unknown option 'k'"),
         ("off:K=4", "unknown option 'K'"),
         ("confidence:treshold=0.6", "takes threshold"),

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, result rows (JSONL) and heat maps (PNG) of the cells that benchmarks.campaign has measured.
+
+python -m benchmarks.campaign.report benchmarks/results/X.raw.jsonl --out benchmarks/results/X.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common.methods import NATIVE, OFF, parse_method
+from benchmarks.common.records import RawFile, Row
+from benchmarks.common.stats import ALL, Cell, Spread, aggregate, best_fixed_k, complete_units
+from benchmarks.serve.report import (
+    check_free,
+    heading,
+    method_order,
+    origin,
+    report_command,
+    result_rows,
+    spread,
+    write_files,
+)
+
+Place = tuple[float, str, int]
+"""Temperature, set, batch."""
+Cells = dict[Place, dict[str, Cell]]
+"""The methods' cells of each place."""
+
+
+def cells_of(
+    rows: Sequence[Row], methods_by_cell: Mapping[str, Sequence[str]], families: Mapping[str, Sequence[str]]
+) -> Cells:
+    """Every place that has a group finished by all its methods, sorted by temperature, set (as measured) and batch.
+
+    Args:
+        methods_by_cell: labels by temperature and batch (``Campaign.methods_by_cell``).
+        families: sets by the name of the total that they belong to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cells: Cells = {}
+    names = [*dict.fromkeys(row["set"] for row in rows), *families, ALL]
+    for temperature, batch in sorted({(row["temperature"], row["batch"]) for row in rows}):
+        chosen = [row for row in rows if (row["temperature"], row["batch"]) == (temperature, batch)]
+        methods = methods_by_cell.get(f"{temperature:g}/{batch}", [])
+        each: list[tuple[str | None, Sequence[str]]] = [(None, names), *families.items()]
+        for name, sets in each:
+            mine = [row for row in chosen if row["set"] in sets]
+            if complete_units(mine, methods):
+                for cell in aggregate(mine, methods):
+                    if name is None:
+                        cells.setdefault((temperature, cell.set, batch), {})[cell.method] = cell
+                    elif cell.set == ALL:
+                        cells.setdefault((temperature, name, batch), {})[cell.method] = replace(cell, set=name)
+    if not cells:
+        raise ValueError("no group was finished by every method yet: nothing to report")
+    return dict(sorted(cells.items(), key=lambda item: (item[0][0], names.index(item[0][1]), item[0][2])))
+
+
+def summary(cells: Cells, judged: str, totals: Sequence[str]) -> Row:
+    """The figures that the aims are set in; geometric means over the places, without the totals."""
+    places = [of[judged] for place, of in cells.items() if place[1] not in totals]
+    result: Row = {"method": judged, "cells": len(places)}
+    for name in ("over_off", "over_rival"):
+        ratios = [ratio for ratio in (getattr(cell, name) for cell in places) if ratio is not None]
+        values = np.array([ratio.value for ratio in ratios])
+        result[f"{name}_geometric_mean"] = round(float(np.exp(np.log(values).mean())), 4)
+        result[f"{name}_lowest"] = round(float(values.min()), 4)
+        # A group alone has no interval.
+        result[f"{name}_surely_below_0.98"] = sum(r.high < 0.98 for r in ratios)
+    return result
+
+
+def markdown(cells: Cells, runs: Sequence[dict[str, Any]], judged: str) -> str:
+    """One table over all sets, a row a temperature and batch; and one with every set."""
+    totals = (*runs[-1]["families"], ALL)
+    lines = [
+        heading(runs[-1], "", ""),
+        f"Tokens/s; ratios of {judged}, paired by group of prompts, with 95 % bootstrap intervals. The best fixed K",
+        "and the best of vLLM's own methods (off, draft_model, ngram, suffix) are the fastest of that very cell.",
+        "",
+        *front({place: of for place, of in cells.items() if place[1] in totals}, judged),
+        "",
+        *table({place: of for place, of in cells.items() if place[1] in totals}, judged),
+        "",
+        *table({place: of for place, of in cells.items() if place[1] not in totals}, judged),
+    ]
+    return "\n".join([*lines, *origin(runs)])
+
+
+def front(cells: Cells, judged: str) -> list[str]:
+    """Lines of the short table that README repeats (``tests/unit/test_results.py``), a row a place."""
+    rows = [
+        "| T | batch | text | off | vLLM's best | specdecpp | over off | over vLLM's best |",
+        "|---" * 8 + "|",
+    ]
+    for (temperature, name, batch), of in cells.items():
+        ours = of[judged]
+        rival = f"{of[ours.rival].tokens_per_second.value:.2f} ({ours.rival})" if ours.rival else ""
+        rows.append(
+            f"| {temperature:g} | {batch} | {name} | {of[OFF].tokens_per_second.value:.2f} | {rival} "
+            f"| **{ours.tokens_per_second.value:.2f}** | {_shown(ours.over_off, ours.units)} "
+            f"| {_shown(ours.over_rival, ours.units)} |"
+        )
+    return rows
+
+
+def table(cells: Cells, judged: str) -> list[str]:
+    """Lines of a markdown table, a row a place."""
+    labels = list(dict.fromkeys(label for of in cells.values() for label in of))
+    shown = [label for label in labels if parse_method(label).name not in (OFF, NATIVE)]
+    rows = [
+        f"| T | set | batch | groups | off | best fixed K | {' | '.join(shown)} | over off | over vLLM's best |",
+        "|---" * (8 + len(shown)) + "|",
+    ]
+    for (temperature, name, batch), of in cells.items():
+        ours, best = of[judged], best_fixed_k(list(of.values()))
+        fixed = f"{best.tokens_per_second.value:.2f} (K={ours.best_fixed_k})" if best else ""
+        rates = " | ".join(f"{of[label].tokens_per_second.value:.2f}" if label in of else "" for label in shown)
+        rows.append(
+            f"| {temperature:g} | {name} | {batch} | {ours.units} | {of[OFF].tokens_per_second.value:.2f} | {fixed} "
+            f"| {rates} | {_shown(ours.over_off, ours.units)} | {_shown(ours.over_rival, ours.units)} ({ours.rival}) |"
+        )
+    return rows
+
+
+def _shown(ratio: Spread | None, num_groups: int) -> str:
+    """A ratio with its interval; one group has none."""
+    return spread(ratio) if ratio is None or num_groups > 1 else f"{ratio.value:.2f}"
+
+
+def plot(cells: Cells, judged: str, totals: Sequence[str], title: str, path: Path) -> None:
+    """Two heat maps: over the best of vLLM's own methods, and over off; rows set and T, columns batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colors, pyplot
+
+    rows = list(dict.fromkeys((t, name) for t, name, _ in cells if name not in totals))
+    batches = sorted({batch for _, _, batch in cells})
+    panels = {"over the best of vLLM's own methods": "over_rival", "over off": "over_off"}
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(4 + 1.3 * len(batches), 1.6 + 0.45 * len(rows)), sharey=True, layout="constrained"
+    )
+    for panel, (name, ratio) in zip(axes, panels.items(), strict=True):
+        values = np.full((len(rows), len(batches)), np.nan)  # [num_rows, num_batches]
+        for (temperature, in_set, batch), methods in cells.items():
+            found = getattr(methods[judged], ratio)
+            if in_set not in totals and found is not None:
+                values[rows.index((temperature, in_set)), batches.index(batch)] = found.value
+        # The same colour for the same factor up and down; white is no difference.
+        reach = max(0.05, float(np.nanmax(np.abs(np.log(values)), initial=0.0)))
+        scale = colors.TwoSlopeNorm(0.0, -reach, reach)
+        panel.imshow(np.ma.masked_invalid(np.log(values)), cmap="RdBu", norm=scale, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            shown = "" if np.isnan(value) else f"{value:.2f}"
+            dark = not np.isnan(value) and abs(np.log(value)) > 0.6 * reach
+            panel.text(j, i, shown, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        panel.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        panel.set_xlabel("batch")
+        panel.set_title(name, fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [f"{name}, T={temperature:g}" for temperature, name in rows])
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
+    """Write ``out`` (JSONL), and beside it the table (.md) and the heat maps (.png); returns table and summary.
+
+    Raises:
+        ValueError: ``out`` exists and ``force`` is off, or no group is finished by all methods.
+    """
+    check_free(out, force)
+    method_order(raw)
+    last = raw.runs[-1]
+    if "cells" not in last:
+        raise ValueError(f"{raw.path} holds one temperature and batch; use python -m benchmarks.serve.report")
+    cells = cells_of(raw.rows, last["cells"], last["families"])
+    judged, totals = last["judged"], (*last["families"], ALL)
+    written = markdown(cells, raw.runs, judged)
+    rows: list[Row] = []
+    for (temperature, _, batch), of in cells.items():
+        rows += result_rows(list(of.values()), raw.runs, temperature, batch)
+    write_files(out, rows, written)
+    plot(cells, judged, totals, f"{judged}, tokens/s: {last['settings']['pair']}", out.with_suffix(".png"))
+    return f"{written}\n{json.dumps(summary(cells, judged, totals))}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: see the module's docstring."""
+    return report_command("benchmarks.campaign.report", (__doc__ or "").splitlines()[0], write_report, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
