@@ -17,7 +17,7 @@ QUICK := -m "not slow and not network"
 # A selection (-k ...) may find nothing in one of several pytest runs: its exit status is then 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help venv models demo bench test test-v2 test-slow lint check clean
+.PHONY: help venv models demo bench test test-v2 test-slow lint check docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-slow  tests with the real models, and slow variants of what make test proves"
 	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.serve.run"
 	@echo "make check      ruff and mypy"
+	@echo "make docs       README and docs as a site, in build/site; a link that leads nowhere is an error"
 	@echo "make venv       the environment alone, in $(VENV)"
 	@echo "make clean      remove .venv and the caches of the tools; fetched models stay"
 
@@ -38,7 +39,7 @@ $(STAMP): setup.py pyproject.toml vllm_specdecpp/setup/cpu_install.py
 	test -x $(PY) && $(PY) -m pip --version >/dev/null || $(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; }
 	$(PY) -m vllm_specdecpp.setup.cpu_install
-	$(PY) -m pip install -e '.[cpu,bench,train,dev]'
+	$(PY) -m pip install -e '.[cpu,bench,train,docs,dev]'
 	@touch $@
 
 models: $(STAMP)
@@ -68,6 +69,11 @@ lint: $(STAMP)
 
 check: lint
 	@$(PY) -m mypy
+
+docs: $(STAMP)
+	@mkdir -p build/pages && ln -sfn $(CURDIR)/README.md $(CURDIR)/CHANGELOG.md $(CURDIR)/docs $(CURDIR)/benchmarks build/pages/
+	@$(PY) -m mkdocs build --strict --clean --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache

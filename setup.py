@@ -34,6 +34,7 @@ setup(
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
         "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
+        "docs": ["mkdocs>=1.6,<2"],
         "dev": [
             "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
             "ray[data]", "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",

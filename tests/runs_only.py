@@ -32,7 +32,7 @@ def check_greedy(llm: Any, drafter: Any, prompts: list[list[int]], wanted: list[
         llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
         assert harness.token_ids(harness.generate(llm, prompts, ignore_eos=True)) == wanted
         stats = llm.collective_rpc("specdecpp_stats")[0]
-        assert stats["draft_passes"] == 0 and bool(stats["accepted"]) == bool(stats["candidates"]) == some, stats
+        assert stats["draft_passes"] == 0 and bool(stats["candidates"]) == some, stats
         assert stats["rounds"] > 20
 
 

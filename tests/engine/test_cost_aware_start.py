@@ -11,6 +11,8 @@ import torch
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.costs.widths import PASSES
+from vllm_specdecpp.engine.v1 import timing as v1_timing
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -40,8 +42,11 @@ def test_sampled_output_follows_the_exact_law(tiny, reference, method):
 def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     config = {"method": "specdecpp", "model": tiny.draft_rand, "num_speculative_tokens": 3}
+    rows = [4, 4, 4, 4, 8, 8, 8, 8]
+    monkeypatch.setattr(v1_timing, "cheapest_rows", lambda seconds: rows)
     with harness.engine(tiny.target, config) as llm:
         cost_aware = harness.proposer(llm).cost_aware
+        assert harness.proposer(llm).rows == dict.fromkeys(PASSES, rows)
         while cost_aware._overheads is not None or cost_aware.rule.admission.records.known < 12:
             harness.generate(llm, harness.prompts(4))
         model = cost_aware.rule.costs
@@ -53,14 +58,18 @@ def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, m
     kept = json.loads(path.read_text())
     assert "draft_rand" in kept["setting"]["draft"] and kept["learnt"] == json.loads(json.dumps(state))
 
+    assert kept["rows"] == dict.fromkeys(PASSES, rows)
+
     def measure(*args: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(timing, "measure", measure)
     assert "going on with what was learnt" not in caplog.text
     with harness.engine(tiny.target, config) as llm:
-        rule = harness.proposer(llm).cost_aware.rule
-        found = rule.costs.points()
+        proposer = harness.proposer(llm)
+        rule, found = proposer.cost_aware.rule, proposer.cost_aware.rule.costs.points()
+        assert proposer.rows == dict.fromkeys(PASSES, rows)
+        assert "_determine_batch_execution_and_padding" in proposer.runner.__dict__  # the target's passes, too
     assert "going on with what was learnt" in caplog.text
     assert rule.admission.records.mean == pytest.approx(records.mean)
     assert rule.admission.records.known == pytest.approx(records.known, rel=0.05)  # a little older

@@ -82,16 +82,26 @@ def test_a_head_of_the_unshrunk_draft_is_taken_with_a_warning(tiny, tmp_path, mo
         pass
 
 
-def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path):
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path, trimmed):
+    """A draft that lacks most tokens agrees less; its folder, once made, is checked without the counts."""
     (tmp_path / "prompts.txt").write_text("def wrap(text):\nclass TextWrapper:\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "9"}\n')
+    draft = [tiny.draft_good, "--out", str(tmp_path / "out")]
+    fewer = ["--scheme", "none", "--vocab", "160", "--counts", str(tmp_path / "texts.jsonl")]
+    if trimmed:
+        assert cli.main(["shrink", *draft, *fewer]) == 0
     command = [
-        sys.executable, "-m", "vllm_specdecpp.cli", "shrink", tiny.draft_good, "--out", str(tmp_path / "out"),
-        "--scheme", "int8", "--check", "--target", tiny.target, "--prompts", str(tmp_path / "prompts.txt"),
-        "--max-tokens", "16", "--eager", "--kv-cache-mib", "64",
+        sys.executable, "-m", "vllm_specdecpp.cli", "shrink", *draft, "--check", "--target", tiny.target,
+        "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "16", "--eager", "--kv-cache-mib", "64",
+        *(["--vocab", "160"] if trimmed else ["--scheme", "int8"]),
     ]  # fmt: skip
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == (0 if "it pays" in done.stdout else 1), done.stderr
     agreement = re.search(r"greedy agreement +([\d.]+)% +([\d.]+)%", done.stdout)
-    assert agreement is not None and min(map(float, agreement.groups())) > 30, done.stdout
+    assert agreement is not None, done.stdout
+    original, shrunk = map(float, agreement.groups())
+    assert original > 30 and (shrunk < original - 5 if trimmed else shrunk > 30), done.stdout
     assert done.stdout.count(", predicted, ") == 3
+    assert ("it proposes 160 of 512 tokens" in done.stdout) is trimmed

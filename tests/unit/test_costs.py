@@ -29,8 +29,9 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         assert kept is not None and (kept.curves, kept.setting) == (CURVES, SETTING)
         assert kept.learnt == {"theta": [1.0, -0.5], "by": {"k": 3}} and 0 <= kept.age_seconds < 60
     assert [path.name for path in costs.path.parent.iterdir()] == [costs.path.name]  # no .part is left
+    costs.rows = {"draft": [4, 4, 4, 4, 8, 8, 8, 8]}
     assert costs.save(CURVES)
-    assert file.read(costs.path).learnt == {}
+    assert file.read(costs.path).learnt == {} and file.read(costs.path).rows == costs.rows
 
 
 def test_another_setting_is_another_file(tmp_path: Path) -> None:
@@ -63,6 +64,8 @@ OLD = {"format": 1, "key": SETTING, **{name: CURVES[name] for name in ("first", 
         {"written": "2026-01-02T03:04:05"}, {"curves": {**CURVES, "read": {}}}, {"curves": {**CURVES, "read": {1: -1}}},
         {"curves": {name: CURVES[name] for name in ("first", "step", "verify")}},
         {"curves": {**CURVES, "more": {1: 1}}},
+        {"rows": {"draft": [1, 2]}}, {"rows": {"draft": [4, 4, 4, 3, 8, 8, 8, 8]}}, {"rows": {"draft": [9] * 8}},
+        {"rows": {"x": [8] * 8}}, {"rows": {"draft": None}}, {"rows": {"draft": ["a"] * 8}}, {"rows": 3},
         {"curves": {**CURVES, "read": [1]}}, {"curves": {**CURVES, "read": {"a": 1}}},
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 
 from tests.unit.test_admission import best, costs, plan, standing
 from vllm_specdecpp.costs import timing
+from vllm_specdecpp.costs.widths import cheapest_rows
 from vllm_specdecpp.engine.shared import cost_file
 
 
@@ -39,14 +40,14 @@ def test_the_least_time_of_each_width_counts_and_the_first_run_does_not():
     assert runs == [1, 1, 3, 3, 2, 2, *[1, 3, 2] * (timing.REPEATS - 1)]  # a slow moment hits no width alone
 
 
-def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
+def test_time_that_runs_out_ends_after_three_widths_at_the_earliest():
     clock = _Clock()
 
     def run(width: int) -> None:
         clock.now += 10.0
 
-    times = timing.time_widths(run, timing.coarse_to_fine(100), _same, clock=clock)
-    assert list(times) == [1, 4, 16, 64]
+    times = timing.time_widths(run, timing.coarse_to_fine(100), _same, 3.0, clock)
+    assert list(times) == [1, 4, 16] and clock.now == 40.0  # and none of them again, once no kernels are built
 
 
 @pytest.mark.parametrize(("builds", "wide"), [(0.0, 1), (2.0, 2)])
@@ -68,8 +69,8 @@ def test_a_width_that_would_end_too_late_is_left_out_and_narrower_ones_are_not()
     def run(width: int) -> None:
         clock.now += 0.02 * width
 
-    times = timing.time_widths(run, timing.coarse_to_fine(256), _same, clock=clock)
-    assert 256 not in times and 128 not in times and {1, 2, 4, 8, 16, 64} <= times.keys()
+    times = timing.time_widths(run, timing.coarse_to_fine(256), _same, 7.0, clock)
+    assert 256 not in times and 128 not in times and {1, 2, 4, 8, 16, 64} <= times.keys() and clock.now <= 7.0
 
 
 def test_no_width_beyond_the_wanted_one_or_the_bound():
@@ -93,9 +94,9 @@ def test_ranks_stop_at_the_same_width_with_the_same_times():
         log.append(width)
 
     widths = timing.coarse_to_fine(64)
-    first = timing.time_widths(lambda w: run(slow, 1.0, runs[0], w), widths, lead, clock=slow)
+    first = timing.time_widths(lambda w: run(slow, 1.0, runs[0], w), widths, lead, 9.0, slow)
     answers = iter(told)
-    second = timing.time_widths(lambda w: run(fast, 1e-6, runs[1], w), widths, lambda _: next(answers), clock=fast)
+    second = timing.time_widths(lambda w: run(fast, 1e-6, runs[1], w), widths, lambda _: next(answers), 9.0, fast)
     assert first == second and runs[0] == runs[1]
 
 
@@ -111,11 +112,13 @@ def test_curves_add_the_lm_head_and_double_the_first_pass():
 class _Passes:
     target_to_draft: float | None = None
 
-    def __init__(self, clock: _Clock, token_seconds: float = 0.001) -> None:
-        self.clock, self.token_seconds = clock, token_seconds
+    def __init__(self, clock: _Clock, token_seconds: float = 0.001, least: int = 1) -> None:
+        self.clock, self.token_seconds, self.least = clock, token_seconds, least
+        self.rows: dict[str, list[int]] = {}
 
     def draft(self, num_rows: int) -> None:
-        self.clock.now += 0.010 + self.token_seconds * num_rows
+        slow = 0.030 if num_rows < self.least else 0.0
+        self.clock.now += 0.010 + self.token_seconds * num_rows + slow
 
     def draft_logits(self, num_rows: int) -> None:
         self.clock.now += 0.002
@@ -124,36 +127,56 @@ class _Passes:
         assert self.target_to_draft is None
         self.clock.now += 0.100
 
+    def pad(self, times: dict[str, dict[int, float]]) -> dict[str, list[int]]:
+        assert list(times) == ["draft", "logits"] + ["target"] * (self.target_to_draft is None)
+        self.rows = {name: cheapest_rows(seconds) for name, seconds in times.items()} if self.least > 1 else {}
+        return self.rows
+
+
+def _measure(passes: _Passes, waited: float = 1e9, most: int = 100) -> Any:
+    scheduler = SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=most)
+    return timing.measure(passes, scheduler, 2, _same, waited, passes.clock)
+
 
 @pytest.mark.parametrize("ratio", [None, 3.0])
-def test_measure(monkeypatch, ratio):
-    clock = _Clock()
-    monkeypatch.setattr(timing.time_widths, "__defaults__", (timing.SECONDS_PER_CURVE, clock))
-    passes = _Passes(clock)
+def test_measure(ratio):
+    passes = _Passes(_Clock())
     passes.target_to_draft = ratio
-    scheduler = SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=100)
-    points = timing.measure(passes, scheduler, 2, _same)
+    points = _measure(passes)
     assert points["step"] == pytest.approx({1: 0.013, 2: 0.014})
     assert points["first"] == pytest.approx({1: 0.014, 2: 0.016})
-    widths = range(1, 5) if ratio else range(1, 7)  # the draft's passes go up to two tokens a request
+    widths = points["read"] if ratio else range(1, 7)
     assert points["verify"] == pytest.approx({n: ratio * (0.010 + 0.001 * n) if ratio else 0.1 for n in widths})
 
 
+def test_narrow_passes_are_timed_once_and_cost_what_the_width_that_they_run_at_costs():
+    passes = _Passes(_Clock(), least=4)
+    points = _measure(passes)
+    assert passes.rows["draft"] == [4, 4, 4, 4, 5, 6, 7, 8] and passes.rows["target"] == list(range(1, 9))
+    assert points["step"] == pytest.approx({1: 0.016, 2: 0.016})
+    assert points["read"][3] == pytest.approx(0.014) and points["read"][5] == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize(("waited", "least", "most"), [(5.0, 0.5, 1.0), (50.0, 2.0, 3.0), (1e6, 3.0, 8.0)])
+def test_timing_takes_its_share_of_the_start(waited, least, most):
+    """Passes as on a CPU."""
+    passes = _Passes(_Clock())
+    _measure(passes, waited, 2048)
+    assert least < passes.clock.now <= most
+
+
 @pytest.mark.parametrize(
-    ("token_seconds", "most", "widths"),
+    ("token_seconds", "most", "widest"),
     [
-        (1e-3, 100, [1, 2, 3, 4, 16, 64, 100]),
-        (5e-4, 2048, [1, 2, 3, 4, 16, 64, 256, 2048]),
-        (1e-3, 2048, [1, 2, 3, 4, 16, 64, 256]),  # the widest one would take twice 2 s
-        (1e-3, 2, [1, 2]),
+        (1e-3, 100, 100),
+        (2e-4, 2048, 2048),
+        (2e-3, 2048, 256),  # the widest one would take twice 4 s
+        (1e-3, 2, 2),
     ],
 )
-def test_reading_is_timed_as_far_as_that_is_cheap(monkeypatch, token_seconds, most, widths):
-    clock = _Clock()
-    monkeypatch.setattr(timing.time_widths, "__defaults__", (timing.SECONDS_PER_CURVE, clock))
-    passes = _Passes(clock, token_seconds)
-    read = timing.measure(passes, SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=most), 2, _same)["read"]
-    assert read == pytest.approx({n: 0.010 + token_seconds * n for n in widths}) and list(read) == widths
+def test_reading_is_timed_as_far_as_that_is_cheap(token_seconds, most, widest):
+    read = _measure(_Passes(_Clock(), token_seconds), most=most)["read"]
+    assert read == pytest.approx({n: 0.010 + token_seconds * n for n in read}) and max(read) == widest
 
 
 def _config(**changes: Any) -> Any:

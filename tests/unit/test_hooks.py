@@ -41,6 +41,22 @@ def test_a_changed_symbol_is_found(source, expected):
     assert found == ([expected] if expected else [])
 
 
+@pytest.mark.parametrize(("change", "times"), [("", 1), ("# another\n", 2)])
+def test_sources_that_were_compared_are_not_parsed_again(monkeypatch, tmp_path, change, times):
+    """Nor where something was missing: that is never kept."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(supported, "LEDGER", (supported.Hook("m:C.f", ("x",)),))
+    sources, parsed = ["class C: pass", "class C:\n def f(self, x): pass\n"], []
+    find = supported.find_problems
+    monkeypatch.setattr(supported, "find_problems", lambda get: parsed.append(1) or find(get, supported.LEDGER))
+    for source in [*sources[:1] * 2, sources[1], sources[1] + change]:
+        monkeypatch.setattr(supported, "_installed_source", lambda _, source=source: source)
+        supported.problems.cache_clear()
+        assert bool(supported.problems()) is (source == sources[0])
+    supported.problems.cache_clear()
+    assert len(parsed) == 2 + times
+
+
 @pytest.mark.parametrize("version", [None, "0.31.4", "0.34.0", "1.0"])
 def test_an_unknown_vllm_is_refused_in_one_line(monkeypatch, version):
     supported.problems.cache_clear()

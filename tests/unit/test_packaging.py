@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -55,13 +56,17 @@ def metadata_of_wheel(wheel: zipfile.ZipFile) -> Message:
     return Parser().parsestr(wheel.read(name).decode())
 
 
-def python(code: str, *options: str, cwd: Path) -> list[str]:
-    """Lines that ``code`` prints in a new process, without this environment's variables for Python."""
+def run(*command: str | Path, cwd: Path) -> list[str]:
+    """Lines that a command prints, without this environment's variables for Python."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [sys.executable, *options, "-c", code]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def python(code: str, *options: str, cwd: Path) -> list[str]:
+    """Lines that ``code`` prints in a new process."""
+    return run(sys.executable, *options, "-c", code, cwd=cwd)
 
 
 def test_wheel_holds_the_package_its_data_and_the_kernels_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -85,7 +90,7 @@ def test_wheel_leaves_the_users_vllm_and_torch_alone(metadata_of_wheel: Message)
 def test_wheel_names_version_extras_and_entry_point(wheel: zipfile.ZipFile, metadata_of_wheel: Message) -> None:
     assert metadata_of_wheel["Name"] == "vllm-specdecpp"
     assert metadata_of_wheel["Version"] == vllm_specdecpp.__version__
-    assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "dev"]
+    assert metadata_of_wheel.get_all("Provides-Extra") == ["cpu", "train", "bench", "docs", "dev"]
     (name,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     assert wheel.read(name).decode().split() == [
         "[console_scripts]", "vllm-specdecpp", "=", "vllm_specdecpp.cli:main",
@@ -108,6 +113,33 @@ print(vllm_specdecpp.kernels.__file__)
         str(tree / "vllm_specdecpp/__init__.py"),
         str(tree / "kernels/__init__.py"),
     ]
+
+
+def test_wheel_installs_beside_a_vllm(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """In a fresh environment, which sees this one's packages: vLLM finds the plugin, the command starts."""
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or vllm.origin is None:
+        pytest.skip("needs vLLM")
+    fresh, pip = tmp_path / "fresh", [sys.executable, "-m", "pip", "--python", tmp_path / "fresh/bin/python"]
+    run(sys.executable, "-m", "venv", "--without-pip", fresh, cwd=tmp_path)
+    run(*pip, "install", "--no-index", "--no-deps", str(wheel.filename), cwd=tmp_path)
+    (site,) = fresh.glob("lib/python*/site-packages")
+    # Plain paths: an editable install of this package, there, is not followed.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "beside.pth").write_text("\n".join([*others, str(Path(vllm.origin).parents[1])]))
+    code = """
+import vllm.plugins
+from vllm.engine.arg_utils import EngineArgs
+own = EngineArgs.create_engine_config
+vllm.plugins.load_general_plugins()
+import vllm_specdecpp, vllm_specdecpp.kernels
+print(EngineArgs.create_engine_config.__wrapped__ is own)
+print(vllm_specdecpp.__file__, vllm_specdecpp.kernels.__file__, sep="\\n")
+"""
+    found = run(fresh / "bin/python", "-c", code, cwd=tmp_path)
+    package = site / "vllm_specdecpp"
+    assert found[-3:] == ["True", str(package / "__init__.py"), str(package / "kernels/__init__.py")]
+    assert run(fresh / "bin/vllm-specdecpp", "--help", cwd=tmp_path)[0].startswith("usage: vllm-specdecpp")
 
 
 @pytest.mark.parametrize(
@@ -152,3 +184,12 @@ def test_ci_runs_the_tests() -> None:
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
     assert re.search(r"^exec make .*\btest\b", script.read_text(), re.MULTILINE)
+
+
+def test_the_public_hosts_ci_runs_targets_of_the_makefile() -> None:
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +- run: (.*)$", workflow, re.MULTILINE)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"check", "docs", "test"} <= {command.removeprefix("make ") for command in commands} <= targets
+    assert workflow.count("run:") == len(commands) and all(command.startswith("make ") for command in commands)
+    assert 'python-version: "3.11"' in workflow

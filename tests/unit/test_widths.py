@@ -3,33 +3,26 @@
 
 from __future__ import annotations
 
-import time
+import pytest
 
-from vllm_specdecpp.engine.shared.widths import RowWidths, measure
-
-
-def test_pads_up_to_a_cheaper_width_and_never_down():
-    widths = RowWidths([26.0, 28.0, 23.0, 22.9, 24.0])
-    assert [widths.cheapest(n) for n in range(1, 6)] == [4, 4, 3, 4, 5]
+from vllm_specdecpp.costs.widths import cheapest_rows, padded, padded_times
 
 
-def test_a_gain_within_the_noise_does_not_pad():
-    assert RowWidths([10.0, 9.9, 9.8]).cheapest(1) == 1
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        ({1: 26.0, 2: 28.0, 3: 23.0, 4: 22.9, 5: 24.0}, [4, 4, 3, 4, 5, 6, 7, 8]),  # never down
+        ({1: 10.0, 2: 9.9, 3: 9.8}, [1, 2, 3, 4, 5, 6, 7, 8]),  # a gain within the noise
+        ({1: 10.0, 4: 6.0, 16: 5.0}, [4, 4, 4, 4, 5, 6, 7, 8]),  # 2 and 3 were not timed; 16 is too wide
+        ({1: 5.0, 4: 9.0, 5: 7.0}, [1, 2, 5, 5, 5, 6, 7, 8]),  # a narrower one that is cheaper still is of no use
+        ({1: 10.0, 8: 6.0}, [8, 8, 8, 8, 8, 8, 8, 8]),
+    ],
+)
+def test_a_few_rows_run_at_the_cheapest_width_from_theirs_on(seconds, rows):
+    assert cheapest_rows(seconds) == rows
+    assert [padded(rows, n) for n in (1, 8, 9)] == [rows[0], rows[7], 9]
+    assert padded_times({**seconds, 32: 99.0}, rows) == {n: seconds[padded(rows, n)] for n in seconds} | {32: 99.0}
 
 
-def test_beyond_the_table_and_without_one_nothing_is_padded():
-    assert RowWidths([3.0, 1.0]).cheapest(3) == 3
-    assert RowWidths().cheapest(1) == 1
-
-
-def test_measure_finds_the_slow_width():
-    calls = []
-
-    def run(num_rows: int) -> None:
-        calls.append(num_rows)
-        time.sleep(0.02 if num_rows == 1 else 0.001)
-
-    seconds = measure(run, max_rows=3, repeats=3)
-    assert calls == [1, 2, 3] * 4
-    assert len(seconds) == 3
-    assert RowWidths(seconds).cheapest(1) in (2, 3)
+def test_without_a_table_nothing_is_padded():
+    assert padded((), 1) == 1 and padded_times({1: 2.0, 2: 1.0}, ()) == {1: 2.0, 2: 1.0}

@@ -111,7 +111,7 @@ def started(tiny, expected, tmp_path_factory):
             return add(self, request, rank)
 
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(timing, "SECONDS_PER_CURVE", 0.1)
+        patch.setattr(timing, "MOST", 0.3)
         patch.setattr(WorkerLoRAManager, "add_dummy_lora", counted)
         patch.setattr(V2Passes, "target", watched)
         with harness.engine(tiny.target, config, **OPTIONS) as llm:

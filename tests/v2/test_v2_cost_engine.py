@@ -40,7 +40,7 @@ def llm(tiny, tmp_path_factory):
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(timing, "SECONDS_PER_CURVE", 0.1)
+        patch.setattr(timing, "MOST", 0.3)
         with harness.engine(tiny.target, config, enable_prefix_caching=True, max_num_batched_tokens=48) as llm:
             patch.setattr(timing, "measure", _no_measure)
             yield llm

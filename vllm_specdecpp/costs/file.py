@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_specdecpp.costs.curves import Curve
 from vllm_specdecpp.costs.model import CURVES, Points
+from vllm_specdecpp.costs.widths import Rows, checked
 from vllm_specdecpp.data.manifest import write_whole
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -30,7 +31,7 @@ class KeptCosts:
     """What a file of costs holds.
 
     Raises:
-        ValueError: a curve is missing, has no width, or a bad time; or there is no date.
+        ValueError: a curve is missing, has no width, or a bad time; a bad width; or there is no date.
     """
 
     setting: Mapping[str, str]
@@ -42,6 +43,9 @@ class KeptCosts:
     learnt: Mapping[str, Any] = field(default_factory=dict)
     """What the rule learnt while it served, as JSON."""
 
+    rows: Rows = field(default_factory=dict)
+    """At what widths the passes of these curves run; see :mod:`vllm_specdecpp.costs.widths`."""
+
     written: str = field(default_factory=_now)
     """When, in ISO 8601 with a time zone."""
 
@@ -50,6 +54,7 @@ class KeptCosts:
             raise ValueError(f"has the curves {', '.join(self.curves)} instead of {', '.join(CURVES)}")
         for curve in self.curves.values():
             Curve(curve, 1)
+        checked(self.rows)
         self.age_seconds  # noqa: B018  raises for what is no date
 
     @property
@@ -88,10 +93,13 @@ class CostFile:
     Args:
         folder: made when something is saved.
         setting: what the times depend on.
+
+    Attributes:
+        rows: the widths in force, to be saved with the costs.
     """
 
     def __init__(self, folder: Path, setting: Mapping[str, str]) -> None:
-        self.setting = dict(setting)
+        self.setting, self.rows = dict(setting), Rows()
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"costs-{digest}.json"
 
@@ -115,7 +123,7 @@ class CostFile:
             curves: of :meth:`CostModel.points`.
             learnt: values of JSON.
         """
-        kept = KeptCosts(self.setting, curves, learnt or {})
+        kept = KeptCosts(self.setting, curves, learnt or {}, self.rows)
         try:
             write_whole(self.path, (json.dumps({"format": FORMAT, **asdict(kept)}, indent=1) + "\n").encode())
         except ValueError as error:

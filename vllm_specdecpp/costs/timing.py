@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_specdecpp.costs.model import CURVES, Points, suggested_widths
+from vllm_specdecpp.costs.widths import Rows, padded_times
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -22,15 +23,16 @@ MAX_TOKENS = 4096
 """Widest verification that the cost model keeps apart; beyond it the slope goes on."""
 MAX_WIDTH = 256
 """Widest pass that is timed; the curves go on with their slope."""
-SECONDS_PER_CURVE = 3.0
-"""A width that would end later is left to the line through those that were timed; real rounds put it right."""
+SHARE, LEAST, MOST = 0.06, 1.0, 8.0
+"""Of the seconds that the start has taken so far, as many are spent here, within these bounds (seconds). What is not
+timed is left to the line through what was; real rounds put it right."""
+ALWAYS = 3
+"""Widths of a curve that are timed whatever they take: fewer tell no slope."""
 LONG = 0.5
 """Seconds of a run that is not repeated, if the width before it needed no kernels to be built."""
 REPEATS = 3
 """Timed runs of a narrow width; one is enough for wide ones, which last longer and where less depends on each."""
 NARROW = 16
-READ = (16, 64, 256)
-"""Tokens of the draft passes that are timed for reading prompts."""
 
 
 def most_tokens(scheduler_config: Any) -> int:
@@ -50,12 +52,14 @@ class Passes(Protocol):
 
     def target(self, num_rows: int) -> None: ...
 
+    def pad(self, times: Points) -> Rows: ...
+
 
 def time_widths(
     run: Callable[[int], object],
     widths: Sequence[int],
     agree: Callable[[torch.Tensor], torch.Tensor],
-    seconds: float = SECONDS_PER_CURVE,
+    seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
     """Least seconds of ``run(width)``.
@@ -67,7 +71,8 @@ def time_widths(
         run: one pass; returns when the device has finished it. Ranks of a tensor-parallel group meet in it.
         widths: in the order in which they are timed.
         agree: rank 0's tensor on every rank, so that all stop at the same width.
-        seconds: in which all widths but the first four are timed, as far as can be foreseen.
+        seconds: half of them for the first runs of all widths but :data:`ALWAYS`, as far as can be foreseen; what is
+            left then for further runs of narrow ones.
         clock: seconds from any start.
     """
     times: dict[int, float] = {}
@@ -79,19 +84,21 @@ def time_widths(
         return clock() - before
 
     for width in widths:
-        if len(times) >= 4:
+        if len(times) >= ALWAYS:
             near = max(w for w in times if w < width or w == min(times))
-            late = clock() - start + times[near] * width / near > seconds
+            late = clock() - start + times[near] * width / near > seconds / 2
             if bool(agree(torch.tensor([late]))):
                 continue
         times[width] = first = once(width)
         if bool(agree(torch.tensor([builds or first < LONG]))):
             times[width] = once(width)
             builds = first > 1.3 * times[width]
+    narrow = [width for width in times if width <= NARROW]
     for _ in range(REPEATS - 1):
-        for width in times:
-            if width <= NARROW:
-                times[width] = min(times[width], once(width))
+        if bool(agree(torch.tensor([clock() - start + sum(times[width] for width in narrow) > seconds]))):
+            break
+        for width in narrow:
+            times[width] = min(times[width], once(width))
     timed = sorted(times)
     agreed = agree(torch.tensor([times[width] for width in timed], dtype=torch.float64))
     return dict(zip(timed, agreed.tolist(), strict=True))
@@ -110,64 +117,69 @@ def coarse_to_fine(max_width: int) -> list[int]:
 
 
 def measure(
-    passes: Passes, scheduler_config: Any, max_length: int, agree: Callable[[torch.Tensor], torch.Tensor]
-) -> Points:  # fmt: skip
-    """Time both models, seconds on a CPU; every rank of a tensor-parallel group must call it.
+    passes: Passes,
+    scheduler_config: Any,
+    max_length: int,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+    waited: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Points:
+    """Time both models, and choose the widths that narrow passes run at; every rank must call it.
 
     Args:
         passes: runs single passes.
         scheduler_config: vLLM's, for the widest batch.
         max_length: upper bound on the candidate length.
         agree: rank 0's tensor on every rank.
+        waited: seconds that the start has taken so far.
+        clock: seconds from any start.
 
     Returns:
-        The curves of :class:`CostModel`.
+        The curves of :class:`CostModel`, of passes at the chosen widths.
     """
     logger.info("specdecpp: measuring what draft passes and verifications cost")
-    start = time.perf_counter()
+    start = clock()
+    end = start + min(max(SHARE * waited, LEAST), MOST)
     most = scheduler_config.max_num_batched_tokens
     num_reqs = min(scheduler_config.max_num_seqs, most)
-    draft = time_widths(passes.draft, coarse_to_fine(min(2 * num_reqs, most)), agree)
-    logits = time_widths(passes.draft_logits, coarse_to_fine(num_reqs), agree)
+
+    def timed(run: Callable[[int], object], max_width: int, share: float) -> dict[int, float]:
+        return time_widths(run, coarse_to_fine(max_width), agree, share * (end - clock()), clock)
+
+    times = {"draft": timed(passes.draft, most, 1 / 3), "logits": timed(passes.draft_logits, num_reqs, 1 / 3)}
     ratio = passes.target_to_draft
     if ratio is None:
-        verify = time_widths(passes.target, coarse_to_fine(min(num_reqs * (max_length + 1), most)), agree)
-    else:
-        verify = {n: ratio * seconds for n, seconds in draft.items()}
-    points = {**curves(draft, logits, verify), "read": _time_reading(passes, draft, most, agree)}
+        times["target"] = timed(passes.target, min(num_reqs * (max_length + 1), most), 1.0)
+    rows = passes.pad(times)
+    times = {name: padded_times(curve, rows.get(name, ())) for name, curve in times.items()}
+    draft = times["draft"]
+    verify = times.get("target") or {n: (ratio or 1.0) * seconds for n, seconds in draft.items()}
+    widest = max(draft)
+    # A GPU takes for a few hundred tokens what it takes for one: these do not tell the slope of reading beyond.
+    cheap = widest < most and 2 * draft[widest] * most / widest < end - clock()
+    further = time_widths(passes.draft, [most], agree, 0.0, clock) if bool(agree(torch.tensor([cheap]))) else {}
+    points = {**curves(draft, times["logits"], verify), "read": draft | further}
     shown = {name: {n: f"{1e3 * t:.1f} ms" for n, t in list(curve.items())[:4]} for name, curve in points.items()}
-    logger.info("specdecpp: measured in %.1f s: %s, ...", time.perf_counter() - start, shown)
+    logger.info("specdecpp: measured in %.1f s: %s, ...", clock() - start, shown)
     return points
 
 
 def measure_target(
-    passes: Passes, scheduler_config: Any, max_length: int, agree: Callable[[torch.Tensor], torch.Tensor]
-) -> Points:  # fmt: skip
+    passes: Passes,
+    scheduler_config: Any,
+    max_length: int,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+    waited: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Points:
     """As :func:`measure`, where there is no draft model: a pass of it counts as one of the target, and none is run."""
     most = scheduler_config.max_num_batched_tokens
-    num_reqs = min(scheduler_config.max_num_seqs, most)
-    verify = time_widths(passes.target, coarse_to_fine(min(num_reqs * (max_length + 1), most)), agree)
+    widest = min(min(scheduler_config.max_num_seqs, most) * (max_length + 1), most)
+    seconds = min(max(SHARE * waited, LEAST), MOST)
+    times = time_widths(passes.target, coarse_to_fine(widest), agree, seconds, clock)
+    verify = padded_times(times, passes.pad({"target": times}).get("target", ()))
     logger.info("specdecpp: measured what verifications cost: %.1f ms for one row", 1e3 * verify[1])
     return {name: dict(verify) for name in CURVES}
-
-
-def _time_reading(
-    passes: Passes, draft: Mapping[int, float], most: int, agree: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[int, float]:
-    """Tokens -> seconds of a draft pass that reads so many.
-
-    Args:
-        draft: what has been timed of it; the same on every rank.
-        most: tokens of the widest pass that vLLM may ask for. It is timed as well if that is cheap: a GPU takes for a
-            few hundred tokens what it takes for one, so these do not tell the slope beyond.
-    """
-    read = dict(draft)
-    if widths := [n for n in READ if n <= most and n not in draft]:
-        read |= time_widths(passes.draft, widths, agree)
-    widest = max(read)
-    if widest < most and 2 * read[widest] * most / widest < SECONDS_PER_CURVE:
-        read |= time_widths(passes.draft, [most], agree)
-    return dict(sorted(read.items()))
 
 
 def curves(draft: Mapping[int, float], logits: Mapping[int, float], verify: Mapping[int, float]) -> Points:

@@ -101,7 +101,7 @@ class SpecDecPPWorkerMixin:
         return taken if taken is None or self._speculator is None else self._speculator.ragged(taken)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up as vLLM does, then time both models at small widths."""
+        """Warm up as vLLM does, then give the rule its costs: the last run's, else timed now."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
         if self._speculator is not None:
             speculator = self._speculator
@@ -109,10 +109,6 @@ class SpecDecPPWorkerMixin:
             speculator.log.rounds(clear=True)
             logger.info("specdecpp: draft rounds run %s: %s", *speculator.how_rounds_run())
             logger.info("specdecpp: verifications run %s", speculator.how_verified)
-        else:
-            self._proposer.measure_widths()
-            if self.device.type == "cpu":
-                self._pad_target()
         self._drafter.start_cost_aware()
         self._drafter.take_metrics()  # vLLM's warm-up is nobody's
         return times
@@ -132,22 +128,6 @@ class SpecDecPPWorkerMixin:
             for tensor, kept in zip((*head.parameters(), *head.buffers()), self._head_aside, strict=True):
                 tensor.data.copy_(kept)
             self._head_aside = []
-
-    def _pad_target(self) -> None:
-        """Let the target verify at the cheapest measured width; every rank at the same one."""
-        import torch
-
-        from vllm_specdecpp.engine.shared.widths import RowWidths
-        from vllm_specdecpp.engine.v1 import target_widths
-
-        runner = self.model_runner
-        if not target_widths.can_pad(runner):
-            return
-        seconds = self._proposer.agree(torch.tensor(target_widths.measure_target(runner), dtype=torch.float64))
-        widths = RowWidths(seconds.tolist())
-        target_widths.pad_to(runner, widths)
-        chosen = [widths.cheapest(n) for n in range(1, len(seconds) + 1)]
-        logger.info("specdecpp: verification of 1 to %d rows runs with %s rows", len(seconds), chosen)
 
     def shutdown(self) -> None:
         """Write what was recorded and learnt and not written yet, then shut down as vLLM does."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
+from vllm_specdecpp.provenance import shrinking
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def check(options: ShrinkOptions) -> int:
             os.environ.pop("VLLM_CACHE_ROOT")
             os.environ.update({} if before is None else {"VLLM_CACHE_ROOT": before})
     lines, pays = report(original, shrunk)
+    if vocab := shrinking(options.out).get("vocab"):
+        lines.insert(-1, f"it proposes {vocab['kept']} of {vocab['of']} tokens; they hold {vocab['coverage']}")
     print("\n".join(lines))
     return 0 if pays else 1
 

@@ -27,9 +27,9 @@ def run(options: ShrinkOptions) -> int:
     """
     if options.check and (options.target is None or options.prompts is None):
         raise ValueError("specdecpp: check= needs the target and some prompts; give --target and --prompts")
-    if (options.vocab is None) != (not options.counts):
-        raise ValueError("specdecpp: vocab= and counts= belong together: how many tokens, and the text they stand in")
     if not (options.check and _is_made(options)):
+        if (options.vocab is None) != (not options.counts):
+            raise ValueError("specdecpp: vocab= and counts= belong together: how many tokens, and the text to count in")
         shrink(options)
     if not options.check:
         return 0

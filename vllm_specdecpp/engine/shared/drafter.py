@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import CostModel, Points
 from vllm_specdecpp.costs.timing import most_tokens
+from vllm_specdecpp.costs.widths import MAX_ROWS, PASSES, Rows
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware import CostAwareRule
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
@@ -46,6 +48,7 @@ class Drafter:
         head: the acceptance head, if one is given.
         cost_aware: that rule's host side, once it was in force.
         columns: what the model's columns of logits stand for.
+        rows: at what widths passes run, beside their own.
         log: a ``RoundLog``, or what feeds one.
     """
 
@@ -69,6 +72,8 @@ class Drafter:
         self.cost_aware: Any = None
         self._tail: CostAwareTail | None = None
         self.columns = Columns()
+        self.rows: Rows = {}
+        self._made = time.monotonic()
         self._taken: Counts = Counter()
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
         super().__init__(vllm_config, device, *more)  # type: ignore[call-arg]
@@ -127,6 +132,11 @@ class Drafter:
         kept = file.load() if leads else None
         measured = not bool(self.agree(torch.tensor([kept is not None])))
         curves = self.measure_costs() if measured else None  # ranks meet in it
+        if not measured:
+            own = list(range(1, MAX_ROWS + 1))
+            table = [(kept.rows if kept is not None else {}).get(name, own) for name in PASSES]  # [3, MAX_ROWS]
+            self.pad(dict(zip(PASSES, self.agree(torch.tensor(table)).tolist(), strict=True)))
+        file.rows = self.rows
         if not leads:
             return None, measured
         logger.info("specdecpp: what passes cost is kept in %s", file.path)
@@ -146,6 +156,12 @@ class Drafter:
             logger.info("specdecpp: going on with what was learnt %.1f hours ago", kept.age_seconds / 3600)
         return rule, measured
 
+    def pad(self, rows: Rows) -> None:
+        """Run a few rows at these widths from now on, where they fit; the same on every rank."""
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        fitting = {name: [w if w <= most else n for n, w in enumerate(widths, 1)] for name, widths in rows.items()}
+        self.rows = {name: widths for name, widths in fitting.items() if widths != list(range(1, MAX_ROWS + 1))}
+
     def cost_file(self, **more: str) -> CostFile:
         """Where the costs are kept between starts; ``more`` is what they depend on besides."""
         if not self.config.drafts:
@@ -155,6 +171,10 @@ class Drafter:
     def measure_costs(self) -> Points:
         """Time both models; every rank must call it."""
         raise NotImplementedError
+
+    def seconds_so_far(self) -> float:
+        """Since the start of the engine's own part in this process, its imports left out."""
+        return time.monotonic() - self._made
 
     def reconfigure(self, changes: dict[str, Any]) -> SpecDecPPConfig:
         """Check ``changes`` against the options and put them in force.

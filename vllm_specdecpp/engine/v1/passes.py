@@ -6,16 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.costs.widths import Rows, padded
 from vllm_specdecpp.engine.shared.drafter import Drafter
 from vllm_specdecpp.engine.shared.round_log import RoundLog
-from vllm_specdecpp.engine.shared.widths import MAX_ROWS, RowWidths, measure
+from vllm_specdecpp.engine.v1 import target_widths
 from vllm_specdecpp.engine.v1.inputs import DraftInputs
 from vllm_specdecpp.engine.v1.timing import SinglePasses
 
@@ -27,27 +26,20 @@ class DraftPasses(Drafter, DraftModelProposer):
 
     Attributes:
         log: counts the passes.
-        pass_widths: cheapest number of rows of a forward pass.
-        logits_widths: likewise of the lm_head.
     """
 
     num_speculative_tokens: int
     log: RoundLog
+    runner: Any
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig, runner: Any) -> None:
-        super().__init__(vllm_config, device, config, runner)
-        self.pass_widths, self.logits_widths = RowWidths(), RowWidths()
-
-    def measure_widths(self) -> None:
-        """Time the draft model's passes at small widths; call once the model is compiled. GPUs pad to their graphs."""
-        if self.device.type != "cpu":
-            return
-        passes, most = SinglePasses(self), min(MAX_ROWS, self.max_num_tokens)
-        times = [measure(passes.draft, most), measure(passes.draft_logits, most)]
-        tables = self.agree(torch.tensor(times, dtype=torch.float64))  # ranks that pad differently would not meet
-        self.pass_widths, self.logits_widths = (RowWidths(table) for table in tables.tolist())
-        chosen = [self.pass_widths.cheapest(n) for n in range(1, most + 1)]
-        logger.info("specdecpp: draft passes of 1 to %d rows run with %s rows", most, chosen)
+    def pad(self, rows: Rows) -> None:
+        """See :meth:`Drafter.pad`."""
+        if SinglePasses(self).target_to_draft is not None:  # the file may be of another engine of the pair
+            rows = {name: widths for name, widths in rows.items() if name != "target"}
+        super().pad(rows)
+        target_widths.pad_to(self.runner, self.rows.get("target", ()))
+        if self.rows:
+            logger.info("specdecpp: passes of 1, 2, ... rows run with these: %s", self.rows)
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """One pass instead of vLLM's K_max equal ones: at K_max 20 those take minutes of every start on a CPU."""
@@ -76,7 +68,7 @@ class DraftPasses(Drafter, DraftModelProposer):
             slot_mapping=inputs.slot_mapping,
         )
         mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(
-            self.pass_widths.cheapest(num_tokens)
+            padded(self.rows.get("draft", ()), num_tokens)
         )
         _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=draft_index)
         model_kwargs, slot_mapping_size = self.build_model_inputs_first_pass(num_tokens, num_input_tokens, None)
@@ -95,7 +87,7 @@ class DraftPasses(Drafter, DraftModelProposer):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The draft's logits [num_rows, num_columns] from its hidden states [num_rows, hidden_size]."""
         num_rows = hidden_states.shape[0]
-        if (width := self.logits_widths.cheapest(num_rows)) > num_rows:
+        if (width := padded(self.rows.get("logits", ()), num_rows)) > num_rows:
             padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])
             hidden_states = torch.cat([hidden_states, padding])
         return self.model.compute_logits(hidden_states)[:num_rows]

@@ -80,7 +80,7 @@ class SpecDecPPProposer(DraftPasses):
     def measure_costs(self) -> Points:
         """See :meth:`Drafter.measure_costs`."""
         scheduler, bound = self.vllm_config.scheduler_config, self.speculative_config.num_speculative_tokens
-        return timing.measure(SinglePasses(self), scheduler, bound, self.agree)
+        return timing.measure(SinglePasses(self), scheduler, bound, self.agree, self.seconds_so_far())
 
     @torch.inference_mode()
     def propose(

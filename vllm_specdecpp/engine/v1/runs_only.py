@@ -37,9 +37,6 @@ class RunsOnlyProposer(SpecDecPPProposer):
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """No passes."""
 
-    def measure_widths(self) -> None:
-        """No widths."""
-
     def measure_costs(self) -> Points:
         """Time the target alone.
 
@@ -52,4 +49,4 @@ class RunsOnlyProposer(SpecDecPPProposer):
                 "that take images or LoRA adapters; set VLLM_USE_V2_MODEL_RUNNER=1, or add a draft model"
             )
         scheduler, bound = self.vllm_config.scheduler_config, self.speculative_config.num_speculative_tokens
-        return timing.measure_target(SinglePasses(self), scheduler, bound, self.agree)
+        return timing.measure_target(SinglePasses(self), scheduler, bound, self.agree, self.seconds_so_far())

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 
+from vllm_specdecpp.costs.model import Points
+from vllm_specdecpp.costs.widths import Rows, cheapest_rows, padded
+
 
 class SinglePasses:
     """Runs one pass of a given width, padded as in a real round, and waits for the device.
@@ -26,7 +29,7 @@ class SinglePasses:
         """The draft model's forward pass."""
         proposer = self._proposer
         mode, width, across_dp = proposer._determine_batch_execution_and_padding(
-            proposer.pass_widths.cheapest(num_rows)
+            padded(proposer.rows.get("draft", ()), num_rows)
         )
         with set_forward_context(
             None, proposer.vllm_config, num_tokens=width, num_tokens_across_dp=across_dp, cudagraph_runtime_mode=mode
@@ -62,6 +65,13 @@ class SinglePasses:
             hidden_states = runner.model(input_ids=runner.input_ids.gpu[:width], positions=runner.positions[:width])
         runner.model.compute_logits(hidden_states[:num_rows])
         self._synchronize()
+
+    def pad(self, times: Points) -> Rows:
+        """Run a few rows at the cheapest of these widths from now on; GPUs pad to their graphs."""
+        proposer = self._proposer
+        if proposer.device.type == "cpu":
+            proposer.pad({name: cheapest_rows(seconds) for name, seconds in times.items()})
+        return dict(proposer.rows)
 
     @property
     def target_to_draft(self) -> float | None:

@@ -59,7 +59,9 @@ class RunsOnlySpeculator(SpecDecPPSpeculator):
         """Time the target alone."""
         passes = timing.V2Passes(self)
         with passes.adapters():
-            return costs_timing.measure_target(passes, self.scheduler_config, self.num_speculative_steps, self.agree)
+            return costs_timing.measure_target(
+                passes, self.scheduler_config, self.num_speculative_steps, self.agree, self.seconds_so_far()
+            )
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
         """Nobody drafts, not even while the costs are not known."""

@@ -12,6 +12,7 @@ import torch
 
 from vllm_specdecpp.costs import timing as costs
 from vllm_specdecpp.costs.model import Points
+from vllm_specdecpp.costs.widths import Rows
 
 _STEPS = 4
 """Further passes of a captured round whose mean is taken for one."""
@@ -25,7 +26,13 @@ def measure(speculator: Any) -> Points:
     """
     passes = V2Passes(speculator)
     with passes.adapters():
-        points = costs.measure(passes, speculator.scheduler_config, speculator.num_speculative_steps, speculator.agree)
+        points = costs.measure(
+            passes,
+            speculator.scheduler_config,
+            speculator.num_speculative_steps,
+            speculator.agree,
+            speculator.seconds_so_far(),
+        )
     if speculator.graphs is not None:
         # Beyond the largest captured batch rounds run eagerly.
         largest = speculator.graphs.sizes[-1]
@@ -98,6 +105,10 @@ class V2Passes:
             del runner.maybe_dummy_run_with_lora
         runner.model.compute_logits(hidden_states[:num_rows])
         self.synchronize()
+
+    def pad(self, times: Points) -> Rows:
+        """Nothing: passes run at the widths of their graphs, and the others on GPUs alone."""
+        return {}
 
     def synchronize(self) -> None:
         if self._speculator.device.type == "cuda":
