@@ -61,7 +61,8 @@ class SpecDecPPConfig(BaseModel):
     sources: list[str] | None = None
     """Where candidates come from: ``draft_model``, and ``suffix``: what followed the last time that the request's last
     tokens stood in its prompt or output, which costs no draft pass. By default both under ``cost_aware``, which weighs
-    them against each other; the other rules have the draft model alone. A source of your own runs on Model Runner V1.
+    them against each other; the other rules have the draft model alone. ``["suffix"]`` needs no draft model: leave
+    ``model`` out. A source of your own runs on Model Runner V1.
     On V2 a draft model whose requests give blocks back (sliding windows) has no ``suffix``."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
@@ -96,7 +97,7 @@ class SpecDecPPConfig(BaseModel):
     def _known_sources(cls, sources: list[str] | None) -> list[str] | None:
         if sources is not None:
             known = {*RUN_SOURCES, DRAFT_MODEL}
-            if DRAFT_MODEL not in sources or not known.issuperset(sources) or len(set(sources)) < len(sources):
+            if not sources or not known.issuperset(sources) or len(set(sources)) < len(sources):
                 raise ValueError(one_of_the_sources())
         return sources
 
@@ -131,6 +132,13 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
             )
+        for name in ("head", "record_dir"):
+            if not self.drafts and getattr(self, name) is not None:
+                raise ValueError(
+                    f"sources={self.sources} has no draft model that {name}={getattr(self, name)!r} could be of; "
+                    "leave one of the two out"
+                )
+        may_idle = may_idle and self.drafts
         if self.sources is not None and self.run_sources and entry.name != "cost_aware" and not may_idle:
             raise ValueError(
                 f"sources={self.sources} needs rule='cost_aware', which weighs them against each other, not "
@@ -144,6 +152,11 @@ class SpecDecPPConfig(BaseModel):
         if self.sources is None:
             return list(RUN_SOURCES)
         return [name for name in self.sources if name != DRAFT_MODEL]
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there is a draft model; without one ``model`` is the target's name."""
+        return self.sources is None or DRAFT_MODEL in self.sources
 
     @property
     def resolved_rule(self) -> str:

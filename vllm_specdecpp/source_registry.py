@@ -7,14 +7,14 @@ A new source of runs is one class with the members of :class:`vllm_specdecpp.dec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_specdecpp.decision.sources import RunSource
 
 DRAFT_MODEL = "draft_model"
-"""The source that every engine has; what it proposes is drawn, step by step."""
+"""The source that is no :class:`RunSource`; what it proposes is drawn, step by step."""
 ON_DEVICE = ("suffix",)
 """Sources of runs that Model Runner V2 has: it looks for them on the device (``kernels.suffix_match``)."""
 RUN_SOURCES: dict[str, Callable[[], RunSource]] = {}
@@ -39,7 +39,27 @@ def make_sources(names: Sequence[str]) -> list[RunSource]:
 
 def one_of_the_sources() -> str:
     """The end of an error's line: which sources there are."""
-    return f"must name some of {', '.join(map(repr, [*RUN_SOURCES, DRAFT_MODEL]))}, {DRAFT_MODEL!r} among them"
+    return f"must name one or more of {', '.join(map(repr, [*RUN_SOURCES, DRAFT_MODEL]))}, each once"
+
+
+def has_no_draft(user: Mapping[str, Any]) -> bool:
+    """Whether a speculative config asks for free runs alone.
+
+    vLLM is then told of the target as its own draft model, which is never loaded (``engine.v1.runs_only``,
+    ``engine.v2.runs_only``).
+
+    Raises:
+        ValueError: a draft model is named all the same.
+    """
+    sources = user.get("sources")
+    if not isinstance(sources, list) or not sources or DRAFT_MODEL in sources:
+        return False
+    if user.get("model"):
+        raise ValueError(
+            f"specdecpp: model={user['model']!r} would never draft with sources={sources}; leave one of the two out, "
+            "or add 'draft_model' to the sources"
+        )
+    return True
 
 
 def _suffix() -> RunSource:

@@ -2,6 +2,7 @@
 """What deciding costs: processor seconds that the cost-aware rule itself takes of a round, by part.
 
     python -m benchmarks.simulate.overhead --batches 1 16 --passes 5
+    python -m benchmarks.simulate.overhead --runs --batches 64    # the search for free runs in 32,768 tokens a request
 
 A round is `begin`, a `step` for each draft pass and `finish`. Between two calls a few MiB are read, since a model's
 pass leaves none of the rule in the processor's caches; ``--warm`` leaves that out. With ``--v2`` it is the host's part
@@ -16,7 +17,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import make_estimator
+from vllm_specdecpp.decision.sources import propose
+from vllm_specdecpp.source_registry import RUN_SOURCES, make_sources
 
 PARTS = ("begin", "step", "finish")
 PARTS_V2 = ("begin", "report", "finish")
@@ -149,6 +154,90 @@ def _draft(tail: CostAwareTail, scores: NDArray[np.float32]) -> tuple[torch.Tens
     return state["lengths"], step
 
 
+def _words(rng: np.random.Generator, num: int) -> NDArray[np.int32]:
+    """[num] tokens as frequent as words are: Zipf's law over 50,000."""
+    return np.minimum(rng.zipf(1.2, num), 50_000).astype(np.int32)
+
+
+def _edits(rng: np.random.Generator, num: int) -> NDArray[np.int32]:
+    """[num] tokens: pieces of an eighth of them, again and again."""
+    once = _words(rng, num // 8)
+    pieces = [once[i : i + 200] for i in rng.integers(0, len(once), num // 50)]
+    return np.resize(np.concatenate([once, *pieces]), num)
+
+
+TEXTS: dict[str, Callable[[np.random.Generator, int], NDArray[np.int32]]] = {
+    "words": _words,
+    "edits": _edits,
+    "a loop of 100": lambda rng, num: np.resize(_words(rng, 100), num),
+    "one token": lambda rng, num: np.zeros(num, np.int32),
+    "two tokens": lambda rng, num: rng.integers(0, 2, num, dtype=np.int32),
+}
+
+
+def search(batch: int, length: int, rounds: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
+    """Time the search for free runs on Model Runner V1, its reading of a request's tokens with it.
+
+    Args:
+        batch: requests, with a text of their own each.
+        length: tokens of each.
+        rounds: in which each emits three tokens.
+        seed: of the texts.
+
+    Returns:
+        Kind of text -> [rounds] seconds a request.
+    """
+    sources, spent = make_sources(list(RUN_SOURCES)), {}
+    for name, make in TEXTS.items():
+        texts = [make(np.random.default_rng([seed, i]), length + 3 * rounds) for i in range(batch)]
+        spent[name] = np.zeros(rounds)
+        for turn in range(rounds):
+            end = length + 3 * turn
+            start = time.thread_time()
+            for text in texts:  # as the proposer does: older tokens, this step's, the one just emitted
+                tokens = np.concatenate([text[: end - 3], text[end - 3 : end - 1], text[end - 1 : end]])
+                propose(sources, tokens, MAX_LENGTH, [2])
+            spent[name][turn] = (time.thread_time() - start) / batch
+    return spent
+
+
+def memory(batch: int, length: int) -> dict[str, int]:
+    """Bytes of the search: on V1 what is held between rounds, and at most within one; on V2 what its tensors hold."""
+    from vllm_specdecpp.engine.v2.free_runs import DeviceFreeRuns
+
+    texts = [_edits(np.random.default_rng(i), length) for i in range(batch)]
+    tracemalloc.start()
+    sources = make_sources(list(RUN_SOURCES))
+    before = tracemalloc.get_traced_memory()[0]
+    for text in texts:
+        propose(sources, np.concatenate([text, text[:1]]), MAX_LENGTH)
+    held, peak = (traced - before for traced in tracemalloc.get_traced_memory())
+    tracemalloc.stop()
+    device = DeviceFreeRuns(
+        SimpleNamespace(max_num_reqs=batch, num_speculative_steps=MAX_LENGTH, device=torch.device("cpu"))
+    )
+    tensors = [value for value in vars(device).values() if isinstance(value, torch.Tensor)]
+    return {"held": held, "peak": peak, "device": sum(tensor.nbytes for tensor in tensors)}
+
+
+def report_search(batches: list[int], length: int, rounds: int) -> None:
+    """Print :func:`search` and :func:`memory`, and as the last line all of it as JSON."""
+    print(f"{'batch':>5} {'tokens':>6} {'text':>14} {'median':>8} {'p95':>8}   (us a round and request)")
+    rows = []
+    for batch in batches:
+        for name, spent in search(batch, length, rounds).items():
+            median, p95 = (round(float(np.quantile(spent, q)) * 1e6, 1) for q in (0.5, 0.95))
+            print(f"{batch:5d} {length:6d} {name:>14} {median:8.1f} {p95:8.1f}")
+            rows.append({"batch": batch, "tokens": length, "text": name, "median": median, "p95": p95})
+        found = memory(batch, length)
+        print(
+            f"{batch:5d} {length:6d} memory: V1 holds {found['held']} bytes between rounds, at most"
+            f" {found['peak'] / 1024:.0f} KiB within one; V2 holds {found['device'] / 1024:.1f} KiB on the device"
+        )
+        rows.append({"batch": batch, "tokens": length, "bytes": found})
+    print(json.dumps({"search": rows} | provenance.versions()))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print microseconds a round by part, and as the last line all of it as JSON."""
     parser = argparse.ArgumentParser(
@@ -160,11 +249,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--round-ms", type=float, default=250.0, help="length of a round that the share is of")
     parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
     parser.add_argument("--v2", action="store_true", help="the host's part on Model Runner V2")
+    parser.add_argument("--runs", action="store_true", help="time the search for free runs instead")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each request, with --runs")
     options = parser.parse_args(argv)
-    parts, timed = (PARTS_V2, measure_v2) if options.v2 else (PARTS, measure)
-    if min(*options.batches, options.passes, options.rounds) < 1:
-        print("benchmarks.simulate.overhead: --batches, --passes and --rounds must be 1 or more", file=sys.stderr)
+    if min(*options.batches, options.passes, options.rounds) < 1 or options.tokens < 8:
+        print(
+            "benchmarks.simulate.overhead: --batches, --passes and --rounds must be 1 or more, --tokens 8 or more",
+            file=sys.stderr,
+        )
         return 2
+    if options.runs:
+        report_search(options.batches, options.tokens, options.rounds)
+        return 0
+    parts, timed = (PARTS_V2, measure_v2) if options.v2 else (PARTS, measure)
     heads = "".join(f" {name:>8}" for name in (*parts, "sum", "p95", "least"))
     print(f"{'batch':>5} {'passes':>6}{heads}   share  (us a round)")
     results = []

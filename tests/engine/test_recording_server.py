@@ -59,11 +59,11 @@ class TestServerMode:
 
     def test_a_server_writes_what_it_served(self, tiny, tmp_path):
         """Processes of its own, ended in order: what was recorded until then is on disk."""
-        from tests.engine.test_server import _server
+        from tests.http_server import serve
 
         options = json.dumps(config(tiny, record_dir=str(tmp_path / "data")))
         arguments = ["--speculative-config", options, "--shutdown-timeout", "30"]
-        with _server(tiny.target, arguments, tmp_path / "server.log") as url:
+        with serve(tiny.target, arguments, tmp_path / "server.log") as url:
             for prompt in REQUESTS[:4]:
                 body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
                 request = urllib.request.Request(

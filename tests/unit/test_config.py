@@ -269,10 +269,13 @@ def test_importing_the_schema_loads_neither_torch_nor_vllm() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"sources": ["suffix"]}, "sources=.* must name some of 'suffix', 'draft_model', 'draft_model' among them"),
-        ({"sources": ["draft_model", "ngram"]}, "sources=.* must name some of"),
-        ({"sources": ["draft_model", "draft_model"]}, "sources=.* must name some of"),
-        ({"sources": "suffix"}, "sources='suffix' must name some of"),
+        ({"sources": []}, "sources=.* must name one or more of 'suffix', 'draft_model', each once"),
+        ({"sources": ["draft_model", "ngram"]}, "sources=.* must name one or more of"),
+        ({"sources": ["draft_model", "draft_model"]}, "sources=.* must name one or more of"),
+        ({"sources": "suffix"}, "sources='suffix' must name one or more of"),
+        ({"sources": ["suffix"], "head": "h"}, "sources=.* has no draft model that head='h' could be of; leave one"),
+        ({"sources": ["suffix"], "record_dir": "r"}, "sources=.* has no draft model that record_dir='r' could be of"),
+        ({"sources": ["suffix"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
         ({"sources": ["suffix", "draft_model"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
     ],
 )
@@ -286,5 +289,7 @@ def test_runs_go_with_the_rule_that_weighs_them():
     assert SpecDecPPConfig(model="d", sources=["draft_model"]).run_sources == []
     given = SpecDecPPConfig(model="d", sources=["suffix", "draft_model"])
     assert given.with_changes({"rule": "fixed"}).with_changes({"rule": "cost_aware"}).run_sources == ["suffix"]
+    with pytest.raises(ValueError, match="sources=.* needs rule='cost_aware'"):
+        SpecDecPPConfig(model="d", sources=["suffix"]).with_changes({"rule": "fixed"})
     with pytest.raises(ValueError, match="sources=.* cannot change at run time"):
         SpecDecPPConfig(model="d").with_changes({"sources": ["draft_model"]})

@@ -181,7 +181,8 @@ def test_costs_come_back_after_clock_jumps_and_stalls(jump, rounds, during):
         for _ in range(num_rounds):
             with log.step(2, 2) as step:
                 if last:
-                    rule.finish(*last[:3], last[3]["draft_seconds"], step["since_last_seconds"])
+                    past, verified, accepted, before = last
+                    rule.finish(past, verified, accepted, before["draft_seconds"], step["since_last_seconds"])
                 round_ = rule.begin(standings(["h0", "h1"], [K, K]))
                 while round_.running.any():
                     round_.step(np.full(2, 0.9))

@@ -48,7 +48,12 @@ def test_sources_that_were_compared_are_not_parsed_again(monkeypatch, tmp_path, 
     monkeypatch.setattr(supported, "LEDGER", (supported.Hook("m:C.f", ("x",)),))
     sources, parsed = ["class C: pass", "class C:\n def f(self, x): pass\n"], []
     find = supported.find_problems
-    monkeypatch.setattr(supported, "find_problems", lambda get: parsed.append(1) or find(get, supported.LEDGER))
+
+    def counted(get):
+        parsed.append(1)
+        return find(get, supported.LEDGER)
+
+    monkeypatch.setattr(supported, "find_problems", counted)
     for source in [*sources[:1] * 2, sources[1], sources[1] + change]:
         monkeypatch.setattr(supported, "_installed_source", lambda _, source=source: source)
         supported.problems.cache_clear()

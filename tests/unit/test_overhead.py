@@ -40,3 +40,14 @@ def test_prints_each_part_and_json(capsys, mode, parts):
     assert row["batch"] == 2 and row["sum"] == pytest.approx(sum(row[p] for p in parts), rel=0.5)
     assert row["passes"] > 1  # there was something to decide
     assert overhead.main(["--rounds", "0"]) == 2
+
+
+def test_prints_the_search_for_runs_and_its_memory(capsys):
+    """A hundredth of a round is 2.5 ms; nothing is held that grows with the tokens."""
+    assert overhead.main(["--runs", "--batches", "2", "--rounds", "5", "--tokens", "32768"]) == 0
+    *rows, sizes = json.loads(capsys.readouterr().out.splitlines()[-1])["search"]
+    assert {row["text"] for row in rows} == set(overhead.TEXTS)
+    assert max(row["median"] for row in rows) < 250 * max(1.0, yardstick() * 1e6)
+    assert sizes["bytes"]["held"] < 4096 and 4 * 32768 < sizes["bytes"]["peak"] < 40 * 32768
+    assert sizes["bytes"]["device"] < 2 * 8 * (overhead.MAX_LENGTH + 4)
+    assert overhead.main(["--runs", "--tokens", "7"]) == 2

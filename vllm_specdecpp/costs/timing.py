@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vllm_specdecpp.costs.model import Points, suggested_widths
+from vllm_specdecpp.costs.model import CURVES, Points, suggested_widths
 from vllm_specdecpp.costs.widths import Rows, padded_times
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -162,6 +162,24 @@ def measure(
     shown = {name: {n: f"{1e3 * t:.1f} ms" for n, t in list(curve.items())[:4]} for name, curve in points.items()}
     logger.info("specdecpp: measured in %.1f s: %s, ...", clock() - start, shown)
     return points
+
+
+def measure_target(
+    passes: Passes,
+    scheduler_config: Any,
+    max_length: int,
+    agree: Callable[[torch.Tensor], torch.Tensor],
+    waited: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Points:
+    """As :func:`measure`, where there is no draft model: a pass of it counts as one of the target, and none is run."""
+    most = scheduler_config.max_num_batched_tokens
+    widest = min(min(scheduler_config.max_num_seqs, most) * (max_length + 1), most)
+    seconds = min(max(SHARE * waited, LEAST), MOST)
+    times = time_widths(passes.target, coarse_to_fine(widest), agree, seconds, clock)
+    verify = padded_times(times, passes.pad({"target": times}).get("target", ()))
+    logger.info("specdecpp: measured what verifications cost: %.1f ms for one row", 1e3 * verify[1])
+    return {name: dict(verify) for name in CURVES}
 
 
 def curves(draft: Mapping[int, float], logits: Mapping[int, float], verify: Mapping[int, float]) -> Points:

@@ -40,11 +40,13 @@ class SpecDecPPWorkerMixin:
 
     def _install_speculator(self, config: SpecDecPPConfig) -> None:
         """Model Runner V2."""
+        from vllm_specdecpp.engine.v2.runs_only import RunsOnlySpeculator
         from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
         self.model_runner.speculator = None  # its buffers can be large
         runner = self.model_runner
-        runner.speculator = SpecDecPPSpeculator(self.vllm_config, self.device, config, runner)
+        kind = SpecDecPPSpeculator if config.drafts else RunsOnlySpeculator
+        runner.speculator = kind(self.vllm_config, self.device, config, runner)
         if self.vllm_config.lora_config is not None:
             from vllm_specdecpp.engine.v2 import lora
 
@@ -55,6 +57,7 @@ class SpecDecPPWorkerMixin:
         from vllm_specdecpp.engine.v1 import plain_steps
         from vllm_specdecpp.engine.v1.own_noise import OwnNoise
         from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
+        from vllm_specdecpp.engine.v1.runs_only import RunsOnlyProposer
 
         runner = self.model_runner
         plain_steps.sample_plainly(runner)
@@ -65,7 +68,8 @@ class SpecDecPPWorkerMixin:
 
             if cpu_sampler.apply():
                 logger.info("specdecpp: mended vLLM's CPU rejection sampler for temperature > 0")
-        runner.drafter = SpecDecPPProposer(self.vllm_config, self.device, runner, config)
+        kind = SpecDecPPProposer if config.drafts else RunsOnlyProposer
+        runner.drafter = kind(self.vllm_config, self.device, runner, config)
         # Lengths are clamped per request: vLLM need not stop drafting for the whole batch, near neither model's end.
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
         if config.record_dir is not None:

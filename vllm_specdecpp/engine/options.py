@@ -27,7 +27,7 @@ from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.rule_registry import RULES, no_device_tail
-from vllm_specdecpp.source_registry import ON_DEVICE
+from vllm_specdecpp.source_registry import ON_DEVICE, has_no_draft
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -241,6 +241,8 @@ def expand(args: Any) -> SpecDecPPConfig | None:
     require_supported()
     from vllm.config.speculative import SpeculativeConfig
 
+    if has_no_draft(user):
+        user["model"] = str(args.model)
     if not user.get("model"):
         from vllm_specdecpp.pairs import find_pair
 
@@ -299,9 +301,10 @@ def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
     least = 0 if config.resolved_rule == "cost_aware" else config.min_speculative_tokens
+    draft = config.model if config.drafts else f"none, sources {config.run_sources}"
     logger.info(
         "specdecpp: draft %s, rule %s (%s), %scandidate length %d to %d",
-        *(config.model, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
+        *(draft, config.resolved_rule, source, bound, least, config.num_speculative_tokens),
     )
 
 
@@ -337,7 +340,10 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             vllm_config = make()
         _check_model_runner(self, config, vllm_config)
         _check_data_parallel(vllm_config)
-        draft_layers.keep_alike(vllm_config)
+        if config.drafts:
+            draft_layers.keep_alike(vllm_config)
+        else:
+            vllm_config.speculative_config.draft_model_config = vllm_config.model_config
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
         draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)

@@ -23,7 +23,7 @@ def _rows(rng: Any) -> list[np.ndarray]:
         texts.append(np.concatenate([[1, 2, 3, 0], np.resize([5, 0], 2 * count), [1, 2, 3, 0]]))
     part = np.arange(NARROW + 1, 0, -1)
     for count in (PLACES - 1, PLACES):
-        others = np.tile([*[30] * 10, *part[1:]], count)
+        others = np.tile([*[30] * 80, *part[1:]], count)
         texts.append(np.concatenate([part, others, part]))
     # Another order each time: some are not asked for.
     return [texts[i] for i in rng.permutation(len(texts))]

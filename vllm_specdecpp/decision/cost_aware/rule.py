@@ -60,6 +60,7 @@ class CostAwareRule:
         adapt: learn online; False freezes the calibration.
         scores: whose scores these are; what was learnt of others' is not taken up.
         sources: that propose runs, beside the draft model.
+        drafts: whether there is a draft model.
     """
 
     name = "cost_aware"
@@ -78,6 +79,7 @@ class CostAwareRule:
         adapt: bool = True,
         scores: str = "",
         sources: Sequence[RunSource] = (),
+        drafts: bool = True,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"specdecpp: num_speculative_tokens={max_length} must be 1 or more")
@@ -88,7 +90,7 @@ class CostAwareRule:
         self.admission = Admission()
         self.purse = Purse()
         self.explored_seconds = 0.0  # in rounds that were trials
-        self.sources = tuple(sources)
+        self.sources, self.drafts = tuple(sources), drafts
         self.free_runs = FreeRuns(self.sources)
 
     def begin(self, batch: Sequence[Standing], runs: Sequence[Sequence[Run]] | None = ()) -> CostAwareRound:
@@ -109,7 +111,8 @@ class CostAwareRule:
             free = self.free_runs.promised(names, limits)
         elif self.sources:
             free = self.free_runs.take(names, runs, limits, self.costs)
-        admitted = self.admission.plan(batch, self.costs, self.purse, free)
+        may_draft = batch if self.drafts else [s._replace(limit=0) for s in batch]
+        admitted = self.admission.plan(may_draft, self.costs, self.purse, free)
         taken = None if runs is None or free is None else free.without(admitted.drafts)
         constrained = np.array([s.constrained for s in batch])
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken, constrained)

@@ -54,10 +54,11 @@ class Run:
 def propose(sources: Sequence[RunSource], tokens: Tokens, most: int, stop_token_ids: Sequence[int] = ()) -> list[Run]:
     """What each source proposes for a request: arguments as in :meth:`RunSource.run`; a stop token ends a run."""
     runs = []
+    stops = set(stop_token_ids)
     for source in sources:
-        token_ids, x = source.run(tokens, most)
-        if len(stop_token_ids) and len(ends := np.flatnonzero(np.isin(token_ids, stop_token_ids))):
-            token_ids, x = token_ids[: ends[0] + 1], x[: ends[0] + 1]
-        if len(token_ids):
-            runs.append(Run(source.name, token_ids.tolist(), x))
+        found, x = source.run(tokens, most)
+        token_ids = found.tolist()
+        end = next((i for i, token in enumerate(token_ids, 1) if token in stops), len(token_ids))
+        if end:
+            runs.append(Run(source.name, token_ids[:end], x[:end]))
     return runs

@@ -12,8 +12,8 @@ Tokens = NDArray[np.integer[Any]]
 
 MAX_MATCH = 64
 """Tokens compared at most: longer matches are no surer."""
-LATEST, PLACES, NARROW = 4096, 128, 8
-"""Of the latest 4096 places where the last token stands, if more than 128: those where up to 8 tokens match, and of
+LATEST, PLACES, NARROW = 2048, 32, 8
+"""Of the latest 2048 places where the last token stands, if more than 32: those where up to 8 tokens match, and of
 these the latest."""
 
 
@@ -21,7 +21,8 @@ class SuffixSource:
     """The run behind the longest earlier occurrence of the request's last tokens, in its own prompt and output.
 
     No index is kept: the tokens are searched anew in each round, so nothing can be stale after a preemption or a prefix
-    hit, and nothing is read of other requests. 32,768 tokens take some 50 microseconds.
+    hit, nothing is held between rounds, and nothing is read of other requests. 32,768 tokens take some 60 microseconds
+    (``benchmarks.simulate.overhead --runs``).
 
     The chance of a candidate is estimated from the logarithm of how many tokens match before it: those found, and the
     candidates of the run before it.
@@ -52,20 +53,31 @@ def longest_match(tokens: Tokens) -> tuple[int, int]:
         Where it goes on, and how many tokens match, at most :data:`MAX_MATCH`; 0, 0 if not even the last one does.
     """
     last = len(tokens) - 1
-    ends = np.flatnonzero(tokens[:last] == tokens[last]) if last > 0 else np.empty(0, dtype=np.int64)
+    if last < 1:
+        return 0, 0
+    recent = max(last - 4 * LATEST, 0)
+    ends = recent + np.flatnonzero(tokens[recent:last] == tokens[last])
+    if recent and len(ends) < LATEST:  # else texts of few different tokens would take long
+        ends = np.flatnonzero(tokens[:last] == tokens[last])
     if not len(ends):
         return 0, 0
+    latest = int(ends[-1]) + 1
+    if latest >= MAX_MATCH and np.array_equal(tokens[latest - MAX_MATCH : latest], tokens[last + 1 - MAX_MATCH :]):
+        return latest, MAX_MATCH
     ends = ends[-LATEST:]
     for back in range(1, NARROW):
-        longer = ends[ends >= back]
-        longer = longer[tokens[longer - back] == tokens[last - back]]
-        if len(ends) <= PLACES or not len(longer):
+        if len(ends) <= PLACES:
+            break
+        longer = ends[np.searchsorted(ends, back) :]
+        longer = longer[np.flatnonzero(tokens[longer - back] == tokens[last - back])]
+        if not len(longer):
             break
         ends = longer
     ends = ends[-PLACES:]
     before = np.arange(min(MAX_MATCH, last))
-    same = tokens[np.maximum(ends[:, None] - before, 0)] == tokens[last - before]  # [num_places, num_before]
-    same &= before <= ends[:, None]
-    lengths = np.logical_and.accumulate(same, axis=1).sum(axis=1)  # [num_places]
+    places = ends[:, None] - before  # [num_places, num_before]
+    differ = np.ones((len(ends), len(before) + 1), dtype=np.bool_)
+    differ[:, :-1] = (tokens[places] != tokens[last - before]) | (places < 0)
+    lengths = differ.argmax(axis=1)  # [num_places]
     best = len(lengths) - 1 - int(lengths[::-1].argmax())
     return int(ends[best]) + 1, int(lengths[best])

@@ -150,6 +150,7 @@ class Drafter:
             adapt=self.config.online_calibration,
             scores=self.config.head or estimator.name,
             sources=make_sources(self.run_sources),
+            drafts=self.config.drafts,
         )
         if kept is not None and rule.restore(kept.learnt, kept.age_seconds):
             logger.info("specdecpp: going on with what was learnt %.1f hours ago", kept.age_seconds / 3600)
@@ -161,9 +162,11 @@ class Drafter:
         fitting = {name: [w if w <= most else n for n, w in enumerate(widths, 1)] for name, widths in rows.items()}
         self.rows = {name: widths for name, widths in fitting.items() if widths != list(range(1, MAX_ROWS + 1))}
 
-    def cost_file(self) -> CostFile:
-        """Where the costs are kept between starts."""
-        return cost_file.cost_file(self.vllm_config, self.device)
+    def cost_file(self, **more: str) -> CostFile:
+        """Where the costs are kept between starts; ``more`` is what they depend on besides."""
+        if not self.config.drafts:
+            more["draft"] = "none"
+        return cost_file.cost_file(self.vllm_config, self.device, **more)
 
     def measure_costs(self) -> Points:
         """Time both models; every rank must call it."""

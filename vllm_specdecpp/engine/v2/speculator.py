@@ -31,7 +31,7 @@ from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.engine.gpu_defaults import memory_of
-from vllm_specdecpp.engine.shared import cost_file, vocabulary
+from vllm_specdecpp.engine.shared import vocabulary
 from vllm_specdecpp.engine.shared.draft_limit import longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.round_log import Counts
 from vllm_specdecpp.engine.v2 import timing
@@ -108,14 +108,14 @@ class SpecDecPPSpeculator(CapturedRounds):
             logger.warning("specdecpp: draft rounds run without CUDA graphs from now on: they hold the old rule")
             self.graphs, self._mode = None, (EAGER, "the rule was changed")
 
-    def cost_file(self) -> CostFile:
+    def cost_file(self, **more: str) -> CostFile:
         """Times of this runner are not those of Model Runner V1: other kernels, other graphs, other scheduling."""
         mode, is_async = self.how_rounds_run()[0], self.scheduler_config.async_scheduling
         lora = self.vllm_config.lora_config
         ours = {"model_runner": f"V2/{mode}", "async_scheduling": str(is_async)}
         if lora is not None:
             ours["lora"] = f"{lora.max_loras} of rank {lora.max_lora_rank}"
-        return cost_file.cost_file(self.vllm_config, self.device, **ours)
+        return super().cost_file(**ours, **more)
 
     def measure_costs(self) -> Points:
         """See :meth:`Drafter.measure_costs`."""
