@@ -160,7 +160,8 @@ class Admission:
                 charged = np.concatenate([charges, np.zeros(fill)])
                 speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded, pace)
                 pays = correction * speed * costs.verify.at(usual) > usual
-                among = np.array([i for i in range(num_reqs) if not debts[i] or (pays and i in chosen)], dtype=np.int64)
+                kept = [i for i in range(len(mine)) if not debts[i] or (pays and i in chosen)]
+                among = np.array(kept, dtype=np.int64)
                 if not len(among):
                     return 0.0, among, 0
             speed, chosen, length = _best(
