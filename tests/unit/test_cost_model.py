@@ -30,6 +30,18 @@ def test_a_hill_that_was_measured_outlives_a_start():
     assert [curve.at(w) for w in (1, 2, 4, 8)] == pytest.approx([0.022, 0.042, 0.024, 0.026], rel=0.05)
 
 
+@pytest.mark.parametrize("rounds", [[], [1]])
+def test_a_slow_spell_of_passes_that_nobody_runs_since_is_forgotten(rounds):
+    """It would else be believed for ever: what is too dear is not drafted, and shows no time."""
+    costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02})
+    for _ in range(20):
+        costs.observe_draft([1, 1, 1], 9.0)
+    assert costs.step.at(1) > 0.5
+    for _ in range(3000):
+        costs.observe_draft(rounds, 0.006 * len(rounds))
+    assert costs.draft_seconds([1, 1]) == pytest.approx(0.010, rel=0.1)
+
+
 def test_where_every_round_reads_no_curve_runs_away():
     """The first pass was measured a tenth too dear: rounds that read must put it right, and not reading."""
     costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02}, {1: 0.004, 2: 0.004, 1024: 0.2})

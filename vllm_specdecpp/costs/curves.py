@@ -18,6 +18,8 @@ _SHRINK = 2.0
 neighbours with 2 steps lie half-way between those and the drift of all widths."""
 _FADE = 0.998
 """Factor on all weights at each step: a width that was not seen for long returns to the common drift."""
+_REST = 16
+"""Rounds without a step of this kind after which the weights fade by as many: to do it each time would cost more."""
 _EXACT = 24
 """Widths up to this have an estimate each. Wider ones share bins, and the estimates of neighbouring bins are smoothed:
 the rule asks what a few rows more cost, and the noise of single bins would drown that difference."""
@@ -84,6 +86,7 @@ class Curve:
         self._outliers: list[tuple[int, float]] = []  # width, residual
         self._bin_outliers: dict[int, list[float]] = {}  # residuals in a row, by bin
         self._table: Array | None = None
+        self._rested = 0
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
@@ -170,14 +173,25 @@ class Curve:
         self._bin_outliers.pop(int(self._bin[width]), None)
         log_ratio = math.log(expected / float(self._start[width])) if expected else self._log_ratio(width)
         target = log_ratio + residual
-        self._state *= _FADE
-        self._state[np.abs(self._state) < _FORGOTTEN] = 0.0
+        self._age(1)
         bin_ = self._bin[width]
         steps, total = self._state[0, :, bin_].tolist()
         ratio = total / steps if steps else 0.0
         steps = min(steps + weight, _MEMORY)
         self._set(bin_, steps, ratio + weight * (target - ratio) / steps)
         return True
+
+    def rest(self) -> None:
+        """A round went by without such a step: what was seen ages as by a real one, so that in the end the start's
+        curve stands again."""
+        self._rested += 1
+        if self._rested == _REST:
+            self._age(_REST)
+
+    def _age(self, steps: int) -> None:
+        self._state *= _FADE**steps
+        self._state[np.abs(self._state) < _FORGOTTEN] = 0.0
+        self._table, self._rested = None, 0
 
     def _set(self, bin_: int, steps: float, ratio: float) -> None:
         """Set a bin's own estimate, and update what its neighbours take from it."""

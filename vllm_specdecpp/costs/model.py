@@ -80,6 +80,7 @@ class CostModel:
         """Take in a real draft phase. Only the sum is timed: each part of it counts as its share of what was expected.
 
         So rounds of different lengths tell the first pass from the others, and those that read from those that do not.
+        A curve that had no part in it ages: a slow spell that put an end to drafting would else be believed for ever.
 
         Args:
             widths: requests in each pass that drew; empty if nobody drafted.
@@ -96,6 +97,10 @@ class CostModel:
             if read:  # its usual reading is one of the parts
                 drawing -= min(drawing, self.read_seconds(_USUAL * widths[0]))
             parts.append((self.first, widths[0], drawing))
+        used = [curve for curve, _, _ in parts]
+        for curve in (self.first, self.step, self.read):
+            if curve not in used:
+                curve.rest()
         expected = sum(part for _, _, part in parts)
         if expected <= 0 or not (math.isfinite(seconds) and seconds > 0):
             return
