@@ -55,6 +55,15 @@ def test_what_is_said_is_what_the_engine_has(tiny, reference, capsys, tmp_path, 
     assert "batch 32" not in found["expected gain"]
 
 
+def test_without_a_draft_model_nothing_is_counted_for_one(tiny, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_file, "cache_folder", lambda: tmp_path)
+    status, found = report(capsys, tiny.target, '--speculative={"sources": ["suffix"]}', f"--serve={SERVE}")
+    assert status == 0 and found["pair"]["draft"].startswith("none")
+    assert found["memory"]["weights of the draft"] == "0.0 MiB"
+    assert found["memory"]["KV of a token"].endswith("and 0.0 KiB of the draft")
+    assert "free runs" in found["expected gain"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "because"),
     [

@@ -61,12 +61,12 @@ OLD = {"format": 1, "key": SETTING, **{name: CURVES[name] for name in ("first", 
     "change",
     [
         "", "{", "[]", "3", json.dumps(OLD),
-        {"format": 3}, {"setting": 3}, {"learnt": 3}, {"learnt": None}, {"written": "yesterday"}, {"surprise": 1},
+        {"format": 2}, {"setting": 3}, {"learnt": 3}, {"learnt": None}, {"written": "yesterday"}, {"surprise": 1},
         {"written": "2026-01-02T03:04:05"}, {"curves": {**CURVES, "read": {}}}, {"curves": {**CURVES, "read": {1: -1}}},
         {"curves": {name: CURVES[name] for name in ("first", "step", "verify")}},
         {"curves": {**CURVES, "more": {1: 1}}},
         {"rows": {"draft": [1, 2]}}, {"rows": {"draft": [4, 4, 4, 3, 8, 8, 8, 8]}}, {"rows": {"draft": [9] * 8}},
-        {"rows": {"x": [8] * 8}}, {"rows": {"draft": None}}, {"rows": {"draft": ["a"] * 8}}, {"rows": 3},
+        {"rows": {"x": [8] * 8}}, {"rows": {"draft": [4.0, 4, 4, 4, 8, 8, 8, 8]}}, {"rows": {"draft": None}}, {"rows": {"draft": ["a"] * 8}}, {"rows": 3},
         {"curves": {**CURVES, "read": [1]}}, {"curves": {**CURVES, "read": {"a": 1}}},
     ],
 )  # fmt: skip
@@ -75,7 +75,7 @@ def test_damaged(tmp_path: Path, change: Any, caplog: pytest.LogCaptureFixture) 
     costs.save(CURVES)
     text = change if isinstance(change, str) else json.dumps(json.loads(costs.path.read_text()) | change)
     costs.path.write_text(text)
-    with pytest.raises(ValueError, match="^specdecpp: .*costs-.* is no costs file of format 2, or is damaged") as error:
+    with pytest.raises(ValueError, match="^specdecpp: .*costs-.* is no costs file of format 3, or is damaged") as error:
         file.read(costs.path)
     assert "\n" not in str(error.value)
     with caplog.at_level(logging.WARNING):

@@ -107,6 +107,8 @@ def test_curves_add_the_lm_head_and_double_the_first_pass():
     assert found == {
         "first": {1: 13.0, 2: 16.5, 3: 21.0}, "step": {1: 11.0, 2: 13.5, 3: 15.0}, "verify": {1: 50.0}
     }  # fmt: skip
+    few = timing.curves({1: 10.0, 4: 16.0, 16: 40.0}, logits, {1: 50.0})  # a start that had no time for width 3
+    assert few["step"] == {1: 11.0, 2: 13.5, 3: 16.0} and few["first"] == {1: 13.0, 2: 17.5, 3: 22.0}
 
 
 class _Passes:

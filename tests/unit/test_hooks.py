@@ -41,6 +41,13 @@ def test_a_changed_symbol_is_found(source, expected):
     assert found == ([expected] if expected else [])
 
 
+def test_a_folder_that_may_not_be_read_does_not_end_the_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(Path, "exists", lambda _: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    supported.problems.cache_clear()
+    assert supported.problems() == ()
+
+
 @pytest.mark.parametrize(("change", "times"), [("", 1), ("# another\n", 2)])
 def test_sources_that_were_compared_are_not_parsed_again(monkeypatch, tmp_path, change, times):
     """Nor where something was missing: that is never kept."""

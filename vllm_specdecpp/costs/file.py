@@ -20,7 +20,7 @@ from vllm_specdecpp.data.manifest import write_whole
 
 logger = logging.getLogger("vllm.specdecpp")
 
-FORMAT = 2
+FORMAT = 3
 
 
 def _now() -> str:
@@ -77,6 +77,7 @@ def read(path: Path) -> KeptCosts:
         data["curves"] = {name: {int(w): float(s) for w, s in curve.items()} for name, curve in data["curves"].items()}
         data["setting"] = {str(name): str(value) for name, value in data["setting"].items()}
         data["learnt"] = dict(data["learnt"])
+        data["rows"] = checked(data["rows"])
         return KeptCosts(**data)
     except OSError as error:
         raise ValueError(f"specdecpp: costs file {path} cannot be read ({error.strerror})") from None

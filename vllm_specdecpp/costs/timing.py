@@ -190,12 +190,12 @@ def curves(draft: Mapping[int, float], logits: Mapping[int, float], verify: Mapp
         logits: rows -> seconds of its lm_head.
         verify: rows -> seconds of the target's forward pass and lm_head.
     """
-    step = {n: draft[n] + logits[n] for n in draft if n in logits}
     widths = sorted(draft)
-    # A round's first pass reads about two tokens of each request.
-    first = {
-        n: float(np.interp(2 * n, widths, [draft[w] for w in widths])) + logits[n]
-        for n in step
-        if 2 * n <= widths[-1]
-    }
+
+    def drawn(rows: int) -> dict[int, float]:
+        """Of passes with ``rows`` rows a request, which draw for each; between two that were timed the line counts."""
+        times = [draft[w] for w in widths]
+        return {n: float(np.interp(rows * n, widths, times)) + logits[n] for n in logits if rows * n <= widths[-1]}
+
+    step, first = drawn(1), drawn(2)  # a round's first pass reads about two tokens of each request
     return {"first": first, "step": step, "verify": dict(verify)}

@@ -53,6 +53,6 @@ def checked(rows: Mapping[str, Sequence[int]]) -> Rows:
     """
     for name, widths in rows.items():
         right = name in PASSES and len(widths) == MAX_ROWS
-        if not right or not all(n <= width <= MAX_ROWS for n, width in enumerate(widths, 1)):
+        if not right or not all(isinstance(width, int) and n <= width <= MAX_ROWS for n, width in enumerate(widths, 1)):
             raise ValueError(f"has the widths {list(widths)} of {name}")
-    return {name: [int(width) for width in widths] for name, widths in rows.items()}
+    return {name: list(widths) for name, widths in rows.items()}

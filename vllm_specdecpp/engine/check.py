@@ -150,14 +150,14 @@ def _facts(options: CheckOptions, vllm_config: Any) -> dict[str, Any]:
             "longest sequence": target.max_model_len,
         },
         "pair": {
-            "draft": ours.model,
+            "draft": ours.model if ours.drafts else "none: free runs alone",
             "rule": ours.resolved_rule,
             "head": ours.head or "none: training-free",
             "candidate length": f"0 to {ours.num_speculative_tokens}",
             "vocabulary": f"{rows[0]} rows" if rows[0] == rows[1] else f"{rows[0]} rows, the draft's {rows[1]}: padded",
         },
         "memory": memory(vllm_config),
-        "expected gain": _gain(vllm_config, ours.num_speculative_tokens),
+        "expected gain": _gain(vllm_config, ours.num_speculative_tokens, ours.drafts),
         "serve": {"command": options.command},
     }
 
@@ -170,12 +170,14 @@ def _graphs(vllm_config: Any) -> str:
     return f"{mode.name}, {len(sizes)} sizes of the target; vLLM measures their memory at start-up"
 
 
-def _gain(vllm_config: Any, longest: int) -> dict[str, str]:
+def _gain(vllm_config: Any, longest: int, drafts: bool) -> dict[str, str]:
     """Batch size → tokens per second over those without speculation, by the costs that an engine has left."""
     import torch
 
     from vllm_specdecpp.engine.shared import cost_file
 
+    if not drafts:
+        return {"free runs": "by how far the text repeats itself: `vllm:specdecpp_expected_speedup` tells in service"}
     wanted = cost_file.cost_file(vllm_config, torch.device(vllm_config.device_config.device_type)).setting
     kept = _newest(cost_file.cache_folder(), wanted, vllm_config.use_v2_model_runner)
     if kept is None:

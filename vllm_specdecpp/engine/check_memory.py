@@ -25,8 +25,10 @@ def memory(vllm_config: Any) -> dict[str, str]:
 
     target, draft = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
     parallel, logits = vllm_config.parallel_config, memory_of(vllm_config)
-    weights = [weight_bytes(model, parallel.tensor_parallel_size) for model in (target, draft)]
-    tokens = [token_bytes(model, vllm_config) for model in (target, draft)]
+    weights: list[int | None] = [weight_bytes(target, parallel.tensor_parallel_size), 0]
+    tokens = [token_bytes(target, vllm_config), 0]
+    if draft is not target:  # else there is no draft model (`engine.options`)
+        weights[1], tokens[1] = weight_bytes(draft, parallel.tensor_parallel_size), token_bytes(draft, vllm_config)
     free, room, for_kv = _room(vllm_config)
     found = {
         "weights of the target": _shown(weights[0]),

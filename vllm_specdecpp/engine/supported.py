@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -100,8 +101,8 @@ def problems() -> tuple[str, ...]:
     if not version.startswith(tuple(f"{v}." for v in SUPPORTED_VERSIONS)):
         return (f"vLLM {version} is not one of the supported versions {', '.join(SUPPORTED_VERSIONS)}",)
     sources = {module: _installed_source(module) for module in sorted({h.symbol.partition(":")[0] for h in LEDGER})}
-    kept = _kept(repr((LEDGER, sources)))
-    if kept.exists():
+    kept = _kept(repr((Path(__file__).read_text(encoding="utf-8"), LEDGER, sources)))
+    if os.path.exists(kept):  # Path.exists raises where a folder may not be read
         return ()
     found = tuple(find_problems(sources.get))
     if not found:

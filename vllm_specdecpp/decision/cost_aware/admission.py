@@ -133,6 +133,7 @@ class Admission:
         out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate, levels=levels)
         index = np.flatnonzero([s.limit > 0 for s in batch])
         if not len(index):
+            self.price, self.speedup = off_rate, off_rate * costs.verify.at(num_reqs) / num_reqs
             return out
         mine = [batch[i] for i in index.tolist()]
         apart = [s.constrained for s in mine]

@@ -22,7 +22,16 @@ class RunsOnlyProposer(SpecDecPPProposer):
     can_catch_up = True  # nothing has to be read
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """There is nothing to load."""
+        """There is nothing to load.
+
+        Raises:
+            ValueError: single passes of this target cannot be timed.
+        """
+        if self.runner.supports_mm_inputs or self.runner.uses_mrope or self.vllm_config.lora_config is not None:
+            raise ValueError(
+                f"specdecpp: sources={self.config.sources} without a draft model needs Model Runner V2 for targets "
+                "that take images or LoRA adapters; set VLLM_USE_V2_MODEL_RUNNER=1, or add a draft model"
+            )
         self._draft_attn_layer_names: set[str] = set()
         self.hidden_states: torch.Tensor = self.hidden_states[:0].clone()  # vLLM makes it for a draft model
         self.set_rule(self.config)
@@ -38,15 +47,6 @@ class RunsOnlyProposer(SpecDecPPProposer):
         """No passes."""
 
     def measure_costs(self) -> Points:
-        """Time the target alone.
-
-        Raises:
-            ValueError: its single passes cannot be timed here.
-        """
-        if self.runner.supports_mm_inputs or self.runner.uses_mrope or self.vllm_config.lora_config is not None:
-            raise ValueError(
-                f"specdecpp: sources={self.config.sources} without a draft model needs Model Runner V2 for targets "
-                "that take images or LoRA adapters; set VLLM_USE_V2_MODEL_RUNNER=1, or add a draft model"
-            )
+        """Time the target alone."""
         scheduler, bound = self.vllm_config.scheduler_config, self.speculative_config.num_speculative_tokens
         return timing.measure_target(SinglePasses(self), scheduler, bound, self.agree, self.seconds_so_far())

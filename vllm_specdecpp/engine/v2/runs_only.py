@@ -40,6 +40,8 @@ class _NoDraftKV:
 class RunsOnlySpeculator(SpecDecPPSpeculator):
     """Proposes runs; same arguments."""
 
+    model = None  # vLLM asks for it when the engine sleeps
+
     def load_model(self, target_model: torch.nn.Module) -> None:
         """There is nothing to load."""
         self.draft_attn_layer_names: set[str] = set()
