@@ -43,7 +43,8 @@ NOTES = {
     10: "not shown: no test has a multimodal checkpoint",
     13: "in part: costs follow the service, not each request's length",
     14: "all but the block that an answer's last round has filled",
-    16: "it is not given back while speculation is off for long",
+    16: "`check` tells what the draft takes before the start, the start what logits take on a GPU; it is not given "
+    "back while speculation is off for long",
     17: "CPU: a Worker without vLLM's allocator; weights of level 2 are the caller's to reload, as vLLM's are",
 }
 """What no test shows, or not in full."""

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRA:
             raise
-        return _complain(program, f"needs {_EXTRA[package]}; pip install 'vllm-specdecpp[train]'")
+        return _complain(program, f"needs {_EXTRA[package]}; in the clone: pip install '.[train]'")
     except KeyboardInterrupt:
         return _complain(program, f"interrupted; {COMMANDS[name].when_interrupted}", 130)
     except BrokenPipeError:  # `| head` has seen enough

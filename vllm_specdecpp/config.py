@@ -38,7 +38,8 @@ class SpecDecPPConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
-    """Draft model: a folder or a hub id. Must have the target's tokens; how far the two are padded may differ."""
+    """Draft model: a folder or a hub id. Must have the target's tokens; how far the two are padded may differ.
+    Left out for a known pair, and with ``sources: ["suffix"]``."""
 
     head: str | None = Field(default=None, min_length=1)
     """Acceptance head of the rules ``cost_aware`` and ``threshold``: a folder or a hub id, ``org/name`` or

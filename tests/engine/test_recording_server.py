@@ -84,15 +84,10 @@ class TestServerMode:
             pass
         assert "\n" not in str(caught.value)
 
-    def test_outcomes_that_are_made_up_are_not_recorded(self, tiny, tmp_path):
-        options = config(
-            tiny,
-            record_dir=str(tmp_path / "data"),
-            rejection_sample_method="synthetic",
-            synthetic_acceptance_length=2.0,
-        )
+    def test_outcomes_of_whole_blocks_are_not_recorded(self, tiny, tmp_path):
+        options = config(tiny, record_dir=str(tmp_path / "data"), rejection_sample_method="block")
         with (
-            pytest.raises(ValueError, match=r"^specdecpp: rejection_sample_method='synthetic' cannot be recorded"),
+            pytest.raises(ValueError, match=r"^specdecpp: rejection_sample_method='block' cannot be recorded"),
             harness.engine(tiny.target, options),
         ):
             pass

@@ -150,7 +150,7 @@ def test_a_missing_extra_is_told_in_one_line(command, status):
     done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     if status:
-        assert done.stderr == "vllm-specdecpp train: needs scikit-learn; pip install 'vllm-specdecpp[train]'\n"
+        assert done.stderr == "vllm-specdecpp train: needs scikit-learn; in the clone: pip install '.[train]'\n"
 
 
 def test_help_of_a_command(toy, capsys):

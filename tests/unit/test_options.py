@@ -251,8 +251,10 @@ def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, chosen, ours, 
 
 
 def test_a_lossy_verification_is_refused(no_hub):
-    with pytest.raises(ValueError, match="^specdecpp: rejection_sample_method='fly' accepts tokens that the target"):
-        options.expand(_args(speculative_config=_ours(rejection_sample_method="fly")))
+    for method in ("fly", "synthetic"):
+        wanted = f"^specdecpp: rejection_sample_method='{method}' accepts tokens that the target"
+        with pytest.raises(ValueError, match=wanted):
+            options.expand(_args(speculative_config=_ours(rejection_sample_method=method)))
 
 
 @pytest.mark.parametrize("word", ["specdecp", "spec-decpp", "SpecDec++", "specdec"])

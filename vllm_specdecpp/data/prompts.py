@@ -130,7 +130,7 @@ def _from_hub(name: str, split: str, column: str | None) -> Iterator[Prompt]:
     except ImportError:
         raise ValueError(
             f"specdecpp: prompts={name!r} as a Hugging Face dataset needs the datasets library; "
-            "pip install 'vllm-specdecpp[train]', or give a .jsonl file"
+            "in the clone: pip install '.[train]', or give a .jsonl file"
         ) from None
     path, _, config = (name, "", "") if Path(name).expanduser().is_dir() else name.partition(":")
     try:

@@ -38,10 +38,10 @@ class CheckOptions(CommandOptions):
     """Further options of ``--speculative-config``, as JSON."""
 
     serve: str = ""
-    """Further arguments of ``vllm serve``, in one string: ``--serve="--max-num-seqs 8"``."""
+    """Further arguments of ``vllm serve`` that are the engine's, in one string: ``--serve="--max-num-seqs 8"``."""
 
     answers: bool = Field(default=False, alias="run")
-    """Also start an engine without speculation, then one with it, and compare ten greedy answers and their speed."""
+    """Also start an engine with speculation, then one without it, and compare ten greedy answers and their speed."""
 
     tokens: int = Field(default=64, ge=1)
     """With ``--run``: tokens of an answer."""
@@ -115,7 +115,7 @@ def engine_args(options: CheckOptions, speculation: bool) -> Any:
     try:
         return EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(words))
     except SystemExit as exit:
-        raise ValueError(f"specdecpp: vllm serve does not take --serve {options.serve!r}") from exit
+        raise ValueError(f"specdecpp: vLLM's engine does not take --serve {options.serve!r}") from exit
 
 
 def _versions() -> dict[str, str]:

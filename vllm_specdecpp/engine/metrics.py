@@ -34,7 +34,7 @@ COUNTERS = {
 """Name -> its own label, and what is counted."""
 
 GAUGES = {
-    "rho": ((), "Tokens that a second of the last round had to bring."),
+    "rho": ((), "Tokens per second expected of the last round; a further candidate must bring more."),
     "expected_speedup": ((), "Tokens per second expected of the last round, over those of not drafting."),
     "cost_seconds": (("what", "tokens"), "Costs in force: of passes (first, step, verify, read) with so many tokens."),
 }

@@ -108,10 +108,10 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"{args.tensor_parallel_size}; leave it out"
         )
     method = user.get("rejection_sample_method")
-    if method == "fly":
+    if method in ("fly", "synthetic"):
         raise ValueError(
-            "specdecpp: rejection_sample_method='fly' accepts tokens that the target would not emit, so outputs are no "
-            "longer the target's; leave it out, or use 'standard' or 'block'"
+            f"specdecpp: rejection_sample_method={method!r} accepts tokens that the target would not emit, so outputs "
+            "are no longer the target's; leave it out, or use 'standard' or 'block'"
         )
     if user.get("record_dir") is not None and method not in (None, "standard"):
         raise ValueError(

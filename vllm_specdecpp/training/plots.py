@@ -209,7 +209,7 @@ def check_installed() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ValueError(
-            "specdecpp: plots need matplotlib; pip install 'vllm-specdecpp[train]', or add --no-plots"
+            "specdecpp: plots need matplotlib; in the clone: pip install '.[train]', or add --no-plots"
         ) from None
 
 

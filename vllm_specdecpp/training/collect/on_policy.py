@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions, PairOptions
+from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, max_num_seqs: int | None = None) -> LLM:
-    """A vLLM engine of the target, or of the pair.
+    """A vLLM engine of the target, or of the pair. While it starts, Ctrl-C and SIGTERM end the process.
 
     Args:
         options: of the command.
@@ -35,18 +36,19 @@ def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, ma
 
     config = {"method": "specdecpp", "model": options.draft, "draft_sample_method": options.draft_sample_method}
     try:
-        return LLM(
-            model=options.target,
-            speculative_config=None if speculative is None else {**config, **speculative},
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=max_num_seqs or options.batch,
-            kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
-            enforce_eager=options.eager,
-            tensor_parallel_size=options.tensor_parallel_size,
-            enable_prefix_caching=False,
-            seed=options.seed,
-        )
+        with ends_with_children():
+            return LLM(
+                model=options.target,
+                speculative_config=None if speculative is None else {**config, **speculative},
+                dtype=options.dtype,
+                max_model_len=options.max_model_len,
+                max_num_seqs=max_num_seqs or options.batch,
+                kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
+                enforce_eager=options.eager,
+                tensor_parallel_size=options.tensor_parallel_size,
+                enable_prefix_caching=False,
+                seed=options.seed,
+            )
     except RuntimeError as error:  # the engine's own process has said more above
         raise ValueError(f"specdecpp: the engine did not start ({_last_line(error)})") from error
 

@@ -54,7 +54,7 @@ class CausalModel:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise ValueError(
-                "specdecpp: source='paper' needs transformers; pip install 'vllm-specdecpp[train]'"
+                "specdecpp: source='paper' needs transformers; in the clone: pip install '.[train]'"
             ) from None
         placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
         try:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from vllm_specdecpp.training.collect.on_policy import start_engine
 from vllm_specdecpp.training.collect.options import PairOptions
-from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 from vllm_specdecpp.training.collect.units import encode
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ def measure_costs(options: PairOptions, prompts: Sequence[Prompt]) -> Points:
     from tqdm import tqdm
     from vllm import SamplingParams
 
-    with ends_with_children():
-        llm = start_engine(options, {}, max_num_seqs=1)
+    llm = start_engine(options, {}, max_num_seqs=1)
     try:
         params = SamplingParams(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, max_tokens=options.max_tokens,

@@ -52,7 +52,8 @@ def sigterm_interrupts() -> Iterator[None]:
 def ends_with_children(clear_away: Callable[[], object] = lambda: None) -> Iterator[None]:
     """In here Ctrl-C and SIGTERM end this process at once, with status 130, and all that it has started.
 
-    For whoever starts vLLM's engines: while one starts, an exception out of a signal handler can get lost.
+    For whoever starts vLLM's engines: while one starts, an exception out of a signal handler can get lost. Outside the
+    main thread nothing changes.
 
     Args:
         clear_away: called before this process ends so; not at the end of the block.
@@ -64,7 +65,8 @@ def ends_with_children(clear_away: Callable[[], object] = lambda: None) -> Itera
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

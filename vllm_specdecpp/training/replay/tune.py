@@ -235,7 +235,7 @@ def _check(options: TuneOptions) -> None:
         if length < 1:
             raise ValueError(f"specdecpp: lengths={length} must be a whole number, 1 or more")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("specdecpp: pareto.png needs matplotlib; pip install 'vllm-specdecpp[train]'")
+        raise ValueError("specdecpp: pareto.png needs matplotlib; in the clone: pip install '.[train]'")
     present = [name for name in FILES if (options.out / name).exists()]
     if present and not options.force:
         raise ValueError(
