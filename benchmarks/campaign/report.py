@@ -174,11 +174,15 @@ def plot(cells: Cells, judged: str, totals: Sequence[str], title: str, path: Pat
     pyplot.close(figure)
 
 
-def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
+def write_report(raw: RawFile, out: Path, force: bool = False, judged: str | None = None) -> str:
     """Write ``out`` (JSONL), and beside it the table (.md) and the heat maps (.png); returns table and summary.
 
+    Args:
+        judged: the method that the ratios are of; None: the campaign's.
+
     Raises:
-        ValueError: ``out`` exists and ``force`` is off, or no group is finished by all methods.
+        ValueError: ``out`` exists and ``force`` is off, no group is finished by all methods, or ``judged`` is not in
+            every cell.
     """
     check_free(out, force)
     method_order(raw)
@@ -186,7 +190,9 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
     if "cells" not in last:
         raise ValueError(f"{raw.path} holds one temperature and batch; use python -m benchmarks.serve.report")
     cells = cells_of(raw.rows, last["cells"], last["families"])
-    judged, totals = last["judged"], (*last["families"], ALL)
+    judged, totals = judged or last["judged"], (*last["families"], ALL)
+    if not all(judged in of for of in cells.values()):
+        raise ValueError(f"--judged {judged}: not measured in every cell")
     written = markdown(cells, raw.runs, judged)
     rows: list[Row] = []
     for (temperature, _, batch), of in cells.items():
@@ -198,7 +204,9 @@ def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
-    return report_command("benchmarks.campaign.report", (__doc__ or "").splitlines()[0], write_report, argv)
+    return report_command(
+        "benchmarks.campaign.report", (__doc__ or "").splitlines()[0], write_report, argv, judged=True
+    )
 
 
 if __name__ == "__main__":

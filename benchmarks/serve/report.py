@@ -181,20 +181,28 @@ def write_files(out: Path, rows: Sequence[dict[str, Any]], table: str) -> None:
 
 
 def report_command(
-    module: str, summary: str, write: Callable[[RawFile, Path, bool], str], argv: list[str] | None
+    module: str, summary: str, write: Callable[..., str], argv: list[str] | None, judged: bool = False
 ) -> int:
-    """The command line of a report: raw rows in, what ``write`` makes of them out."""
+    """The command line of a report: raw rows in, what ``write`` makes of them out.
+
+    Args:
+        write: gets the raw file, the path to write, and whether it may be replaced.
+        judged: it also takes the method that the ratios are of, or None.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
     parser.add_argument("raw", type=Path, help="X.raw.jsonl of a run, finished or not")
     parser.add_argument("--out", type=Path, required=True, help="X.jsonl; X.md and X.png are written beside it")
     parser.add_argument("--force", action="store_true", help="replace a report that is there already")
+    if judged:
+        parser.add_argument("--judged", help="the method that the ratios are of; by default the campaign's")
     args = parser.parse_args(argv)
+    more = [args.judged] if judged else []
     try:
         if not args.raw.exists():
             raise ValueError(
                 f"{args.raw} is missing; measure first with python -m benchmarks.serve.run or benchmarks.campaign"
             )
-        print(write(RawFile(args.raw), args.out, args.force))
+        print(write(RawFile(args.raw), args.out, args.force, *more))
     except ValueError as error:
         print(f"{module}: {error}", file=sys.stderr)
         return 2
