@@ -40,14 +40,14 @@ def test_the_least_time_of_each_width_counts_and_the_first_run_does_not():
     assert runs == [1, 1, 3, 3, 2, 2, *[1, 3, 2] * (timing.REPEATS - 1)]  # a slow moment hits no width alone
 
 
-def test_time_that_runs_out_ends_after_three_widths_at_the_earliest():
+def test_time_that_runs_out_ends_after_four_widths_at_the_earliest():
     clock = _Clock()
 
     def run(width: int) -> None:
         clock.now += 10.0
 
     times = timing.time_widths(run, timing.coarse_to_fine(100), _same, 3.0, clock)
-    assert list(times) == [1, 4, 16] and clock.now == 40.0  # and none of them again, once no kernels are built
+    assert list(times) == [1, 4, 16, 64] and clock.now == 50.0  # and none of them again, once no kernels are built
 
 
 @pytest.mark.parametrize(("builds", "wide"), [(0.0, 1), (2.0, 2)])
