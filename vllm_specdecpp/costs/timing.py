@@ -27,8 +27,8 @@ SHARE, LEAST, MOST = 0.06, 1.0, 8.0
 """Of the seconds that the start has taken so far, as many are spent here, within these bounds (seconds). What is not
 timed is left to the line through what was; real rounds put it right."""
 ALWAYS = 4
-"""Widths of a curve that are timed whatever they take: 1, 4, 16 and 64 rows. Fewer leave the price of a wide verification
-to a line through narrow ones, and rounds that cost twice what was expected are outliers, which teach slowly."""
+"""Widths of a curve that are timed whatever they take: 1, 4, 16 and 64 rows. Fewer leave the price of a wide
+verification to a line through narrow ones, and rounds that cost twice as much are outliers, which teach slowly."""
 LONG = 0.5
 """Seconds of a run that is not repeated, if the width before it needed no kernels to be built."""
 REPEATS = 3
