@@ -75,8 +75,8 @@ def summary(cells: Cells, judged: str, totals: Sequence[str]) -> Row:
         values = np.array([ratio.value for ratio in ratios])
         result[f"{name}_geometric_mean"] = round(float(np.exp(np.log(values).mean())), 4)
         result[f"{name}_lowest"] = round(float(values.min()), 4)
-        # A group alone has no interval.
-        result[f"{name}_surely_below_0.98"] = sum(r.high < 0.98 for r in ratios)
+        several = [getattr(cell, name) for cell in places if cell.units > 1]  # a group alone has no interval
+        result[f"{name}_surely_below_0.98"] = sum(ratio is not None and ratio.high < 0.98 for ratio in several)
     return result
 
 
