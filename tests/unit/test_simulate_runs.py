@@ -34,7 +34,8 @@ def test_early_rounds_are_not_counted_and_all_is_written(tmp_path: Path, capsys:
     command = ["--record", str(folder), "--costs", "cheap", "--after", "3", "--out", str(tmp_path / "x.jsonl")]
     assert runs.main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    assert [row["set"] for row in rows] == ["all", "a"] and rows[0]["num"] == 3 * 76 - 3 * 20  # rounds of 20, 20, 20 and 16
+    assert [row["set"] for row in rows] == ["all", "a"]
+    assert rows[0]["num"] == 3 * 76 - 3 * 20  # rounds of 20, 20, 20 and 16
     assert rows[0]["ece"] < 0.05 and (tmp_path / "x.png").exists()
     assert "| all | 168 | " in (tmp_path / "x.md").read_text()
     assert runs.main(command) == 2 and "there already" in capsys.readouterr().err
