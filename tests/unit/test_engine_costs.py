@@ -159,9 +159,9 @@ def test_narrow_passes_are_timed_once_and_cost_what_the_width_that_they_run_at_c
     assert points["read"][3] == pytest.approx(0.014) and points["read"][5] == pytest.approx(0.015)
 
 
-@pytest.mark.parametrize(("waited", "least", "most"), [(5.0, 0.5, 1.0), (50.0, 2.0, 3.0), (1e6, 3.0, 8.0)])
+@pytest.mark.parametrize(("waited", "least", "most"), [(5.0, 0.5, 1.2), (50.0, 2.0, 3.0), (1e6, 3.0, 8.0)])
 def test_timing_takes_its_share_of_the_start(waited, least, most):
-    """Passes as on a CPU."""
+    """Passes as on a CPU; four widths of a curve take 1.2 s."""
     passes = _Passes(_Clock())
     _measure(passes, waited, 2048)
     assert least < passes.clock.now <= most

@@ -133,7 +133,7 @@ def test_a_hub_dataset_that_fails(monkeypatch):
 
 def test_without_the_datasets_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with _refused(r"pip install 'vllm-specdecpp\[train\]'"):
+    with _refused(r"pip install '.\[train\]'"):
         load_prompts("org/name")
 
 
