@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,7 +158,15 @@ def test_a_cold_engine_drafts_where_only_long_drafts_pay(llm, baseline):
 
 
 def test_drafts_where_it_pays(llm, baseline, monkeypatch):
-    harness.set_costs(llm, CHEAP)
+    admission = harness.set_costs(llm, CHEAP).admission
+    plan, expected = admission.plan, []
+
+    def planned(*args):
+        out = plan(*args)
+        expected.append((admission.price, admission.speedup))
+        return out
+
+    monkeypatch.setattr(admission, "plan", planned)
     for _ in range(4):
         outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
         assert harness.token_ids(outputs) == baseline
@@ -165,9 +174,11 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
     assert stats["candidates"] > 2 * stats["rounds"] and stats["accepted"] > 0.5 * stats["candidates"]
     assert len(stats["lengths"]) == MAX_LENGTH + 1
     told = stats["cost_aware"]
-    admission = told["admission"]
-    assert admission["rho"] > 1.5 / CHEAP["verify"][1] and admission["speedup"] > 1.5
-    assert 0.5 < admission["acceptance"] < 1 and admission["looks"] > 100 and admission["purse_seconds"] >= 0
+    assert (told["admission"]["rho"], told["admission"]["speedup"]) == expected[-1]
+    rho, speedup = np.median(expected, 0)  # the last round of all may have no room for a candidate
+    assert rho > 1.5 / CHEAP["verify"][1] and speedup > 1.5
+    assert 0.5 < told["admission"]["acceptance"] < 1 and told["admission"]["looks"] > 100
+    assert told["admission"]["purse_seconds"] >= 0
     assert told["calibration"]["slope"] > 0 and told["costs"]["step"] == {"1": 1e-3}
 
 

@@ -20,7 +20,8 @@ from tests.reference_loop import answer
 
 SECONDS = 30
 """In which a fault must have been dealt with; a hang lasts longer."""
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 16384
+"""Long answers: none ends while a slow machine has yet to look, as 512 tokens did."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def url(tiny, tmp_path_factory) -> Iterator[str]:
     config = {"method": "specdecpp", "model": tiny.draft_rand, "rule": "entropy", "num_speculative_tokens": 5}
     arguments = [
         "--speculative-config", json.dumps(config), "--distributed-executor-backend", "mp",
-        "--max-model-len", str(MAX_MODEL_LEN),
+        "--max-model-len", str(MAX_MODEL_LEN), "--hf-overrides", json.dumps({"max_position_embeddings": MAX_MODEL_LEN}),
     ]  # fmt: skip
     with serve(tiny.target, arguments, tmp_path_factory.mktemp("faults") / "log") as url:
         yield url
