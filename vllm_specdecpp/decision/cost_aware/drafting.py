@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
-from vllm_specdecpp.decision.cost_aware.free_runs import Taken
+from vllm_specdecpp.decision.cost_aware.free_runs import Before, Taken
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
+from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 from vllm_specdecpp.decision.tails import cost_aware_tail
 
@@ -43,7 +45,7 @@ class CostAwareRound:
         drafts: [num_reqs] the requests that draft.
         price: tokens that a second of the round must bring; 0: all draft to their limits and submit all.
         admitted: why it was begun so.
-        free: the runs of requests that do not draft.
+        free: the runs of requests that do not draft; those of the others join them (:meth:`follow`).
         constrained: [num_reqs] as in :class:`Standing`; nobody, if it is not given.
 
     Attributes:
@@ -81,6 +83,41 @@ class CostAwareRound:
     def submitted(self) -> NDArray[np.int64]:
         """[num_reqs] candidates, drafted or of a free run."""
         return self.lengths + self.free.lengths
+
+    def outrun(self, row: int, runs: Sequence[Run], survival: float, num_running: int) -> bool:
+        """Whether a request is to stop drafting, since one of these runs goes on where its draft is.
+
+        Another candidate of the draft model could at best stand in for the run's first one, with a chance a instead of
+        c_1. That is worth its share of a draft pass only if
+
+            S (a - c_1) (1 + c_2 + c_2 c_3 + ...)  >=  price step[n] / n
+
+        Args:
+            row: of the batch; the request has drawn a candidate, and would draw another.
+            runs: that go on behind that candidate.
+            survival: S, estimated probability that all its candidates are accepted.
+            num_running: n, requests that would draw another candidate.
+        """
+        accept = None if self.admitted is None else self.admitted.accept
+        if accept is None or not runs:
+            return False
+        known, name = self.rule.free_runs, self.request_ids[row]
+        gain = survival * min(known.gain(run, name, float(accept[row])) for run in runs)
+        return bool(gain < self.price * self.rule.costs.step.at(num_running) / num_running)
+
+    def follow(self, runs: Sequence[Sequence[Run]], survival: Array) -> None:
+        """Let runs go on behind the drafts, as far as their rows pay; the steps are done, or :meth:`fill` was called.
+
+        Args:
+            runs: [num_reqs] that go on behind each request's candidates; empty for those that have not drafted.
+            survival: [num_reqs] estimated probability that all candidates are accepted.
+        """
+        costs, free = self.rule.costs, self.free
+        rows = len(self.request_ids) + int(self.submitted.sum())
+        tokens = len(self.request_ids) + float(self.expected.sum() + free.accepted.sum())
+        before = Before(rows, tokens, costs.draft_seconds(self.widths), survival)
+        limits = np.where(self.drafts, self.limits - self.lengths, 0)
+        self.free = free.joined(self.rule.free_runs.take(self.request_ids, runs, limits, costs, before), self.drafts)
 
     @cached_property
     def looks(self) -> list[list[float]]:

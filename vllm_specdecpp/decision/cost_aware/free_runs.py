@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ _MAX_REQUESTS = 1024
 
 @dataclass
 class Taken:
-    """The runs of a round in which nobody drafts. Who drafts after all leaves its run: :meth:`without`."""
+    """The runs of a round: of requests that do not draft, and, once the drafts are there, behind these."""
 
     runs: list[Run | None]
     """[num_reqs]"""
@@ -43,10 +43,29 @@ class Taken:
         runs = [None if leaves else run for run, leaves in zip(self.runs, drafts.tolist(), strict=True)]
         return Taken(runs, np.where(drafts, 0, self.lengths), np.where(drafts, 0.0, self.accepted))
 
+    def joined(self, others: Taken, where: Mask) -> Taken:
+        """With the runs of ``others`` in the rows of ``where`` [num_reqs]."""
+        runs = [his if takes else mine for mine, his, takes in zip(self.runs, others.runs, where.tolist(), strict=True)]
+        accepted = np.where(where, others.accepted, self.accepted)
+        return Taken(runs, np.where(where, others.lengths, self.lengths), accepted)
+
     def token_ids(self, index: int) -> list[int]:
         """The candidates of a request."""
         run = self.runs[index]
         return [] if run is None else run.token_ids[: self.lengths[index]]
+
+
+class Before(NamedTuple):
+    """What is submitted in front of the runs."""
+
+    rows: int
+    """Tokens that are verified in any case."""
+    tokens: float
+    """That are emitted then, as expected."""
+    seconds: float
+    """Spent on drafting."""
+    survival: Array
+    """[num_reqs] chance that all candidates in front of a request's run are accepted."""
 
 
 class FreeRuns:
@@ -56,7 +75,8 @@ class FreeRuns:
 
         (num_reqs + sum of the n best chances) / verify(num_reqs + n)
 
-    A candidate's chance is that of all before it too, so what is taken of a run begins at its start.
+    A candidate's chance is that of all before it too, so what is taken of a run begins at its start. Behind drafts
+    (:class:`Before`) what they have cost and are expected to bring counts as well.
 
     The same match means more in code than in chat: a request's own runs shift its log-odds by the logarithm of accepted
     over expected.
@@ -77,7 +97,8 @@ class FreeRuns:
         return next((model.theta for model in self.models.values()), None)
 
     def take(
-        self, request_ids: Sequence[str], runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel
+        self, request_ids: Sequence[str], runs: Sequence[Sequence[Run]], limits: Counts, costs: CostModel,
+        before: Before | None = None,
     ) -> Taken:  # fmt: skip
         """Choose for a round.
 
@@ -86,15 +107,17 @@ class FreeRuns:
             runs: [num_reqs] what the sources propose for each request; empty: nothing for anybody.
             limits: [num_reqs] candidates at most.
             costs: the cost model.
+            before: None: nothing but the last emitted token of each request.
         """
         num_reqs = len(limits)
+        before = before or Before(num_reqs, float(num_reqs), 0.0, np.ones(num_reqs))
         taken = Taken([None] * num_reqs, np.zeros(num_reqs, dtype=np.int64), np.zeros(num_reqs))
         reaches: list[NDArray[Any]] = []
         owners: list[int] = []
         for index, (proposed, limit) in enumerate(zip(runs, limits.tolist(), strict=bool(runs))):
             best, best_sum = None, 0.0
             for run in proposed:
-                reach = np.cumprod(self.chances(run, request_ids[index])[:limit])
+                reach = before.survival[index] * np.cumprod(self.chances(run, request_ids[index])[:limit])
                 if float(reach.sum()) > best_sum:
                     best, best_sum, taken.runs[index] = reach, float(reach.sum()), run
             if best is not None:
@@ -104,9 +127,9 @@ class FreeRuns:
             return taken
         chance, owner = np.concatenate(reaches), np.array(owners)
         order = np.argsort(-chance, kind="stable")
-        tokens = num_reqs + np.concatenate([[0.0], np.add.accumulate(chance[order])])
-        rows = np.arange(num_reqs, num_reqs + len(order) + 1)
-        best_rows = order[: int((tokens / costs.verify.many(rows)).argmax())]
+        tokens = before.tokens + np.concatenate([[0.0], np.add.accumulate(chance[order])])
+        rows = np.arange(before.rows, before.rows + len(order) + 1)
+        best_rows = order[: int((tokens / (before.seconds + costs.verify.many(rows))).argmax())]
         taken.lengths += np.bincount(owner[best_rows], minlength=num_reqs)
         taken.accepted += np.bincount(owner[best_rows], weights=chance[best_rows], minlength=num_reqs)
         return taken
@@ -140,6 +163,17 @@ class FreeRuns:
         """[length] that each candidate is accepted if all before it are; without ``request_id`` of any request."""
         log_odds = self.models[run.source].log_odds(run.x, bucket(np.arange(1, len(run.x) + 1)))
         return sigmoid(log_odds + self.shift(request_id))
+
+    def gain(self, run: Run, request_id: str, accept: float) -> float:
+        """Tokens more that are expected of a run if the draft model had drawn its first candidate.
+
+        Args:
+            run: of some source.
+            request_id: whose it is.
+            accept: chance of a candidate that the draft model draws; below the run's own the gain is negative.
+        """
+        chances = self.chances(run, request_id)
+        return (accept - float(chances[0])) * (1 + float(np.cumprod(chances[1:]).sum()))
 
     def shift(self, request_id: str) -> float:
         """What a request's own runs add to the log-odds of its candidates."""

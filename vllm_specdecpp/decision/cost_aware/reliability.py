@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 
@@ -31,8 +33,8 @@ class ReliabilityLog:
         tells = (round_.drafts & ~round_.constrained).tolist()
         looks, estimates = round_.looks, round_.estimates
         candidates, sums, wins = self._sums
-        most = len(looks)
-        for row, (num, won, told) in enumerate(zip(verified, accepted, tells, strict=True)):
+        drafted = np.minimum(round_.lengths, len(looks)).tolist()  # a free run may have gone on behind them
+        for row, (num, won, told, most) in enumerate(zip(verified, accepted, tells, drafted, strict=True)):
             if num is None or not told:
                 continue
             for k in range(min(won + 1, num, most)):

@@ -142,15 +142,16 @@ class CostAwareRule:
             return
         costs = self.costs
         submitted, drafts = round_.submitted.tolist(), round_.drafts.tolist()
+        drafted_by = round_.lengths.tolist()  # candidates; a free run may go on behind them
         known = [v is not None and v >= 0 for v in verified]
-        lengths = [min(v or 0, n) if there else 0 for v, n, there in zip(verified, submitted, known, strict=True)]
+        lengths = [min(v or 0, n) if there else 0 for v, n, there in zip(verified, drafted_by, known, strict=True)]
         wins = [min(max(won, 0), n) if there else 0 for won, n, there in zip(accepted, lengths, known, strict=True)]
         num_tokens = num_reqs + sum(submitted)
         seconds = costs.round_seconds(round_.widths, num_tokens)
         off_seconds = costs.verify.at(num_reqs)
         # An outcome that is not known counts as what was expected of it, and so does every run: drafting is judged.
         base = num_reqs + float(round_.free.accepted.sum())
-        drafted = sum(won for won, drafts_too in zip(wins, drafts, strict=True) if drafts_too)
+        drafted = sum(wins)
         tokens = base + drafted
         if not all(known):
             tokens += sum(n for n, there in zip(round_.expected.tolist(), known, strict=True) if not there)
@@ -168,7 +169,13 @@ class CostAwareRule:
             if self.adapt:
                 self._learn(round_, known, lengths, wins)
         adapt = [self.adapt and not apart for apart in constrained]
-        self.free_runs.learn(round_.request_ids, round_.free, verified, accepted, adapt)
+        # Of a run behind a draft the outcome is known if the whole draft was accepted.
+        behind = [
+            None if v is None or min(v, won) < n else v - n
+            for v, won, n in zip(verified, accepted, drafted_by, strict=True)
+        ]
+        of_runs = [won - n for won, n in zip(accepted, drafted_by, strict=True)]
+        self.free_runs.learn(round_.request_ids, round_.free, behind, of_runs, adapt)
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_specdecpp.costs.file import CostFile
@@ -55,6 +57,8 @@ class CostAwareDrafting:
         self._state: DraftRound | None = None  # the same round, while it is drafted
         self._step: Mapping[str, Any] = {}  # of the last round, as RoundLog.step fills it
         self._num_rounds = 0
+        self._behind: Callable[[int, Sequence[int]], list[Run]] | None = None  # row, candidates -> runs that go on
+        self._is_filled = False
 
     def begin(
         self,
@@ -76,12 +80,9 @@ class CostAwareDrafting:
         if self.rule is not None:
             if self._round is not None:
                 self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
-            runs: list[list[Run]] = []
-            if tokens is not None and self.rule.sources:
-                most = [min(s.limit, self.rule.max_length) for s in batch]
-                stops = [[]] * len(batch) if stop_token_ids is None else stop_token_ids.tolist()
-                runs = [propose(self.rule.sources, tokens(i), n, stops[i]) if n else [] for i, n in enumerate(most)]
-            self._round = self.rule.begin(batch, runs)
+            self._behind = None if tokens is None else self._finder(batch, tokens, stop_token_ids)
+            runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
+            self._round, self._is_filled = self.rule.begin(batch, runs), False
             self._round.load(self.tail.params)
         self.share_params()
         longest = torch.tensor([s.limit for s in batch], dtype=torch.int32, device=self._device)  # [num_reqs]
@@ -93,6 +94,55 @@ class CostAwareDrafting:
         packed = self.tail.params.packed
         if (agreed := self._agree(packed)) is not packed:
             packed.copy_(agreed)
+
+    def _finder(
+        self, batch: Sequence[Standing], tokens: Callable[[int], Tokens], stop_token_ids: torch.Tensor | None
+    ) -> Callable[[int, Sequence[int]], list[Run]] | None:  # fmt: skip
+        """What finds the runs behind a request's tokens and candidates; None without sources."""
+        assert self.rule is not None
+        sources, longest = self.rule.sources, self.rule.max_length
+        if not sources:
+            return None
+        stops = [[]] * len(batch) if stop_token_ids is None else stop_token_ids.tolist()
+        tokens = cache(tokens)
+
+        def behind(row: int, candidates: Sequence[int]) -> list[Run]:
+            most = min(batch[row].limit, longest) - len(candidates)
+            if most < 1 or (candidates and candidates[-1] in stops[row]):
+                return []
+            text = tokens(row)
+            return propose(sources, np.append(text, candidates) if candidates else text, most, stops[row])
+
+        return behind
+
+    def end_outrun(self, drawn: Sequence[Sequence[int]]) -> None:
+        """End the drafts that a free run goes on from more cheaply; rank 0 decides.
+
+        Args:
+            drawn: [num_reqs] candidates so far.
+        """
+        state = self._state
+        assert state is not None
+        ends = torch.zeros_like(state.running)
+        if self._round is not None and self._behind is not None:
+            running, survival = state.running.nonzero().squeeze(1).tolist(), state.survival.tolist()
+            for row in running:
+                ends[row] = self._round.outrun(row, self._behind(row, drawn[row]), survival[row], len(running))
+        state.running.masked_fill_(self._agree(ends) > 0, 0)
+
+    def follow(self, drafted: Sequence[Sequence[int]]) -> list[list[int]]:
+        """As :meth:`free_runs` once the drafts are there: behind these, too.
+
+        Args:
+            drafted: [num_reqs] candidates of the draft model.
+        """
+        if self._round is not None and self._behind is not None:
+            self._fill()
+            assert self._state is not None
+            drafts = self._round.drafts.tolist()
+            runs = [self._behind(row, mine) if drafts[row] else [] for row, mine in enumerate(drafted)]
+            self._round.follow(runs, self._state.survival[: len(drafted)].double().cpu().numpy())
+        return self.free_runs(len(drafted))
 
     def free_runs(self, num_reqs: int) -> list[list[int]]:
         """[num_reqs] the candidates of requests that take a run in this round; rank 0's on every rank."""
@@ -120,9 +170,13 @@ class CostAwareDrafting:
     def timed(self, step: Mapping[str, Any]) -> None:
         """The round's drafting has ended; ``step`` is what :meth:`RoundLog.step` says of it."""
         self._step = step
-        if self._round is not None and self._state is not None:
-            num_reqs, state = len(self._round.request_ids), self._state
-            report = self.tail.report(state.lengths[:num_reqs]).cpu().numpy()
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give the round what its steps have left, once."""
+        if self._round is not None and self._state is not None and not self._is_filled:
+            num_reqs, self._is_filled = len(self._round.request_ids), True
+            report = self.tail.report(self._state.lengths[:num_reqs]).cpu().numpy()
             self._round.fill(Report.of(report, num_reqs, len(self.tail.widths)))
 
     def finish(

@@ -30,7 +30,7 @@ def why_stopped(length: int, limit: int, is_last: bool, source: str = "") -> str
         length: its candidates.
         limit: as many as it might have.
         is_last: the last candidate ends the request.
-        source: of a free run, else "".
+        source: of a free run that ends it, else "".
     """
     if source:
         return RUN + source
@@ -113,8 +113,9 @@ class RoundLog:
         self._last_end = end
 
     def verified(
-        self, request_id: str, candidates: list[int], accepted: int, next_token: int, stop: str = "rule"
-    ) -> None:
+        self, request_id: str, candidates: list[int], accepted: int, next_token: int, stop: str = "rule",
+        num_drafted: int = 0,
+    ) -> None:  # fmt: skip
         """One request's round has been verified.
 
         Args:
@@ -123,11 +124,16 @@ class RoundLog:
             accepted: how many of them the target accepted.
             next_token: the recovered token, or the bonus token if all were accepted.
             stop: see :func:`why_stopped`.
+            num_drafted: candidates of the draft model in front of a free run.
         """
-        source = stop.removeprefix(RUN) if stop.startswith(RUN) else "draft_model"
+        source = stop.removeprefix(RUN) if stop.startswith(RUN) else ""
+        drafted = min(num_drafted, len(candidates)) if source else len(candidates)
         self.counts["rounds", str(len(candidates))] += 1
-        self.counts["candidates", source] += len(candidates)
-        self.counts["accepted", source] += accepted
+        self.counts["candidates", "draft_model"] += drafted
+        self.counts["accepted", "draft_model"] += min(accepted, drafted)
+        if source:
+            self.counts["candidates", source] += len(candidates) - drafted
+            self.counts["accepted", source] += max(accepted - drafted, 0)
         self.counts["stops", RUN.rstrip(":") if stop.startswith(RUN) else stop] += 1
         if self._requests.get(request_id, "") in (None, "not_worth"):
             self._requests[request_id] = "drafted" if candidates else "not_worth"

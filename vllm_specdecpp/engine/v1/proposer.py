@@ -70,8 +70,8 @@ class SpecDecPPProposer(DraftPasses):
         defaults = vllm_config.model_config.get_diff_sampling_param()
         self.requests = RunnerRequests(runner, longest_drafted(vllm_config), defaults)
         self._last_draft_probs: torch.Tensor | None = None  # read by vLLM through take_last_draft_probs
-        # Request id -> next position, what was submitted, why not more.
-        self._candidates: dict[str, tuple[int, list[int], str]] = {}
+        # Request id -> next position, what was submitted, why not more, how much of it the draft model drew.
+        self._candidates: dict[str, tuple[int, list[int], str, int]] = {}
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; each round takes the least length from the options."""
@@ -156,12 +156,16 @@ class SpecDecPPProposer(DraftPasses):
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
                 seeded = sampling_metadata.generators  # see engine.v1.own_noise
                 sampling = draft_greedily(sampling_metadata, seeded)
-                drafted, num_fed = self._draft(index, passes, state, block_table, sampling, trace)
+                outruns = bool(self.run_sources) and given is not None and isinstance(self.rule, CostAwareTail)
+                drafted, num_fed = self._draft(index, passes, state, block_table, sampling, trace, outruns)
                 if self.recorder is not None and trace is not None:
                     self.recorder.drafted(rows, drafted, trace)
-                self._mix_in([run or drafted[row] * (row in seeded) for row, run in enumerate(candidates)])
-                candidates = [run or mine for run, mine in zip(candidates, drafted, strict=True)]
-            self._finish_round(rows, num_fed, candidates, blocks, self._why_stopped(state, candidates, free))
+                if outruns:
+                    free = self.cost_aware.follow(drafted)
+                candidates = [mine + run for mine, run in zip(drafted, free, strict=True)]
+                self._mix_in([[] if row in seeded else mine for row, mine in enumerate(drafted)], candidates)
+            submitted = list(zip(candidates, self._why_stopped(state, candidates, free), map(len, free), strict=True))
+            self._finish_round(rows, num_fed, submitted, blocks)
         if not all(map(self.requests.is_prefilling, range(num_reqs))):
             self.log.left_out(bound - step["passes"])
         if self.cost_aware is not None:
@@ -218,17 +222,19 @@ class SpecDecPPProposer(DraftPasses):
         ]
         return state, fed, free
 
-    def _mix_in(self, runs: list[list[int]]) -> None:
-        """Draft probabilities of candidates that were not drawn: all on their tokens."""
-        probs, longest = self._last_draft_probs, max(map(len, runs))
+    def _mix_in(self, drawn: list[list[int]], candidates: list[list[int]]) -> None:
+        """Draft probabilities of candidates that nobody drew, behind those in ``drawn``: all on their tokens."""
+        probs, longest = self._last_draft_probs, max(map(len, candidates))
         if probs is None or not longest:
             return  # vLLM takes all candidates for certain
         if longest > probs.shape[1]:
             probs = torch.nn.functional.pad(probs, (0, 0, 0, longest - probs.shape[1]))
-        for row, run in enumerate(runs):
-            if run:
-                probs[row, : len(run)] = 0.0
-                probs[row, torch.arange(len(run)), torch.tensor(run)] = 1.0
+        for row, (mine, all_of_them) in enumerate(zip(drawn, candidates, strict=True)):
+            certain = all_of_them[len(mine) :]
+            if certain:
+                where = torch.arange(len(mine), len(all_of_them))
+                probs[row, where] = 0.0
+                probs[row, where, torch.tensor(certain)] = 1.0
         self._last_draft_probs = probs
 
     @cached_property
@@ -244,12 +250,14 @@ class SpecDecPPProposer(DraftPasses):
         block_table: torch.Tensor,
         sampling_metadata: SamplingMetadata,
         trace: DraftTrace | None,
+        outruns: bool,
     ) -> tuple[list[list[int]], list[int | None]]:
         """The draft loop: passes and draws until every request has stopped.
 
         Args:
             fed: [num_fed] int64, requests that the first pass is for.
             passes: the first pass, and those that had to be split off it; of ``fed``.
+            outruns: whether a draft ends where a free run goes on more cheaply.
 
         Returns:
             Each request's candidates, and how many tokens from its next token on the draft model has read; None for
@@ -296,6 +304,8 @@ class SpecDecPPProposer(DraftPasses):
             drawn.append(column)
             if probs is not None:
                 probabilities.append(scatter(self.columns.spread(probs, 0.0), running, num_reqs, fill=0))
+            if outruns and state.goes_on():
+                self.cost_aware.end_outrun(ragged(drawn, state.lengths))
             if not state.goes_on():
                 break
             keep = state.running[running] > 0  # [num_running]
@@ -322,14 +332,15 @@ class SpecDecPPProposer(DraftPasses):
         next_tokens = next_token_ids.tolist()
         outcomes: dict[int, tuple[int, int]] = {}
         for index, row in enumerate(rows):
-            position, candidates, stop = self._candidates.get(row.request_id, (-1, [], ""))
+            position, candidates, stop, num_drafted = self._candidates.get(row.request_id, (-1, [], "", 0))
             if position != row.first_query_position:
                 continue
             num_verified = query_starts[index + 1] - query_starts[index] - 1  # the scheduler may submit fewer
             num_accepted = num_verified - rejected[index]
             if self.draft_kv.continues(row):
                 outcomes[index] = num_verified, num_accepted
-            self.log.verified(row.request_id, candidates[:num_verified], num_accepted, next_tokens[index], stop)
+            mine = candidates[:num_verified]
+            self.log.verified(row.request_id, mine, num_accepted, next_tokens[index], stop, num_drafted)
         if self.recorder is not None:
             self.recorder.verified(rows, outcomes)
         return outcomes
@@ -346,15 +357,19 @@ class SpecDecPPProposer(DraftPasses):
         ]
 
     def _finish_round(
-        self, rows: list[RowState], num_fed: list[int | None], candidates: list[list[int]], blocks: list[RowBlocks],
-        stops: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        rows: list[RowState],
+        num_fed: list[int | None],
+        submitted: list[tuple[list[int], str, int]],
+        blocks: list[RowBlocks],
+    ) -> None:
+        """``submitted``: [num_reqs] candidates, why not more, and how many of them are a free run's."""
         prefilling = [self.requests.is_prefilling(index) for index in range(len(rows))]
         # After an unfinished prefill vLLM's "next token" is a stand-in (the prompt's last token): its KV is wrong.
         num_right = [0 if p and fed is not None else fed for p, fed in zip(prefilling, num_fed, strict=True)]
         self.draft_kv.replace(rows, num_right, blocks)
         held = {name: drafted for name, drafted in self._candidates.items() if name in self.runner.requests}
         self._candidates = held | {
-            row.request_id: (-1 if p else row.next_position, tokens, stop)
-            for row, tokens, p, stop in zip(rows, candidates, prefilling, stops, strict=True)
+            row.request_id: (-1 if p else row.next_position, tokens, stop, len(tokens) - num_free)
+            for row, (tokens, stop, num_free), p in zip(rows, submitted, prefilling, strict=True)
         }

@@ -81,7 +81,8 @@ class DeferredRounds:
     def __init__(self, trace_rounds: int = 0) -> None:
         self.log, self.in_flight = RoundLog(trace_rounds), InFlight()
         self._last: tuple[Sequence[str], HostCopy] | None = None
-        self._candidates: dict[str, tuple[list[int], str]] = {}  # request id -> its last round's, and why not more
+        # Request id -> its last round's, why not more, and how many of them the draft model drew.
+        self._candidates: dict[str, tuple[list[int], str, int]] = {}
 
     def step(
         self,
@@ -161,16 +162,16 @@ class DeferredRounds:
             self.log.draft_pass()
         rows = zip(request_ids, was_prefilling, numbers[:, :COLUMNS].tolist(), drafted, stops, strict=True)
         for request_id, was_prompt, (num_sampled, num_rejected, next_token, limit, ran), mine, ends in rows:
-            before, stop = self._candidates.pop(request_id, (None, ""))
+            before, stop, num_drafted = self._candidates.pop(request_id, (None, "", 0))
             if before is not None and num_sampled and not was_prompt:
                 # The scheduler may submit fewer than were drafted, or book room for more.
                 booked = num_sampled - 1 + num_rejected
                 verified = before[:booked]
                 self.log.booked(booked - len(verified))
-                self.log.verified(request_id, verified, num_sampled - 1, next_token, stop)
+                self.log.verified(request_id, verified, num_sampled - 1, next_token, stop, num_drafted)
             if num_sampled:
                 why = why_stopped(len(mine), limit, bool(mine) and mine[-1] in ends, ON_DEVICE[0] if ran else "")
-                self._candidates[request_id] = mine, why
+                self._candidates[request_id] = mine, why, len(mine) - ran
         self.finish(finished)
 
     def finish(self, request_ids: Sequence[str]) -> None:
