@@ -10,7 +10,8 @@ import torch
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware import CostAwareRule
 from vllm_specdecpp.decision.cost_aware.admission import Standing
-from vllm_specdecpp.decision.cost_aware.device_runs import take_rows
+from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, draft_seconds, take_rows
+from vllm_specdecpp.decision.cost_aware.free_runs import Before
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS
 from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.sources.suffix import SuffixSource, x_of
@@ -40,6 +41,17 @@ def test_a_device_takes_what_the_host_takes(seed: int) -> None:
     runs = [[Run("suffix", [1] * MOST, x_of(m, MOST))] if m else [] for m in matches.tolist()]
     wanted = rule.free_runs.take(names, runs, limits, rule.costs)
     found = take_rows(torch.from_numpy(matches), torch.from_numpy(limits).int(), MOST, params)
+    assert found.lengths.tolist() == wanted.lengths.tolist()
+    torch.testing.assert_close(found.accepted.double(), torch.from_numpy(wanted.accepted), rtol=1e-4, atol=1e-6)
+    # Behind drafts as well.
+    widths = -np.sort(-rng.integers(0, num_reqs + 1, MOST))
+    seconds = rule.costs.draft_seconds([width for width in widths.tolist() if width])
+    spent = draft_seconds(torch.from_numpy(widths).int(), params)
+    assert float(spent) == pytest.approx(seconds, rel=1e-5)
+    rows, tokens, survival = num_reqs + 9, num_reqs + rng.uniform(0, 9), rng.random(num_reqs).astype(np.float32)
+    wanted = rule.free_runs.take(names, runs, limits, rule.costs, Before(rows, tokens, seconds, survival))
+    before = RowsBefore(torch.tensor(rows), torch.tensor(tokens).double(), spent, torch.from_numpy(survival))
+    found = take_rows(torch.from_numpy(matches), torch.from_numpy(limits).int(), MOST, params, before)
     assert found.lengths.tolist() == wanted.lengths.tolist()
     torch.testing.assert_close(found.accepted.double(), torch.from_numpy(wanted.accepted), rtol=1e-4, atol=1e-6)
     chances = rule.free_runs.chances(Run("suffix", [1] * MOST, x_of(9, MOST)), names[0])

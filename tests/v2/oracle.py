@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,13 @@ class Stops:
 
     threshold: float  # 1 - survival above it ends the draft; 1 or more: never
     min_length: int = 1
+    predict: Callable[[Sequence[int]], tuple[int, float]] = predict
 
     def draft(self, context: Sequence[int], cap: int, stops: frozenset[int]) -> list[int]:
         drafted: list[int] = []
         survival = np.float32(1.0)
         while len(drafted) < cap:
-            token, confidence = predict([*context, *drafted])
+            token, confidence = self.predict([*context, *drafted])
             survival *= np.float32(confidence)
             drafted.append(token)
             if token in stops or (1 - survival > self.threshold and len(drafted) >= self.min_length):
@@ -55,6 +56,8 @@ class Stops:
 
 class OracleModel(torch.nn.Module):
     """Stands in for the draft model. A hidden state is (token, logit that gives it its probability)."""
+
+    predict = staticmethod(predict)
 
     def __init__(self, num_slots: int) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class OracleModel(torch.nn.Module):
         seen = bool(where) and position == num_keys - 1 and (self.positions[where] == np.arange(num_keys)).all()
         if not seen:
             return torch.tensor([0.0, 0.0])  # nothing that a right draft would hold
-        token, confidence = predict(self.tokens[where].tolist())
+        token, confidence = self.predict(self.tokens[where].tolist())
         return torch.tensor([float(token), float(np.log(confidence / (1 - confidence) * (VOCAB - 1)))])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ class Play:
         self.speculator, self.config, self.stops, self.books = speculator, vllm_config, stops, books
         self.caches, self.caps = caches, [None, None, None, None, 0, 2]
         self.joins = 0.4  # chance that a request joins, in each step with room for one
+        self.accepts = 0.7  # chance that a candidate is accepted, if all before it are
         self.cached: list[tuple[list[int], list[int]]] = []  # tokens of whole blocks, and the blocks
         self.model: OracleModel = speculator.model
         self.random = np.random.default_rng(seed)
@@ -182,7 +183,7 @@ class Play:
         accepted = 0
         submitted = min(int(self.speculator.submitted[request.state]), len(request.drafts))
         room = request.end - 1 - len(request.tokens)
-        while accepted < min(submitted, room) and self.random.random() < 0.7:
+        while accepted < min(submitted, room) and self.random.random() < self.accepts:
             accepted += 1
         return accepted
 

@@ -80,7 +80,7 @@ def _(monkeypatch, s):
     monkeypatch.setattr(free_runs, "take_rows", lambda m, limits, *args: original(m, limits + 1, *args))
 
 
-@mutation("a request that drafts takes a run as well")
+@mutation("a request that drafts takes a run beside its draft")
 def _(monkeypatch, s):
     original = s.runs.find
     s.runs.find = lambda batch, tail: original(
@@ -116,8 +116,8 @@ def _(monkeypatch, s):
     original = s.runs.report
 
     def report() -> torch.Tensor:
-        columns = original().view(free_runs.COLUMNS, -1)
-        columns[0] = columns[0].flip(0)
+        columns = original().view(-1, s.runs._batch.num_reqs)
+        columns[1] = columns[1].flip(0)
         return columns.flatten()
 
     s.runs.report = report
@@ -130,10 +130,131 @@ def _(monkeypatch, s):
 
     def reported(*args: Any) -> Any:
         taken = original(*args)
-        taken.without = lambda drafts: taken
+        taken.joined = lambda *args: taken
         return taken
 
     rule.reported = reported
+
+
+def _followed(s: Any, change: Callable[..., None]) -> None:
+    """``change(last, limits, before)`` in place, before the search behind the drafts."""
+    original = s.runs._search
+
+    def search(last: Any, limits: Any, tail: Any, before: Any = None) -> Any:
+        if before is not None:
+            change(last, limits, before)
+        return original(last, limits, tail, before)
+
+    s.runs._search = search
+
+
+@mutation("a run behind a draft goes on from the candidate before")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: last.sub_((limits > 0).long()))
+
+
+@mutation("nobody knows how likely the draft is")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: before.survival.fill_(1.0))
+
+
+@mutation("what the drafts bring is left out")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: before.tokens.sub_(s._tail.expected.sum()))
+
+
+@mutation("the rows of drafts are left out")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: before.rows.sub_(s.round.lengths.sum()))
+
+
+@mutation("the time of drafting is left out")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: before.seconds.zero_())
+
+
+@mutation("the first pass is taken to cost nothing")
+def _(monkeypatch, s):
+    _followed(s, lambda last, limits, before: before.seconds.sub_(s._tail.params.first_seconds[s._tail.widths[0]]))
+
+
+@mutation("a run goes on behind a stop token")
+def _(monkeypatch, s):
+    def change(last: Any, limits: Any, before: Any) -> None:
+        rows = slice(len(last))
+        room = s.round.max_lengths[rows] - s.round.lengths[rows]
+        limits.copy_(torch.where(s._tail.drafts[rows] > 0, room, limits))
+
+    _followed(s, change)
+
+
+@mutation("a draft's first candidate is not among the tokens")
+def _(monkeypatch, s):
+    original = s.runs.follow
+
+    def follow(tail: Any) -> None:
+        drafted = s.round.draft_tokens.clone()
+        s.round.draft_tokens[:, 0] = torch.where(drafted[:, 0] >= 0, 1, -1)
+        original(tail)
+        s.round.draft_tokens.copy_(drafted)
+
+    s.runs.follow = follow
+
+
+@mutation("nothing is learnt of runs behind drafts")
+def _(monkeypatch, s):
+    rule = s.cost_aware.rule.free_runs
+    original = rule.reported
+
+    def reported(*args: Any) -> Any:
+        taken = original(*args)
+        taken.joined = lambda others, drafts: taken.without(drafts)
+        return taken
+
+    rule.reported = reported
+
+
+@mutation("the run is put over the draft")
+def _(monkeypatch, s):
+    original = s.runs.submit
+
+    def submit() -> None:
+        rows, lengths = s.runs._candidates, s.round.lengths
+        for row, length in enumerate(lengths.tolist()):
+            if length and (rows[row] >= 0).any():
+                rows[row] = torch.cat((rows[row, length:], rows[row, :length]))
+        original()
+
+    s.runs.submit = submit
+
+
+@mutation("runs behind drafts leave no gap")
+def _(monkeypatch, s):
+    original = s.runs.has_gap
+    drafted: list[torch.Tensor] = []
+
+    def verified(batch: Any, num_sampled: Any, original: Any = s.runs.verified) -> None:
+        original(batch, num_sampled)
+        drafted[:] = [s.submitted[batch.idx_mapping] - s.runs._last_ran]
+
+    s.runs.verified = verified
+    s.runs.has_gap = lambda batch: original(batch) & (drafted[0] == 0)
+
+
+@mutation("a candidate that was drawn and never fed back counts as read")
+def _(monkeypatch, s):
+    original = s.runs.verified
+
+    def verified(batch: Any, num_sampled: Any) -> None:
+        original(batch, num_sampled)
+        s.runs._num_sampled = num_sampled - (s.submitted[batch.idx_mapping] > s.runs._last_ran).int()
+
+    s.runs.verified = verified
+
+
+@mutation("the host thinks that nobody has taken a run")
+def _(monkeypatch, s):
+    s.log.ran = lambda: dict.fromkeys(s.requests._rows, 0)
 
 
 @mutation("what a run skipped counts as read")
@@ -157,8 +278,8 @@ def _(monkeypatch, s):
 def _(monkeypatch, s):
     original = s.runs.submit
 
-    def submit(drafts: Any) -> None:
-        original(drafts)
+    def submit() -> None:
+        original()
         s.runs._ran.zero_()
 
     s.runs.submit = submit
@@ -177,6 +298,7 @@ def _play(tiny: Any, monkeypatch: Any, plant: Any) -> RunsPlay:
         plant(monkeypatch, speculator)
     play = RunsPlay(speculator, config, seed=3)
     play.caps, play.joins = [None], 0.05  # prompts are rare, so most first passes are short
+    play.accepts = 0.9  # so what the draft model has not read is often accepted
     play.run(num_steps=120)
     return play
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampled output follows the target's law when some requests of a batch draft, some take runs and some do nothing."""
+"""Sampled output follows the target's law when some requests of a batch draft, some of them go on with a run, some
+take runs alone and some do nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class Batch:
         self.drafts = torch.arange(NUM_REQS) % 2 == 0
         most = len(tail.params.bucket_of)
         tail.params.load(
-            limits=np.where(self.drafts, LENGTH, 0), price=0.0, this=[1.0] + [0.0] * most, next=[1.0] + [0.0] * most,
+            limits=np.where(self.drafts, torch.randint(1, LENGTH + 1, (NUM_REQS,)), 0), price=0.0, this=[1.0] + [0.0] * most, next=[1.0] + [0.0] * most,
             means=[0.6] * most, step_seconds=[1e-3] * (NUM_REQS + 1),
             verify_seconds=1 + 1e-5 * np.arange(4 * NUM_REQS + 1), runs=[1.9, -1.0] + [0.0] * most,
         )  # fmt: skip
@@ -69,7 +70,9 @@ class Batch:
             device.append_drawn(drawn, logits)
             if self.speculator.draft_logits is not None:  # vLLM keeps those of all rows
                 self.speculator.draft_logits[:, step - 1] = q
-        self.runs.submit(self.drafts.nonzero().flatten().tolist())
+        self.drafted = device.lengths.clone()
+        self.runs.follow(tail)
+        self.runs.submit()
         self.states, self.table, self.round = states, table, device
 
     def emitted(self, target: torch.Tensor) -> list[tuple[int, ...]]:
@@ -97,17 +100,25 @@ def test_any_mix_follows_the_law(probabilistic):
     target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
     batch = Batch(draft, probabilistic)
     run = ~batch.drafts & (batch.round.lengths > 0)
-    assert min(int(run.sum()), int((batch.drafts & (batch.round.lengths > 0)).sum())) > 1000
+    behind = (batch.drafted > 0) & (batch.round.lengths > batch.drafted)
+    assert min(int(run.sum()), int((batch.drafted > 0).sum())) > 1000 and int(behind.sum()) > 300
     assert p_value(batch.emitted(target), _law(target)) > FAILS_BELOW
-    for row in run.nonzero().flatten().tolist()[:40]:
-        text, length = batch.table[batch.states[row], :TEXT].numpy(), int(batch.round.lengths[row])
+    if probabilistic:  # a draft's rows are the draft's still
+        for row in behind.nonzero().flatten().tolist():
+            size = int(batch.drafted[row])
+            assert torch.equal(batch.speculator.draft_logits[batch.states[row], :size], draft[:size])
+    for row in run.nonzero().flatten().tolist()[:40] + behind.nonzero().flatten().tolist()[:40]:
+        size = int(batch.drafted[row])
+        drafted, candidates = batch.round.draft_tokens[row].split([size, LENGTH - size])
+        text = np.append(batch.table[batch.states[row], :TEXT].numpy(), drafted.numpy())
+        length = int(batch.round.lengths[row]) - size
         start, match = longest_match(text)
         again = np.resize(text[start:], length).tolist()
-        assert batch.round.draft_tokens[row].tolist() == again + [-1] * (LENGTH - length)
+        assert candidates.tolist() == again + [-1] * (LENGTH - size - length)
         # What vLLM's adaptive verification sizes the verification by.
         chances = 1 / (1 + np.exp(1 - 1.9 * np.log(match + np.arange(length))))
         assert batch.round.confidences is not None
-        assert batch.round.confidences[row, :length].tolist() == pytest.approx(chances.tolist(), rel=1e-5)
+        assert batch.round.confidences[row, size : size + length].tolist() == pytest.approx(chances.tolist(), rel=1e-5)
 
 
 def _not_certain(runs: Any) -> None:
@@ -126,7 +137,14 @@ def _certain_in_another_row(runs: Any) -> None:
     runs.make_certain = lambda logits, states, ids: original(logits, states.roll(1), ids)
 
 
-@pytest.mark.parametrize("plant", [_not_certain, _certain_of_another, _certain_in_another_row])
+def _certain_one_step_early(runs: Any) -> None:
+    original = runs.make_certain
+    runs.make_certain = lambda logits, states, ids: original(logits, states, ids.roll(-1, dims=1))
+
+
+@pytest.mark.parametrize(
+    "plant", [_not_certain, _certain_of_another, _certain_in_another_row, _certain_one_step_early]
+)
 def test_wrong_draft_logits_are_noticed(plant):
     torch.manual_seed(3)
     target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)

@@ -47,9 +47,10 @@ class CostAwareParams:
     """[max_tokens + 1] float32, of a verification, by tokens; beyond its end the last slope goes on."""
     levels: Tensor
     """[max_reqs] float32, what each request's level adds to a score's log-odds as to the candidates after it."""
+    first_seconds: Tensor
+    """[max_reqs + 1] float32, of the first draft pass, by requests that draft. From here on for ``device_runs`` alone."""
     run_odds: Tensor
-    """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position (``device_runs``).
-    The tail does not read it, nor:"""
+    """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position."""
     run_shifts: Tensor
     """[max_reqs] float32, what each request's own runs add to these log-odds."""
     bucket_of: np.ndarray
@@ -81,7 +82,8 @@ class CostAwareParams:
         sizes = {
             "limits": max_reqs, "base": 1, "price": 1, "slopes": 3, "this": num_positions, "next": num_positions,
             "drift": num_positions, "means": num_positions, "step_seconds": max_reqs + 1,
-            "verify_seconds": max_tokens + 1, "levels": max_reqs, "run_odds": 1 + num_positions, "run_shifts": max_reqs,
+            "verify_seconds": max_tokens + 1, "levels": max_reqs, "first_seconds": max_reqs + 1,
+            "run_odds": 1 + num_positions, "run_shifts": max_reqs,
         }  # fmt: skip
         packed = torch.zeros(sum(sizes.values()), device=device)
         parts = dict(zip(sizes, packed.split(list(sizes.values())), strict=True))
@@ -90,7 +92,7 @@ class CostAwareParams:
 
     def load(
         self, *, limits: Any, price: float, this: Any, next: Any, means: Any, step_seconds: Any, verify_seconds: Any,
-        free_rows: int = 0, levels: Any = (), runs: Any = None, run_shifts: Any = (),
+        free_rows: int = 0, levels: Any = (), first_seconds: Any = (), runs: Any = None, run_shifts: Any = (),
     ) -> None:  # fmt: skip
         """Bring a round's parameters to the device, in stream order, without waiting for it.
 
@@ -107,6 +109,7 @@ class CostAwareParams:
             verify_seconds: [max_tokens + 1].
             free_rows: candidates of free runs, of all requests together.
             levels: [num_reqs], or empty: as the attribute.
+            first_seconds: [max_reqs + 1 or more], or empty.
             runs: [2 + num_buckets] as ``this``, of a free run's candidates; None: there are none.
             run_shifts: [num_reqs], or empty: as the attribute.
 
@@ -147,6 +150,7 @@ class CostAwareParams:
         part(max_reqs + 1)[:] = step_seconds[: max_reqs + 1]
         part(len(verify_seconds))[:] = verify_seconds
         _fill(part(max_reqs), levels)
+        _fill(part(max_reqs + 1), first_seconds[: max_reqs + 1])
         if runs is None:
             values[end:] = 0.0
         else:
@@ -157,7 +161,7 @@ class CostAwareParams:
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to view, of those that the tail reads."""
-        others = ("run_odds", "run_shifts", "bucket_of", "packed")
+        others = ("first_seconds", "run_odds", "run_shifts", "bucket_of", "packed")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 

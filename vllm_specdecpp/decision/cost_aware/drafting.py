@@ -145,6 +145,7 @@ class CostAwareRound:
             levels=self.levels, this=acceptance.this.theta, next=acceptance.next.theta,
             means=acceptance.means, step_seconds=costs.step.upto(params.step_seconds.numel()),
             verify_seconds=costs.verify.upto(params.verify_seconds.numel()),
+            first_seconds=costs.first.upto(params.first_seconds.numel()) if runs.models else (),
             runs=runs.theta, run_shifts=[runs.shift(name) for name in self.request_ids] if runs.models else (),
         )  # fmt: skip
 

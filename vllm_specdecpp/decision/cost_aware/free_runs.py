@@ -146,17 +146,20 @@ class FreeRuns:
         return Taken([None] * len(last), lengths, np.minimum([accepted for _, accepted in last], lengths))
 
     def reported(self, request_ids: Sequence[str], matches: Counts, lengths: Counts, accepted: Array) -> Taken:
+        """:meth:`of_device`, of requests that draft what they leave: the next rounds' :meth:`promised`."""
+        self._promised = dict(zip(request_ids, zip(lengths.tolist(), accepted.tolist(), strict=True), strict=True))
+        return self.of_device(matches, lengths, accepted)
+
+    def of_device(self, matches: Counts, lengths: Counts, accepted: Array) -> Taken:
         """The runs that a device took (:func:`.device_runs.take_rows`), without their tokens.
 
         Args:
-            request_ids: of the batch.
             matches: [num_reqs] tokens that match.
-            lengths, accepted: [num_reqs] as in :class:`Taken`; of requests that draft what they leave.
+            lengths, accepted: [num_reqs] as in :class:`Taken`.
         """
         rows = zip(matches.tolist(), lengths.tolist(), strict=True)
         name = next(iter(self.models))
         runs = [Run(name, [], x_of(match, max(length, 1))) if match else None for match, length in rows]
-        self._promised = dict(zip(request_ids, zip(lengths.tolist(), accepted.tolist(), strict=True), strict=True))
         return Taken(runs, lengths, accepted)
 
     def chances(self, run: Run, request_id: str = "") -> Array:

@@ -36,6 +36,7 @@ class CostAwareTail:
     Attributes:
         params: what rank 0 loads, or hands on, each round.
         drafts: [max_reqs] int32, 1 for the requests that the round began with.
+        expected: [max_reqs] float32, estimated number of accepted candidates.
         widths: [max_length] int32, requests that looked at candidate 1, 2, ...; 0 once nobody did.
     """
 
@@ -51,7 +52,7 @@ class CostAwareTail:
         self._packed = torch.zeros((WHOLE + 1 + max_length) * max_reqs + max_length, device=device)
         rows, widths = self._packed[:-max_length].view(-1, max_reqs), self._packed[-max_length:]
         self._limits, self._lengths, self.drafts = rows[:WHOLE].view(torch.int32)
-        self._expected, self._scores = rows[WHOLE], rows[WHOLE + 1 :]
+        self.expected, self._scores = rows[WHOLE], rows[WHOLE + 1 :]
         self.widths = widths.view(torch.int32)
         self._launch = launch
 
@@ -74,7 +75,7 @@ class CostAwareTail:
         running.copy_(limits > 0)
         self.drafts[rows] = running
         self.widths.zero_()
-        self._expected.zero_()
+        self.expected.zero_()
 
     def append(self, scores: torch.Tensor, token_ids: torch.Tensor, step: int, **state: torch.Tensor) -> None:
         """Decide about step k and take in its draw.
@@ -85,7 +86,7 @@ class CostAwareTail:
         """
         rows = slice(len(scores))
         self._launch(
-            scores, token_ids, step, expected=self._expected[rows], params=self.params,
+            scores, token_ids, step, expected=self.expected[rows], params=self.params,
             scores_log=self._scores[:, rows], widths=self.widths, lag=self.estimator.lag, **state,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.v2.free_runs import COLUMNS, DeviceFreeRuns
+from vllm_specdecpp.engine.v2.free_runs import BEHIND, COLUMNS, DeviceFreeRuns
 from vllm_specdecpp.engine.v2.in_flight import HostCopy, InFlight
 
 
@@ -200,14 +200,16 @@ class DeviceCostAware(CostAwareDrafting):
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
         packed = begun.report.tensor.numpy()
         if begun.runs is not None:
-            packed, told = np.split(packed, [-COLUMNS * num_reqs])
-            matches, lengths, accepted, behind = told.reshape(COLUMNS, num_reqs).astype(np.float64)
-            names = round_.request_ids
-            begun.runs.gaps.told(dict(zip(names, behind.astype(int).tolist(), strict=True)))
-            free = self.rule.free_runs.reported(names, matches.astype(int), lengths.astype(int), accepted)
+            columns = COLUMNS + BEHIND * bool(round_.drafts.any())
+            packed, told = np.split(packed, [-columns * num_reqs])
+            late, *own = told.reshape(columns, num_reqs).astype(np.float64)
+            names, known = round_.request_ids, self.rule.free_runs
+            begun.runs.gaps.told(dict(zip(names, late.astype(int).tolist(), strict=True)))
+            free = known.reported(names, own[0].astype(int), own[1].astype(int), own[2])
         round_.fill(Report.of(packed, num_reqs, len(self.tail.widths)))
         if begun.runs is not None:
-            round_.free = free.without(round_.drafts)
+            behind = known.of_device(own[-3].astype(int), own[-2].astype(int), own[-1])
+            round_.free = free.joined(behind, round_.drafts)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
             "read": begun.read,

@@ -124,6 +124,14 @@ class DeferredRounds:
         self.in_flight.settle()
         return not self.in_flight.num(self._account)
 
+    def ran(self) -> dict[str, int]:
+        """Request id -> candidates of a free run in the last step; waits until that step's drafting is done."""
+        if self._last is None:
+            return {}
+        names, copy = self._last
+        copy.wait()
+        return dict(zip(names, copy.tensor[:, COLUMNS - 1].tolist(), strict=True))
+
     def candidates(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What each request submitted in the last step; waits until that step's drafting is done."""
         if self._last is None:

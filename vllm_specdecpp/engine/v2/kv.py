@@ -127,11 +127,9 @@ class DraftKVGaps:
 
         Args:
             input_batch: of the step.
-            names: requests that this may be so of.
+            names: one or more requests that this may be so of.
             gaps: [num_reqs] bool, where it is so.
         """
-        if not names:
-            return
         self._keep()
         slots, owners = self._slots(input_batch)
         self._set(torch.where(gaps[owners], slots, -1), True)

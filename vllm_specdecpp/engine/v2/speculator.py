@@ -219,7 +219,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
             if self.runs is not None and self._can_read_short(input_batch):
-                self.gaps.have_gaps(input_batch, self.runs.names, self.runs.has_gap)
+                if names := self.runs.took_runs():
+                    self.gaps.have_gaps(input_batch, names, self.runs.has_gap(input_batch))
             read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
             num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
@@ -230,10 +231,12 @@ class SpecDecPPSpeculator(CapturedRounds):
             self.gaps.read(input_batch)
         else:
             self.gaps.leave_out(input_batch)
+        if runs is not None and plan.drafts and self._tail is not None:
+            runs.follow(self._tail)
         if costs is not None:
             costs.drafted(read, num_reqs, self.round.lengths)
         if runs is not None:
-            runs.submit(plan.drafts)
+            runs.submit()
         return num_passes
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
