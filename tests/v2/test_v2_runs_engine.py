@@ -23,33 +23,45 @@ PROMPTS = harness.prompts(3, seed=5, longest=30)
 CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
 
 
-def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> None:
-    """In place of the runs that are found: what the target will say, and now and then something else."""
-    runs, find = speculator.runs, speculator.runs.find
+def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> dict[tuple[int, ...], list[int]]:
+    """In place of the runs that are found: what the target will say, and now and then something else.
 
-    def known(batch: Any, tail: Any) -> None:
-        find(batch, tail)
-        tokens, state = speculator.runner.req_states.all_token_ids.gpu, speculator.round
-        lengths = torch.zeros_like(runs._taken.lengths)
-        runs._candidates[: batch.num_reqs] = -1
+    Returns:
+        A request's tokens -> what was drafted behind them; to be filled.
+    """
+    runs, find, follow = speculator.runs, speculator.runs.find, speculator.runs.follow
+    drafts: dict[tuple[int, ...], list[int]] = {}
+
+    def known(tail: Any, behind: bool) -> None:
+        batch, state = runs._batch, speculator.round
+        matches, taken = runs._found[-1]
+        lengths = torch.zeros_like(taken.lengths)
         for row in range(batch.num_reqs):
-            length, last = int(state.max_lengths[row]), int(state.next_positions[row])
-            if length and not tail.drafts[row]:
-                held = tokens[batch.idx_mapping[row], : last + 1].tolist()
-                (text,) = {tuple(t) for t in texts if t[: last + 1] == held}
-                run = [draw.choice([t] * 9 + [3]) for t in text[last + 1 : last + 1 + length]]
-                runs._candidates[row, : len(run)] = torch.tensor(run)
-                lengths[row] = len(run)
-        runs._matches[: batch.num_reqs] = 1
-        runs._taken = runs._taken._replace(lengths=lengths)
+            if not state.max_lengths[row] or behind != bool(tail.drafts[row]):
+                continue
+            drafted = state.draft_tokens[row, : state.lengths[row]].tolist() if behind else []
+            end = int(state.next_positions[row]) + 1
+            held = speculator.runner.req_states.all_token_ids.gpu[batch.idx_mapping[row], :end].tolist()
+            if behind:
+                drafts[tuple(held)] = drafted
+            (text,) = {tuple(t) for t in texts if t[:end] == held}
+            start = end + len(drafted)
+            run = [draw.choice([t] * 9 + [3]) for t in text[start : end + state.max_lengths[row]]]
+            runs._candidates[row] = -1
+            runs._candidates[row, len(drafted) : len(drafted) + len(run)] = torch.tensor(run, dtype=torch.int64)
+            lengths[row] = len(run)
+        runs._found[-1] = torch.ones_like(matches), taken._replace(lengths=lengths)
 
-    runs.find = known
+    runs.find = lambda batch, tail: (find(batch, tail), known(tail, False))
+    runs.follow = lambda tail: (follow(tail), known(tail, True))
+    return drafts
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.asks(11)
 def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, monkeypatch, is_async):
-    """Who drafts is drawn; the others submit runs, many of them right, so that the draft model falls behind."""
+    """Who drafts is drawn; runs go on behind the drafts, and in their place, many of them right, so that the draft
+    model falls behind."""
     monkeypatch.setattr(timing, "measure", lambda *args: CURVES)
     rule, draw, planned = Rule("fixed", max_length=1), random.Random(4), [0]
     target, draft = reference("target"), reference("draft_good")
@@ -74,23 +86,28 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, 
         held: Any = v2_harness.fix_costs(llm, CURVES).rule
         held.begin = begin
         speculator = llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
-        know(speculator, [prompt + tokens for prompt, tokens in zip(PROMPTS, wanted, strict=True)], draw)
+        drafts = know(speculator, [prompt + tokens for prompt, tokens in zip(PROMPTS, wanted, strict=True)], draw)
         outputs = harness.generate(llm, PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
         stats = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["sources"]["suffix"]
     assert harness.token_ids(outputs) == wanted
-    num_runs = num_drafts = num_won = 0
+    num_runs = num_behind = num_drafts = num_won = 0
     for prompt, tokens, mine in zip(PROMPTS, wanted, rounds, strict=True):
         context = [*prompt, tokens[0]]
         for candidates, accepted, next_token in mine:
             drawn: list[int] = []
             for _ in candidates:
                 drawn.append(draft.steps([*context, *drawn])[0].token)
-            num_drafts += bool(candidates) and candidates == drawn
-            num_runs += candidates != drawn
-            num_won += candidates != drawn and accepted >= 2  # tokens that the draft model has not read
+            drafted = drafts.get(tuple(context), [])[: len(candidates)]
+            size = len(drafted)
+            assert candidates[:size] == drafted == drawn[:size]
+            num_drafts += bool(drafted)
+            num_runs += len(candidates) > size
+            num_behind += len(candidates) > size > 0
+            num_won += accepted > max(size, 1)  # tokens that the draft model has not read
             context += [*candidates[:accepted], next_token]
-    assert min(num_drafts, num_runs, num_won) >= 4, (num_drafts, num_runs, num_won)
+    counts = num_drafts, num_runs, num_behind, num_won
+    assert min(counts) >= 4, counts
     # Of a request's last rounds the outcome is not seen, and with asynchronous scheduling one more has begun.
     assert num_drafts >= planned[0] - 3 * len(PROMPTS), (num_drafts, planned)
     assert stats["candidates"] > stats["accepted"] > 10

@@ -218,13 +218,13 @@ class SpecDecPPSpeculator(CapturedRounds):
         num_passes: int | torch.Tensor = 0
         read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
-            if self.runs is not None and self._can_read_short(input_batch):
-                if names := self.runs.took_runs():
-                    self.gaps.have_gaps(input_batch, names, self.runs.has_gap(input_batch))
+            is_short = self._can_read_short(input_batch)
+            if self.runs is not None and is_short and (names := self.runs.took_runs()):
+                self.gaps.have_gaps(input_batch, names, self.runs.has_gap(input_batch))
             read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
             num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
-            if not self._can_read_short(input_batch):
+            if not is_short:
                 read.append(input_batch.num_tokens + num_reqs)  # and each one's next token
             elif read:
                 read.append(SHORT * num_reqs)
