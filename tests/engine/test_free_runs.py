@@ -152,6 +152,30 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(llm, baseline, re
     assert drafted >= mixed.kinds["draft"] - 3 * 2 * len(PROMPTS)  # outcomes of last rounds are not seen
 
 
+def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatch):
+    """A source that is often right, but knows of nothing before two tokens of an output are there."""
+    llm.reset_prefix_cache()
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, baseline, strict=True)]
+    source = Knows(texts, 1)
+    shortest = min(map(len, PROMPTS)) + 2
+    known = source.run
+
+    def run(tokens: Any, most: int) -> Any:
+        found, x = known(tokens, most if len(tokens) % 3 else 1)
+        return (found, x) if len(tokens) > shortest and len(tokens) % 3 else (found[:0], x[:0])
+
+    monkeypatch.setattr(source, "run", run)
+    rule = harness.set_costs(llm, {"first": {1: 4e-3}, "step": {1: 4e-3}, "verify": {1: 20e-3, 64: 20.1e-3}})
+    monkeypatch.setattr(rule, "sources", [source])
+    for _ in range(2):
+        assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    harness.take_rounds(llm)
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    rounds = harness.take_rounds(llm)
+    both = [r for r in rounds if 0 < r["drafted"] < len(r["candidates"])]
+    assert len(both) > 10 and sum(r["accepted"] > r["drafted"] for r in both) > 5
+
+
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
 def sampling_llm(request, tiny):
     config = {
