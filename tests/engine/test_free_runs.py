@@ -17,6 +17,7 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
+from vllm_specdecpp.engine.shared import cost_aware
 from vllm_specdecpp.source_registry import RUN_SOURCES, register
 
 MAX_LENGTH = 6
@@ -72,6 +73,7 @@ class Mixed:
     @classmethod
     def put(cls, llm: Any, monkeypatch: Any, seed: int) -> Mixed:
         mixed = cls(llm, seed)
+        monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
         monkeypatch.setattr(mixed.rule, "begin", mixed.begin)
         monkeypatch.setattr(mixed.rule, "finish", lambda *args: None)
         return mixed
@@ -167,6 +169,7 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     monkeypatch.setattr(source, "run", run)
     rule = harness.set_costs(llm, {"first": {1: 4e-3}, "step": {1: 4e-3}, "verify": {1: 20e-3, 64: 20.1e-3}})
     monkeypatch.setattr(rule, "sources", [source])
+    monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
     for _ in range(2):
         assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     harness.take_rounds(llm)
@@ -174,6 +177,9 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     rounds = harness.take_rounds(llm)
     both = [r for r in rounds if 0 < r["drafted"] < len(r["candidates"])]
     assert len(both) > 10 and sum(r["accepted"] > r["drafted"] for r in both) > 5
+    monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 0.0)  # too dear to search after each candidate
+    monkeypatch.setattr(CostAwareRound, "outrun", lambda *args: pytest.fail("searched"))
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
