@@ -169,6 +169,7 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     monkeypatch.setattr(source, "run", run)
     rule = harness.set_costs(llm, {"first": {1: 4e-3}, "step": {1: 4e-3}, "verify": {1: 20e-3, 64: 20.1e-3}})
     harness.forget(rule)
+    harness.proposer(llm).cost_aware.drop_round()  # of a test before
     monkeypatch.setattr(rule, "sources", [source])
     monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
     for _ in range(2):
