@@ -35,7 +35,7 @@ class MixedRound(CostAwareRound):
         super().__init__(mixed.rule, *args, **kwargs)
         self._mixed = mixed
 
-    def outrun(self, row: int, runs: Any, survival: float, num_running: int) -> bool:
+    def outrun(self, row: int, runs: Any, survival: float, accept: float, num_running: int) -> bool:
         ends = bool(runs) and self._mixed.random.random() < 0.2
         self._mixed.kinds["ended"] += ends
         return ends

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import Before, FreeRuns
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
+from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.sources.suffix import SuffixSource
 
@@ -174,9 +177,9 @@ def test_a_request_that_drafts_leaves_its_run() -> None:
     assert round_.drafts[0] and round_.free.token_ids(0) == [] and submitted == round_.lengths[0] > 0
 
 
-def begun(chance: float, limits: list[int], rows: float = 1e-4) -> tuple[CostAwareRule, CostAwareRound, Run]:
+def begun(chance: float, limits: list[int], step: float = 0.02) -> tuple[CostAwareRule, CostAwareRound, Run]:
     """A round of a rule that has seen drafts accepted in 9 of 10, and a run whose candidates have this chance."""
-    rule = CostAwareRule(CostModel({1: 0.02}, {1: 0.02}, {1: 0.1, 200: 0.1 + 199 * rows}), 8, sources=[Toy()])
+    rule = CostAwareRule(CostModel({1: step}, {1: step}, {1: 0.1, 200: 0.12}), 8, sources=[Toy()])
     names = [f"r{i}" for i in range(len(limits))]
     for _ in range(40):
         rule.admission.records.update(names, [10] * len(names), [9.0] * len(names), [False] * len(names))
@@ -190,14 +193,13 @@ def test_a_draft_ends_where_a_run_goes_on_as_surely() -> None:
     sure = {}
     for chance in (0.3, 0.5, 0.7, 0.85, 0.95):
         _, round_, run = begun(chance, [8] * 3)
-        accept = float(round_.admitted.accept[0])
-        assert accept == pytest.approx(0.9, abs=0.05)
-        for num, survival in itertools.product((1, 3), (0.2, 1.0)):
+        for num, survival, accept in itertools.product((1, 3), (0.2, 1.0), (0.6, 0.95)):
             gain = survival * (accept - chance) * sum(chance**k for k in range(4))
-            sure[chance, num, survival] = round_.outrun(0, [run], survival, num)
+            sure[chance, num, survival] = round_.outrun(0, [run], survival, accept, num)
             assert sure[chance, num, survival] == (gain < round_.price * 0.02 / num)
-            assert round_.outrun(0, [run_of([-3.0]), run], survival, num) == sure[chance, num, survival]
-    assert set(sure.values()) == {True, False} and not round_.outrun(0, [], 1.0, 1)
+    assert set(sure.values()) == {True, False} and not round_.outrun(0, [], 1.0, 0.9, 1)
+    round_.price = 0.0
+    assert not round_.outrun(0, [run], 1.0, 0.1, 1)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +230,44 @@ def test_a_run_behind_a_draft_stays_within_the_limit() -> None:
         round_.end(round_.lengths >= 3)
     round_.follow([[run]], np.array([1.0]))
     assert round_.submitted.tolist() == [4]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_stands_in_front_of_a_run_is_estimated_from_the_scores_of_what_was_submitted(lag: int) -> None:
+    """Request 0 drops its third candidate, which it has looked at; request 1 has a broken score; 2 does not draft."""
+    rule, round_, _ = begun(0.5, [4, 4, 4], step=0.003)
+    rule.lag = lag
+    tail = CostAwareTail(SimpleNamespace(lag=lag, needs=frozenset()), 3, 8, 200, "cpu")
+    tail._scores.fill_(3.0)  # of a round before
+    round_.load(tail.params)
+    scores = np.array([[0.95, 0.9, 0.5], [0.9, np.nan, 0.5], [0.02, 0.9, 0.5], [0.02, 0.9, 0.5]])
+    survival, lengths, running = torch.ones(3), torch.zeros(3, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    tail.start(torch.tensor([4, 4, 0], dtype=torch.int32), running)
+    for step in range(1, 5):
+        given = scores[step - 1 - lag] if step > lag else np.full(3, np.nan)
+        tail.append(
+            torch.tensor(given, dtype=torch.float32), torch.zeros(3, dtype=torch.int64), step, survival=survival,
+            lengths=lengths, running=running, stop_token_ids=torch.zeros(3, 0, dtype=torch.int64),
+            draft_tokens=torch.zeros(3, 8, dtype=torch.int64), any_running=torch.zeros(1),
+        )  # fmt: skip
+        if step == 2:
+            assert running.tolist() == [1, 1, 0]
+            front, after = tail.standing(survival, step)
+            known = [rule.acceptance.accept(logits(scores[:2, row]), np.array([1, 2])) for row in range(3)]
+            if lag:  # nothing was seen of candidate 2: it follows from the score of candidate 1
+                assert 0 < front[0] < known[0][0] and front[0] / known[0][0] == pytest.approx(float(after[0]), abs=0.1)
+            else:
+                assert front.tolist()[:2] == pytest.approx([known[row].prod() for row in range(2)], abs=1e-4)
+            assert 0.5 < after[0] < 1
+    num = lengths.tolist()
+    assert num[2] == 0 and num[0] < 4 and num[1] == 4
+    for row, length in enumerate(num):
+        seen = logits(scores[:length, row])
+        if lag and length == 4:
+            seen[-1] = np.nan  # its score would have come with the next pass
+        wanted = rule.acceptance.accept(seen, np.arange(1, length + 1)).prod()
+        assert float(tail.reach(lengths)[row]) == pytest.approx(wanted, abs=1e-4)
+
+
+def logits(p) -> np.ndarray:
+    return np.log(p / (1 - p))

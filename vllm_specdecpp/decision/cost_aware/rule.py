@@ -24,8 +24,8 @@ r is submitted iff `go_on` was True at steps 1..k-1, r was chosen at the start, 
 and `submit` is True at step k: an event in F_k. A draft that ends for a run ends behind Y_k, which is submitted, by
 what is known once Y_k is drawn; the run's tokens are functions of the past and of Y_1..Y_k, with a one-hot q. Hence
 given that event Y_k still has law q, and rejection sampling turns it into the target's law, token by token. Clock times
-enter only through the cost model's state from past rounds. The same holds for greedy drafts, where Y_k is a function of
-F_k.
+enter through the cost model's state from past rounds, and through what a search took before the first draw. The same
+holds for greedy drafts, where Y_k is a function of F_k.
 """
 
 from __future__ import annotations
