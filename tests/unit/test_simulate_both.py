@@ -97,6 +97,14 @@ def test_rounds_cost_what_they_do_by_hand(policy, setting: Setting, seconds: flo
     assert serve(text(), "0", policy(), setting, np.random.default_rng(0)) == pytest.approx(seconds)
 
 
+def test_the_draft_model_has_read_what_was_accepted() -> None:
+    """One of two is right in each of three rounds: only the prompt is ever read beyond the usual two tokens."""
+    one = text()
+    one.drafts = {at: ([one.tokens[at], WRONG], [0.9, 0.9]) for at in range(7, 12)}
+    seconds = serve(one, "0", forced(runs=False), FLAT, np.random.default_rng(0))
+    assert seconds == pytest.approx(2.5 + 3 * (2.0 + 15.0 + 10.0))
+
+
 @pytest.mark.parametrize(
     ("price", "drafts", "candidates", "passes"),
     [
