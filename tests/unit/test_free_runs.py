@@ -8,7 +8,8 @@ import pytest
 
 from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
+from vllm_specdecpp.decision.cost_aware.free_runs import Before, FreeRuns
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.sources.suffix import SuffixSource
@@ -33,20 +34,30 @@ def costs(verify=None) -> CostModel:
     return CostModel({1: 0.05, 8: 0.06}, {1: 0.05, 8: 0.06}, verify or {1: 0.1, 200: 2.0}, max_reqs=8, max_tokens=200)
 
 
+@pytest.mark.parametrize("drafted", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_rows_that_are_taken_are_the_best(seed: int) -> None:
+def test_the_rows_that_are_taken_are_the_best(seed: int, drafted: bool) -> None:
     rng = np.random.default_rng(seed)
     num = int(rng.integers(1, 4))
     runs = [[run_of(rng.normal(1, 2, rng.integers(1, 5)))] if rng.random() < 0.8 else [] for _ in range(num)]
     limits = rng.integers(0, 5, num)
     model, free = costs({1: 0.1, 3: rng.uniform(0.1, 0.2), 200: rng.uniform(0.3, 4)}), FreeRuns([Toy()])
-    taken = free.take([str(i) for i in range(num)], runs, limits, model)
-    best = 0.0
+    before = Before(num, float(num), 0.0, np.ones(num))
+    if drafted:
+        more = rng.integers(0, 5, num)
+        before = Before(num + int(more.sum()), num + 0.7 * more.sum(), rng.uniform(0, 0.2), rng.uniform(0.1, 1, num))
+    taken = free.take([str(i) for i in range(num)], runs, limits, model, before if drafted else None)
     chances = [free.chances(r[0])[:most] if r else np.empty(0) for r, most in zip(runs, limits, strict=True)]
-    for lengths in itertools.product(*(range(len(c) + 1) for c in chances)):
-        tokens = num + sum(float(c[:length].cumprod().sum()) for c, length in zip(chances, lengths, strict=True))
-        best = max(best, tokens / model.verify.at(num + sum(lengths)))
-    assert (num + taken.accepted.sum()) / model.verify.at(num + int(taken.lengths.sum())) == pytest.approx(best)
+    reaches = [s * c.cumprod() for s, c in zip(before.survival, chances, strict=True)]
+
+    def speed(lengths) -> float:
+        tokens = before.tokens + sum(float(r[:n].sum()) for r, n in zip(reaches, lengths, strict=True))
+        return tokens / (before.seconds + model.verify.at(before.rows + int(sum(lengths))))
+
+    best = max(map(speed, itertools.product(*(range(len(c) + 1) for c in chances))))
+    assert speed(taken.lengths) == pytest.approx(best)
+    wanted = [float(r[:n].sum()) for r, n in zip(reaches, taken.lengths, strict=True)]
+    assert taken.accepted == pytest.approx(wanted)
     assert all(len(taken.token_ids(i)) == taken.lengths[i] <= limits[i] for i in range(num))
 
 
@@ -161,3 +172,59 @@ def test_a_request_that_drafts_leaves_its_run() -> None:
         submitted = int(round_.submitted[0])
         rule.finish(round_, [submitted], [submitted if round_.drafts[0] else 0])
     assert round_.drafts[0] and round_.free.token_ids(0) == [] and submitted == round_.lengths[0] > 0
+
+
+def begun(chance: float, limits: list[int], rows: float = 1e-4) -> tuple[CostAwareRule, CostAwareRound, Run]:
+    """A round of a rule that has seen drafts accepted in 9 of 10, and a run whose candidates have this chance."""
+    rule = CostAwareRule(CostModel({1: 0.02}, {1: 0.02}, {1: 0.1, 200: 0.1 + 199 * rows}), 8, sources=[Toy()])
+    names = [f"r{i}" for i in range(len(limits))]
+    for _ in range(40):
+        rule.admission.records.update(names, [10] * len(names), [9.0] * len(names), [False] * len(names))
+    round_ = rule.begin(standings(names, limits))
+    assert round_.drafts.all()
+    return rule, round_, run_of([np.log(chance / (1 - chance))] * 4)
+
+
+def test_a_draft_ends_where_a_run_goes_on_as_surely() -> None:
+    """S (a - c) (1 + c + c^2 + c^3) tokens against a pass, or what one of three requests has to do with it."""
+    sure = {}
+    for chance in (0.3, 0.5, 0.7, 0.85, 0.95):
+        _, round_, run = begun(chance, [8] * 3)
+        accept = float(round_.admitted.accept[0])
+        assert accept == pytest.approx(0.9, abs=0.05)
+        for num, survival in itertools.product((1, 3), (0.2, 1.0)):
+            gain = survival * (accept - chance) * sum(chance**k for k in range(4))
+            sure[chance, num, survival] = round_.outrun(0, [run], survival, num)
+            assert sure[chance, num, survival] == (gain < round_.price * 0.02 / num)
+            assert round_.outrun(0, [run_of([-3.0]), run], survival, num) == sure[chance, num, survival]
+    assert set(sure.values()) == {True, False} and not round_.outrun(0, [], 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("verified", "accepted", "drafts_seen", "runs_seen"),
+    [(7, 7, (3, 3), (4, 4)), (7, 5, (3, 3), (4, 2)), (7, 3, (3, 3), (4, 0)), (7, 1, (3, 1), (0, 0)),
+     (2, 2, (2, 2), (0, 0)), (None, 0, (0, 0), (0, 0))],
+)  # fmt: skip
+def test_the_draft_and_the_run_behind_it_are_judged_apart(monkeypatch, verified, accepted, drafts_seen, runs_seen):
+    rule, round_, run = begun(0.9, [7])
+    while round_.running.any():
+        round_.step(np.array([0.95]))
+        round_.end(round_.lengths >= 3)
+    assert round_.lengths.tolist() == [3]
+    round_.follow([[run]], np.array([0.9]))
+    assert round_.submitted.tolist() == [7] and round_.free.token_ids(0) == run.token_ids
+    assert round_.free.accepted[0] == pytest.approx(0.9 * sum(0.9**k for k in range(1, 5)))
+    updates = []
+    monkeypatch.setattr(rule.acceptance, "update_run", lambda x, won, depth, level: updates.append((depth, won)))
+    rule.finish(round_, [verified], [accepted])
+    assert updates == [drafts_seen]
+    assert (rule.free_runs.candidates["toy"], rule.free_runs.accepted["toy"]) == runs_seen
+
+
+def test_a_run_behind_a_draft_stays_within_the_limit() -> None:
+    _, round_, run = begun(0.95, [4])
+    while round_.running.any():
+        round_.step(np.array([0.95]))
+        round_.end(round_.lengths >= 3)
+    round_.follow([[run]], np.array([1.0]))
+    assert round_.submitted.tolist() == [4]

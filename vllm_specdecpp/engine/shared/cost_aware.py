@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger("vllm.specdecpp")
 
 OVERHEAD_ROUNDS = 8
 """Rounds from which a step's time beside the passes that were timed at start-up is taken."""
+MOST_SEARCHING = 0.02
+"""Of a draft pass's time, what the search for runs behind its candidates may take; a draft ends for none beyond it."""
 SAVE_EVERY = 1000
 """Rounds after which the costs are saved: a server may end without a word."""
 
@@ -58,6 +61,7 @@ class CostAwareDrafting:
         self._step: Mapping[str, Any] = {}  # of the last round, as RoundLog.step fills it
         self._num_rounds = 0
         self._behind: Callable[[int, Sequence[int]], list[Run]] | None = None  # row, candidates -> runs that go on
+        self._search_seconds = 0.0  # of one request, in this round
         self._is_filled = False
 
     def begin(
@@ -81,7 +85,9 @@ class CostAwareDrafting:
             if self._round is not None:
                 self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
             self._behind = None if tokens is None else self._finder(batch, tokens, stop_token_ids)
+            started = time.perf_counter()
             runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
+            self._search_seconds = (time.perf_counter() - started) / max(len(batch), 1)
             self._round, self._is_filled = self.rule.begin(batch, runs), False
             self._round.load(self.tail.params)
         self.share_params()
@@ -126,8 +132,10 @@ class CostAwareDrafting:
         ends = torch.zeros_like(state.running)
         if self._round is not None and self._behind is not None:
             running, survival = state.running.nonzero().squeeze(1).tolist(), state.survival.tolist()
-            for row in running:
-                ends[row] = self._round.outrun(row, self._behind(row, drawn[row]), survival[row], len(running))
+            num, step = len(running), self._round.rule.costs.step
+            affordable = num * self._search_seconds <= MOST_SEARCHING * step.at(num)
+            for row in running if affordable else ():
+                ends[row] = self._round.outrun(row, self._behind(row, drawn[row]), survival[row], num)
         state.running.masked_fill_(self._agree(ends) > 0, 0)
 
     def follow(self, drafted: Sequence[Sequence[int]]) -> list[list[int]]:
