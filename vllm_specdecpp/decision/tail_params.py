@@ -48,7 +48,8 @@ class CostAwareParams:
     levels: Tensor
     """[max_reqs] float32, what each request's level adds to a score's log-odds as to the candidates after it."""
     first_seconds: Tensor
-    """[max_reqs + 1] float32, of the first draft pass, by requests that draft. For ``device_runs`` alone, as what follows."""
+    """[max_reqs + 1] float32, of the first draft pass, by requests that draft; ``device_runs`` reads it, and what
+    follows."""
     run_odds: Tensor
     """[1 + num_positions] float32: slope of a free run's acceptance, then the intercept, by position."""
     run_shifts: Tensor

@@ -112,7 +112,7 @@ class DeviceFreeRuns:
         num_reqs, own = len(lengths), torch.where(drafts, 0.0, free.accepted)
         emitted = num_reqs + (tail.expected[rows] + own).double().sum()
         spent = draft_seconds(tail.widths, tail.params)
-        before = RowsBefore(tail.params.base + lengths.sum(), emitted, spent, state.survival[rows])
+        before = RowsBefore(tail.params.base + lengths.sum(), emitted, spent, tail.reach(lengths))
         run, matches, taken = self._search(last + lengths, limits, tail, before)
         self._found.append((matches, taken))
         place = self._steps - lengths[:, None]  # in the run
