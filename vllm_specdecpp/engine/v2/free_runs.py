@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Free runs on Model Runner V2: found, chosen and submitted on the device, in a round whose plan the host has made.
 
-The host is not waited for, nor the device: the plan reckons with what the last reported runs promised, and what the
-rule learns from rides along in the round's report.
+No search is waited for: the plan reckons with what the last reported runs promised, and what the rule learns from rides
+along in the round's report. What is waited for: :meth:`DeviceFreeRuns.took_runs`.
 
 Lossless: a run is a function of the tokens that the target has emitted and, behind a draft, of its candidates
 Y_1..Y_d; its draft logits are one-hot. Which one is taken, and where it is cut, is a function of these tokens, of the
