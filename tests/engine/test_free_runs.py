@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import random
+from itertools import accumulate
+from operator import and_, eq
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
+from vllm_specdecpp.engine.shared import cost_aware
 from vllm_specdecpp.source_registry import RUN_SOURCES, register
 
 MAX_LENGTH = 6
@@ -25,17 +28,38 @@ FLAT = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 64: 20.1e-
 PROMPT, LAW_LENGTH = [3, 5, 3, 7, 3], 4
 
 
+class MixedRound(CostAwareRound):
+    """A draft ends where a run goes on, and a run goes on behind a draft, cut anywhere, by chance."""
+
+    def __init__(self, mixed: Mixed, *args: Any, **kwargs: Any) -> None:
+        super().__init__(mixed.rule, *args, **kwargs)
+        self._mixed = mixed
+
+    def outrun(self, row: int, runs: Any, survival: float, accept: float, num_running: int) -> bool:
+        ends = bool(runs) and self._mixed.random.random() < 0.2
+        self._mixed.kinds["ended"] += ends
+        return ends
+
+    def follow(self, runs: Any, survival: Any) -> None:
+        for i, proposed in enumerate(runs):
+            if proposed and self._mixed.random.random() < 0.6:
+                self.free.runs[i] = proposed[0]
+                self.free.lengths[i] = self._mixed.random.randint(1, len(proposed[0].token_ids))
+                self._mixed.kinds["behind a draft"] += bool(self.lengths[i])
+
+
 class Mixed:
-    """In place of the rule's choice: each request drafts, takes a run, cut anywhere, or does nothing, by chance."""
+    """In place of the rule's choice: each request drafts, takes a run, both, or does nothing, by chance."""
 
     def __init__(self, llm: Any, seed: int) -> None:
         self.rule = harness.proposer(llm).cost_aware.rule
-        self._random = random.Random(seed)
-        self.kinds: dict[str, int] = {"draft": 0, "run": 0, "both in a batch": 0}
+        self.random = random.Random(seed)
+        kinds = "draft", "run", "both in a batch", "ended", "behind a draft"
+        self.kinds: dict[str, int] = dict.fromkeys(kinds, 0)
 
     def begin(self, batch: Any, runs: Any = ()) -> CostAwareRound:
-        limits = np.array([min(s.limit, self._random.randint(1, MAX_LENGTH)) for s in batch])
-        chance = [self._random.random() for _ in batch]
+        limits = np.array([min(s.limit, self.random.randint(1, MAX_LENGTH)) for s in batch])
+        chance = [self.random.random() for _ in batch]
         free = Taken([None] * len(batch), np.zeros(len(batch), np.int64), np.zeros(len(batch)))
         for i, proposed in enumerate(runs):
             if proposed and limits[i] and chance[i] < 0.5:
@@ -44,11 +68,12 @@ class Mixed:
         self.kinds["draft"] += int(drafts.sum())
         self.kinds["run"] += int((free.lengths > 0).sum())
         self.kinds["both in a batch"] += bool(drafts.any() and free.lengths.any())
-        return CostAwareRound(self.rule, [s.request_id for s in batch], limits, drafts, 0.0, free=free)
+        return MixedRound(self, [s.request_id for s in batch], limits, drafts, 0.0, free=free)
 
     @classmethod
     def put(cls, llm: Any, monkeypatch: Any, seed: int) -> Mixed:
         mixed = cls(llm, seed)
+        monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
         monkeypatch.setattr(mixed.rule, "begin", mixed.begin)
         monkeypatch.setattr(mixed.rule, "finish", lambda *args: None)
         return mixed
@@ -63,8 +88,8 @@ class Knows:
         self._texts, self._random = texts, random.Random(seed)
 
     def run(self, tokens: Any, most: int) -> Any:
-        tokens = tokens.tolist()
-        (text,) = {tuple(t) for t in self._texts if t[: len(tokens)] == tokens}
+        # That of the same prompt: a draft's candidates, at the end of the tokens, may be wrong.
+        text = max(self._texts, key=lambda text: sum(accumulate(map(eq, tokens.tolist(), text), and_)))
         run = [self._random.choice([t] * 5 + [3]) for t in text[len(tokens) : len(tokens) + most]]
         return np.array(run, dtype=np.int64), np.zeros(len(run))
 
@@ -107,24 +132,56 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(llm, baseline, re
     texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, baseline, strict=True)]
     monkeypatch.setattr(mixed.rule, "sources", [Knows(texts, seed)])
     harness.take_rounds(llm)
-    drafted = known = 0
+    drafted = known = behind = 0
     for _ in range(2):  # the second time with cached prompts
         outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
         assert harness.token_ids(outputs) == baseline
-        rounds_of = harness.rounds_of(outputs, harness.take_rounds(llm))
-        for prompt, tokens, rounds in zip(PROMPTS, baseline, rounds_of, strict=True):
+        trace = harness.take_rounds(llm)
+        rounds_of = harness.rounds_of(outputs, trace)
+        # In the place of the next token: how many the draft model drew.
+        drawn_of = harness.rounds_of(outputs, [r | {"next_token": r["drafted"]} for r in trace])
+        for prompt, tokens, rounds, drawn in zip(PROMPTS, baseline, rounds_of, drawn_of, strict=True):
             emitted = 1  # by the prefill
-            for candidates, accepted, _ in rounds:
+            for (candidates, accepted, _), (_, _, num_drawn) in zip(rounds, drawn, strict=True):
                 prefix: list[int] = [*prompt, *tokens[:emitted]]
-                drawn: list[int] = []
-                for _ in candidates:
-                    drawn.append(draft.steps([*prefix, *drawn])[0].token)
-                drafted += bool(candidates) and candidates == drawn
-                # A run is what the target says as well, where the draft says something else.
-                known += candidates != drawn and accepted > 0
+                for k, token in enumerate(candidates[:num_drawn]):
+                    assert token == draft.steps([*prefix, *candidates[:k]])[0].token
+                drafted += num_drawn > 0
+                known += accepted > num_drawn  # a run is what the target says
+                behind += accepted > num_drawn > 0
                 emitted += accepted + 1
-    assert min(mixed.kinds.values()) > 20 and known > 20
-    assert drafted >= mixed.kinds["draft"] - 2 * 2 * len(PROMPTS)  # outcomes of last rounds are not seen
+    assert min(mixed.kinds.values()) > 20 and known > 20 and behind > 10
+    assert drafted >= mixed.kinds["draft"] - 3 * 2 * len(PROMPTS)  # outcomes of last rounds are not seen
+
+
+def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatch):
+    """A source that is often right, but knows of nothing before two tokens of an output are there."""
+    llm.reset_prefix_cache()
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, baseline, strict=True)]
+    source = Knows(texts, 1)
+    shortest = min(map(len, PROMPTS)) + 2
+    known = source.run
+
+    def run(tokens: Any, most: int) -> Any:
+        found, x = known(tokens, most if len(tokens) % 3 else 1)
+        return (found, x) if len(tokens) > shortest and len(tokens) % 3 else (found[:0], x[:0])
+
+    monkeypatch.setattr(source, "run", run)
+    rule = harness.set_costs(llm, {"first": {1: 4e-3}, "step": {1: 4e-3}, "verify": {1: 20e-3, 64: 20.1e-3}})
+    harness.forget(rule)
+    harness.proposer(llm).cost_aware.drop_round()  # of a test before
+    monkeypatch.setattr(rule, "sources", [source])
+    monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
+    for _ in range(2):
+        assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    harness.take_rounds(llm)
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    rounds = harness.take_rounds(llm)
+    both = [r for r in rounds if 0 < r["drafted"] < len(r["candidates"])]
+    assert len(both) > 10 and sum(r["accepted"] > r["drafted"] for r in both) > 5
+    monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 0.0)  # too dear to search after each candidate
+    monkeypatch.setattr(CostAwareRound, "outrun", lambda *args: pytest.fail("searched"))
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
@@ -172,10 +229,10 @@ def test_wrong_draft_probabilities_are_noticed(sampling_llm, law, monkeypatch, r
     proposer = harness.proposer(sampling_llm)
     original = proposer._mix_in
 
-    def wrong(runs: list[list[int]]) -> None:
-        original(runs)
-        for index, run in enumerate(runs):
-            proposer._last_draft_probs[index, : len(run)] = torch.tensor(row)
+    def wrong(drawn: list[list[int]], candidates: list[list[int]]) -> None:
+        original(drawn, candidates)
+        for index, (mine, all_of_them) in enumerate(zip(drawn, candidates, strict=True)):
+            proposer._last_draft_probs[index, len(mine) : len(all_of_them)] = torch.tensor(row)
 
     monkeypatch.setattr(proposer, "_mix_in", wrong)
     assert p_value(samples(sampling_llm, 1, 1.0), law(1.0)) < 1e-12

@@ -35,7 +35,8 @@ def test_reset_starts_from_zero_and_keeps_the_trace():
 def test_trace_keeps_the_last_rounds_only():
     log = _filled(2)
     assert [r["request_id"] for r in log.rounds()] == ["b", "a"]
-    assert log.rounds(clear=True)[-1] == {"request_id": "a", "candidates": [8], "accepted": 1, "next_token": 3}
+    last = {"request_id": "a", "candidates": [8], "accepted": 1, "next_token": 3, "drafted": 1}
+    assert log.rounds(clear=True)[-1] == last
     assert log.rounds() == []
 
 

@@ -72,8 +72,6 @@ class Admitted:
     """[num_reqs] what each request's record adds to a score's log-odds as to the candidates after it; None: 0."""
     reading: float = 0.0
     """Seconds that the draft model spends on reading what it is behind."""
-    accept: Array | None = None
-    """[num_reqs] acceptance of each request's drafts, as far as it is known; None: nobody may draft."""
 
 
 class Admission:
@@ -142,8 +140,6 @@ class Admission:
         mean, hoped = self.records.of([s.request_id for s in mine], apart)
         alone = all(apart)
         correction = self._correction(alone)
-        out.accept = np.zeros(num_reqs)
-        out.accept[index] = mean
         levels[index] = _SHARE * (logit(mean) - logit_one(self.records.usual(alone)))
         limits = np.array([s.limit for s in mine])
         # That drafting for a request replaces:

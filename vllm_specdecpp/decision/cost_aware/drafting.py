@@ -84,7 +84,7 @@ class CostAwareRound:
         """[num_reqs] candidates, drafted or of a free run."""
         return self.lengths + self.free.lengths
 
-    def outrun(self, row: int, runs: Sequence[Run], survival: float, num_running: int) -> bool:
+    def outrun(self, row: int, runs: Sequence[Run], survival: float, accept: float, num_running: int) -> bool:
         """Whether a request is to stop drafting, since one of these runs goes on where its draft is.
 
         Another candidate of the draft model could at best stand in for the run's first one, with a chance a instead of
@@ -95,14 +95,13 @@ class CostAwareRound:
         Args:
             row: of the batch; the request has drawn a candidate, and would draw another.
             runs: that go on behind that candidate.
-            survival: S, estimated probability that all its candidates are accepted.
+            survival, accept: S and a, of :meth:`CostAwareTail.standing`.
             num_running: n, requests that would draw another candidate.
         """
-        accept = None if self.admitted is None else self.admitted.accept
-        if accept is None or not runs:
+        if not runs or not self.price:
             return False
         known, name = self.rule.free_runs, self.request_ids[row]
-        gain = survival * min(known.gain(run, name, float(accept[row])) for run in runs)
+        gain = survival * min(known.gain(run, name, accept) for run in runs)
         return bool(gain < self.price * self.rule.costs.step.at(num_running) / num_running)
 
     def follow(self, runs: Sequence[Sequence[Run]], survival: Array) -> None:
@@ -110,7 +109,7 @@ class CostAwareRound:
 
         Args:
             runs: [num_reqs] that go on behind each request's candidates; empty for those that have not drafted.
-            survival: [num_reqs] estimated probability that all candidates are accepted.
+            survival: [num_reqs] of :meth:`CostAwareTail.reach`.
         """
         costs, free = self.rule.costs, self.free
         rows = len(self.request_ids) + int(self.submitted.sum())

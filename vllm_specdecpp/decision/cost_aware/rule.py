@@ -10,7 +10,8 @@ verification. What this module adds to that comparison:
 * the last look: once a pass has shown how likely the candidate about to be drawn is to be accepted, a request that does
   not go on submits it only if it is worth its row;
 * K = 0 per request and for the batch (``admission``), which also says what rho is, and what is tried beyond it
-  (``purse``).
+  (``purse``);
+* free runs (``free_runs``): instead of a draft, and behind one, which may end for it (``CostAwareRound.outrun``).
 
 Lossless: whether candidate j is submitted may depend on anything but Y_j and later ones. Proof. Let F_k be all that is
 known once every candidate of rounds past and of this round's steps 1..k-1 is drawn, for all requests, with costs, rho,
@@ -20,9 +21,11 @@ records, and compares with the stop tokens. So `submit` (whether Y_k is submitte
 for a stop token, which ends the draft behind Y_k. Y_k given F_k has law q(. | prefix, Y_<k) whatever the others do, as
 requests draw independently, and by fresh noise in each round (on V2 the speculator sees to it). Candidate k of request
 r is submitted iff `go_on` was True at steps 1..k-1, r was chosen at the start, no candidate before was a stop token,
-and `submit` is True at step k: an event in F_k. Hence given that event Y_k still has law q, and rejection sampling
-turns it into the target's law, token by token. Clock times enter only through the cost model's state from past rounds.
-The same holds for greedy drafts, where Y_k is a function of F_k.
+and `submit` is True at step k: an event in F_k. A draft that ends for a run ends behind Y_k, which is submitted, by
+what is known once Y_k is drawn; the run's tokens are functions of the past and of Y_1..Y_k, with a one-hot q. Hence
+given that event Y_k still has law q, and rejection sampling turns it into the target's law, token by token. Clock times
+enter through the cost model's state from past rounds, and through what a search took before the first draw. The same
+holds for greedy drafts, where Y_k is a function of F_k.
 """
 
 from __future__ import annotations

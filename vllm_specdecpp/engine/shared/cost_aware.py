@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger("vllm.specdecpp")
 
 OVERHEAD_ROUNDS = 8
 """Rounds from which a step's time beside the passes that were timed at start-up is taken."""
+MOST_SEARCHING = 0.02
+"""Of the time of a draft pass, or of a verification, what the search for runs behind candidates may take."""
 SAVE_EVERY = 1000
 """Rounds after which the costs are saved: a server may end without a word."""
 
@@ -58,6 +61,7 @@ class CostAwareDrafting:
         self._step: Mapping[str, Any] = {}  # of the last round, as RoundLog.step fills it
         self._num_rounds = 0
         self._behind: Callable[[int, Sequence[int]], list[Run]] | None = None  # row, candidates -> runs that go on
+        self._search_seconds = 0.0  # of one request, in this round
         self._is_filled = False
 
     def begin(
@@ -81,7 +85,9 @@ class CostAwareDrafting:
             if self._round is not None:
                 self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
             self._behind = None if tokens is None else self._finder(batch, tokens, stop_token_ids)
+            started = time.perf_counter()
             runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
+            self._search_seconds = (time.perf_counter() - started) / max(sum(s.limit > 0 for s in batch), 1)
             self._round, self._is_filled = self.rule.begin(batch, runs), False
             self._round.load(self.tail.params)
         self.share_params()
@@ -125,9 +131,13 @@ class CostAwareDrafting:
         assert state is not None
         ends = torch.zeros_like(state.running)
         if self._round is not None and self._behind is not None:
-            running, survival = state.running.nonzero().squeeze(1).tolist(), state.survival.tolist()
-            for row in running:
-                ends[row] = self._round.outrun(row, self._behind(row, drawn[row]), survival[row], len(running))
+            running = state.running.nonzero().squeeze(1).tolist()
+            num, step = len(running), self._round.rule.costs.step
+            if num * self._search_seconds <= MOST_SEARCHING * step.at(num):
+                survival, accept = (x.tolist() for x in self.tail.standing(state.survival, state.num_drawn))
+                for row in running:
+                    runs = self._behind(row, drawn[row])
+                    ends[row] = self._round.outrun(row, runs, survival[row], accept[row], num)
         state.running.masked_fill_(self._agree(ends) > 0, 0)
 
     def follow(self, drafted: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -138,10 +148,12 @@ class CostAwareDrafting:
         """
         if self._round is not None and self._behind is not None:
             self._fill()
-            assert self._state is not None
-            drafts = self._round.drafts.tolist()
-            runs = [self._behind(row, mine) if drafts[row] else [] for row, mine in enumerate(drafted)]
-            self._round.follow(runs, self._state.survival[: len(drafted)].double().cpu().numpy())
+            round_, drafts = self._round, self._round.drafts.tolist()
+            rows = len(drafts) + int(round_.submitted.sum())
+            if sum(drafts) * self._search_seconds <= MOST_SEARCHING * round_.rule.costs.verify.at(rows):
+                assert self._state is not None
+                runs = [self._behind(row, mine) if drafts[row] else [] for row, mine in enumerate(drafted)]
+                round_.follow(runs, self.tail.reach(self._state.lengths[: len(drafts)]).double().cpu().numpy())
         return self.free_runs(len(drafted))
 
     def free_runs(self, num_reqs: int) -> list[list[int]]:
@@ -160,7 +172,7 @@ class CostAwareDrafting:
 
     def drop_round(self) -> None:
         """Forget the last round: another rule drafts from now on."""
-        self._round = None
+        self._round = self._behind = None
 
     def adapt(self, on: bool) -> None:
         """Whether the calibration goes on learning."""

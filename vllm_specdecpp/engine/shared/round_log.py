@@ -145,9 +145,10 @@ class RoundLog:
                 self._in_vain,
             )
         if self._trace.maxlen:
-            self._trace.append(
-                {"request_id": request_id, "candidates": candidates, "accepted": accepted, "next_token": next_token}
-            )
+            self._trace.append({
+                "request_id": request_id, "candidates": candidates, "accepted": accepted, "next_token": next_token,
+                "drafted": drafted,
+            })  # fmt: skip
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """``rounds``, ``candidates``, ``accepted``, ``draft_passes``, ``emitted`` (accepted, recovered and bonus
@@ -168,7 +169,7 @@ class RoundLog:
         }
 
     def rounds(self, clear: bool = False) -> list[dict[str, Any]]:
-        """The kept rounds, oldest first."""
+        """The kept rounds, oldest first. ``drafted``: so many candidates are the draft model's, the rest a free run."""
         out = list(self._trace)
         if clear:
             self._trace.clear()

@@ -156,7 +156,7 @@ class SpecDecPPProposer(DraftPasses):
                 trace = None if self.recorder is None else self.recorder.new_trace(rows)
                 seeded = sampling_metadata.generators  # see engine.v1.own_noise
                 sampling = draft_greedily(sampling_metadata, seeded)
-                outruns = bool(self.run_sources) and given is not None and isinstance(self.rule, CostAwareTail)
+                outruns = bool(self.run_sources) and isinstance(self.rule, CostAwareTail)  # on all ranks alike
                 drafted, num_fed = self._draft(index, passes, state, block_table, sampling, trace, outruns)
                 if self.recorder is not None and trace is not None:
                     self.recorder.drafted(rows, drafted, trace)
@@ -229,12 +229,15 @@ class SpecDecPPProposer(DraftPasses):
             return  # vLLM takes all candidates for certain
         if longest > probs.shape[1]:
             probs = torch.nn.functional.pad(probs, (0, 0, 0, longest - probs.shape[1]))
-        for row, (mine, all_of_them) in enumerate(zip(drawn, candidates, strict=True)):
-            certain = all_of_them[len(mine) :]
-            if certain:
-                where = torch.arange(len(mine), len(all_of_them))
-                probs[row, where] = 0.0
-                probs[row, where, torch.tensor(certain)] = 1.0
+        certain = [
+            (row, step, token)
+            for row, (mine, tokens) in enumerate(zip(drawn, candidates, strict=True))
+            for step, token in enumerate(tokens[len(mine) :], len(mine))
+        ]
+        if certain:
+            rows, steps, tokens = torch.tensor(certain, device=probs.device).T
+            probs[rows, steps] = 0.0
+            probs[rows, steps, tokens] = 1.0
         self._last_draft_probs = probs
 
     @cached_property
