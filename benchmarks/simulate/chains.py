@@ -82,7 +82,7 @@ class Ours:
         self.round = self.rule.begin([standing], [text.runs(at)] if self.rule.sources else ())
         drawn = self.draw(place)
         if self.chains and self.round.drafts[0]:
-            self.round.follow([text.runs(at, drawn)], self.round.survival.astype(np.float64))
+            self.round.follow([text.runs(at, drawn)], self.round.reach())
         return drawn + self.round.free.token_ids(0), len(self.round.widths)
 
     def draw(self, place: Place) -> list[int]:
@@ -92,7 +92,8 @@ class Ours:
             round_.step(np.array([scores[len(round_.widths)]]))
             drawn = tokens[: round_.lengths[0]]
             if self.chains and round_.running[0]:
-                round_.end(np.array([round_.outrun(0, place.text.runs(place.at, drawn), float(round_.survival[0]), 1)]))
+                front, after = (float(x[0]) for x in round_.standing())
+                round_.end(np.array([round_.outrun(0, place.text.runs(place.at, drawn), front, after, 1)]))
         return tokens[: round_.lengths[0]]
 
     def end(self, place: Place, num: int, won: int, ends: bool, times: tuple[float, float]) -> None:
@@ -131,7 +132,7 @@ class Informed(Ours):
         mean, _ = self.rule.admission.records.of([place.name])
         levels = _SHARE * (logit(mean) - logit_one(self.rule.admission.records.usual(False)))
         who, limits = np.array([drafts]), np.array([place.text.limit(place.at)])
-        admitted = Admitted(who, price, price, price, levels=levels, accept=mean)
+        admitted = Admitted(who, price, price, price, levels=levels)
         taken = None if run is None else Taken([run], np.array([min(rows, len(run.token_ids))]), np.zeros(1))
         self.round = CostAwareRound(self.rule, [place.name], limits, who, price, admitted, taken)
 

@@ -52,9 +52,9 @@ def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, m
         while cost_aware._overheads is not None or cost_aware.rule.admission.records.known < 12:
             harness.generate(llm, harness.prompts(4))
         model = cost_aware.rule.costs
-        for _ in range(8):
+        for _ in range(40):
             model.verify.nudge(1, 0.3)
-        learnt, records = model.points(), cost_aware.rule.admission.records
+        learnt, records = model.points(lasting=True), cost_aware.rule.admission.records
         state = cost_aware.rule.state()
     (path,) = (tmp_path / "specdecpp").glob("costs-*.json")
     kept = json.loads(path.read_text())

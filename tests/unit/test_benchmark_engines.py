@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,14 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
 
 
 def test_vllms_ngram_drafts_and_ours_comes_back() -> None:
+    """In a process of its own: numba, which it imports, keeps vLLM from starting an engine in the same one (it looks
+    for kernels in all modules' attributes, and takes llvmlite's ``vars(lib)`` for a dict)."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        process.submit(_ngram_drafts_and_ours_comes_back).result()
+    assert "llvmlite" not in sys.modules
+
+
+def _ngram_drafts_and_ours_comes_back() -> None:
     """The runner asks by the configuration's method; what our worker asks of a drafter is still ours."""
     from types import SimpleNamespace as Space
 

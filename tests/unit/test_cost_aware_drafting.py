@@ -243,7 +243,7 @@ def test_the_costs_are_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> No
         (length,) = _round(drafting, "a", {0: (length, 1)})
     assert len(saved) == 2 and saved[0][0].keys() == {"first", "step", "verify", "read"}
     drafting.save()
-    assert saved[-1] == (spy.costs.points(), spy.state())
+    assert saved[-1] == (spy.costs.points(lasting=True), spy.state())
 
 
 def test_stats_are_plain_values() -> None:

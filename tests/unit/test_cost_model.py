@@ -42,6 +42,15 @@ def test_a_slow_spell_of_passes_that_nobody_runs_since_is_forgotten(rounds):
     assert costs.draft_seconds([1, 1]) == pytest.approx(0.010, rel=0.1)
 
 
+def test_a_slow_spell_that_put_an_end_to_drafting_is_not_the_next_starts_curve():
+    costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02})
+    for rounds, seconds, now, kept in ((14, 9.0, 3.0, 0.010), (400, 0.028, 0.020, 0.020)):  # the latter lasts
+        for _ in range(rounds):
+            costs.observe_draft([1, 1, 1], seconds)
+        assert costs.draft_seconds([1, 1]) > 0.9 * now
+        assert CostModel(**costs.points(lasting=True)).draft_seconds([1, 1]) == pytest.approx(kept, rel=0.1)
+
+
 def test_where_every_round_reads_no_curve_runs_away():
     """The first pass was measured a tenth too dear: rounds that read must put it right, and not reading."""
     costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02}, {1: 0.004, 2: 0.004, 1024: 0.2})

@@ -70,13 +70,14 @@ def test_a_record_tells_the_draft_of_every_place(tmp_path: Path) -> None:
 
 
 def forced(**options: bool) -> Ours:
-    """Drafts in any case, and to its limit, since time is worth nothing; the draft model is thought to be poor."""
+    """Drafts in any case, and to its limit, since time is worth next to nothing; runs are thought to be sure."""
     policy = Ours(true_costs(FLAT), **options)
+    for model in policy.rule.free_runs.models.values():
+        model.theta[1] = 9.0
 
     def begin(batch, runs):
         yes, limits = np.array([True]), np.array([min(s.limit, 16) for s in batch])
-        admitted = Admitted(yes, 0.0, 1.0, 1.0, accept=np.array([0.1]))
-        return CostAwareRound(policy.rule, ["0"], limits, yes, 0.0, admitted)
+        return CostAwareRound(policy.rule, ["0"], limits, yes, 1e-9, Admitted(yes, 1e-9, 1.0, 1.0))
 
     policy.rule.begin = begin  # type: ignore[method-assign, assignment]
     return policy

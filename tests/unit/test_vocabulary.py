@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +75,25 @@ def test_tokenizers_on_disk_are_compared(tiny, tmp_path):
     AutoTokenizer.from_pretrained(tiny.target).train_new_from_iterator(texts, 512).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="^the draft has other tokens than the target: .*; choose a draft model"):
         vocabulary.check(model_config(512, **ours), model_config(512, **{**ours, "model": str(tmp_path)}))
+
+
+def test_tokenizers_that_agreed_are_compared_again_once_a_file_changed(tiny, tmp_path, monkeypatch):
+    draft = shutil.copytree(tiny.draft_good, tmp_path / "draft")
+    pair = model_config(512, tokenizer=tiny.target, model=str(draft))
+    read = []
+    original = vocabulary._tokenizers
+    monkeypatch.setattr(vocabulary, "_tokenizers", lambda *args: read.append(1) or original(*args))
+    for change, times in ((None, 1), (None, 1), ("touched", 2), (None, 2), ("its own code", 3)):
+        if change == "touched":
+            os.utime(draft / "tokenizer.json", (1, 1))
+        if change == "its own code":
+            pair.trust_remote_code = True
+        vocabulary.check(pair, pair)
+        assert len(read) == times
+    pair, other = model_config(512, tokenizer=tiny.target), model_config(500, model=str(draft))
+    for _ in range(2):  # what differs is not remembered
+        with pytest.raises(ValueError, match="12 differ"):
+            vocabulary.check(pair, other)
 
 
 class Model(torch.nn.Module):

@@ -86,7 +86,7 @@ def test_passes_are_timed_and_the_costs_kept(llm, wanted, reference, caplog):
     mine, theirs = (made.rule.admission.records for made in (speculator.cost_aware, cost_aware))
     assert (mine.mean, mine.known) == pytest.approx((theirs.mean, theirs.known), rel=0.01) and mine.known > 0
     for name, curve in speculator.cost_aware.rule.costs.points().items():
-        assert curve == pytest.approx(cost_aware.rule.costs.points()[name]), name
+        assert curve == pytest.approx(cost_aware.rule.costs.points(lasting=True)[name]), name
 
 
 @pytest.mark.asks(1)

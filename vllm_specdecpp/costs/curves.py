@@ -13,6 +13,8 @@ Array = NDArray[np.float64]
 
 _MEMORY = 24.0
 """A width's own estimate weighs at most this many steps; older ones are averaged away."""
+_USED = 0.8 * _MEMORY
+"""A curve with such a width is in use; a new level begins with half of :data:`_MEMORY`."""
 _SHRINK = 2.0
 """Weight of a prior, in steps: a width with 2 steps of its own lies half-way between them and its neighbours' estimate;
 neighbours with 2 steps lie half-way between those and the drift of all widths."""
@@ -232,10 +234,17 @@ class Curve:
         """This curve with ``seconds`` more at every width: an overhead that was not measured with it."""
         return Curve({width: value + seconds for width, value in self.points().items()}, self.max_width)
 
-    def points(self) -> dict[int, float]:
-        """The curve as it was measured and seen, at the measured widths and those seen often since."""
+    def points(self, *, lasting: bool = False) -> dict[int, float]:
+        """The curve as it was measured and seen, at the measured widths and those seen often since.
+
+        Args:
+            lasting: for the next start: without few real steps that were slower than this start's curve. A slow spell
+                that put an end to drafting would else be believed for ever.
+        """
         ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]
         seen = self._as_seen()
+        if lasting and self._state[0, 0].max() < _USED:
+            seen = np.minimum(seen, self._start)
         return {width: float(seen[width]) for width in sorted({*self.widths, *ends})}
 
 

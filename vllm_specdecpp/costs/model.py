@@ -116,9 +116,9 @@ class CostModel:
         """Seconds that a first pass takes longer for reading ``tokens`` more of a request than the usual two."""
         return max(self.read.at(_USUAL + tokens) - self.read.at(_USUAL), 0.0)
 
-    def points(self) -> Points:
-        """The curves as they are now: name -> width -> seconds."""
-        return {name: getattr(self, name).points() for name in CURVES}
+    def points(self, *, lasting: bool = False) -> Points:
+        """The curves as they are now: name -> width -> seconds; ``lasting`` as in :meth:`Curve.points`."""
+        return {name: getattr(self, name).points(lasting=lasting) for name in CURVES}
 
 
 def suggested_widths(max_width: int) -> list[int]:

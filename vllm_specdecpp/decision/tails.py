@@ -179,6 +179,39 @@ def following(log_odds: Tensor, position: int, num: int, params: CostAwareParams
     return _known(accept, params.means[position + 1 : end + 1])
 
 
+def standing(
+    scores_log: Tensor, survival: Tensor, step: int, lag: int, params: CostAwareParams
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """After step k, of requests that go on: chances that all candidates so far are accepted, and then the next one.
+
+    Args:
+        scores_log, survival, lag, params: as in :func:`cost_aware_tail`.
+        step: k.
+
+    Returns:
+        [num_reqs] float32 each.
+    """
+    ahead = following(scores_log[step - 1], step - lag, 1 + lag, params)  # [num_reqs, 1 + lag]
+    return (survival * ahead[:, 0] if lag else survival), ahead[:, lag]
+
+
+def reach(scores_log: Tensor, widths: Tensor, lengths: Tensor, lag: int, params: CostAwareParams) -> Tensor:
+    """[num_reqs] float32, chance that all submitted candidates are accepted; the round's steps are done.
+
+    ``survival`` counts a candidate that was looked at and dropped, too.
+
+    Args:
+        scores_log, widths, lengths, lag, params: as in :func:`cost_aware_tail`; what was not scored may be anything.
+    """
+    most = len(widths)
+    looks = scores_log[lag:].masked_fill(widths[lag:, None] == 0, torch.nan)  # of candidate k in row k - 1
+    looks = torch.nn.functional.pad(looks, (0, 0, 0, lag), value=torch.nan)
+    own = torch.addcmul(params.this[1 : most + 1, None], params.slopes[0], looks).sigmoid()
+    own = _known(own, params.means[1 : most + 1, None])
+    submitted = torch.arange(most, device=lengths.device)[:, None] < lengths
+    return own.masked_fill(~submitted, 1.0).prod(dim=0)
+
+
 def _known(accept: Tensor, mean: Tensor) -> Tensor:
     """``accept``, or where it is NaN the mean."""
     return torch.where(accept == accept, accept, mean)

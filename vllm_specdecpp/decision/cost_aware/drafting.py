@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.free_runs import Before, Taken
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.tail_params import CostAwareParams
-from vllm_specdecpp.decision.tails import cost_aware_tail
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class CostAwareRound:
         Args:
             row: of the batch; the request has drawn a candidate, and would draw another.
             runs: that go on behind that candidate.
-            survival, accept: S and a, of :meth:`CostAwareTail.standing`.
+            survival, accept: S and a, of :func:`tails.standing`.
             num_running: n, requests that would draw another candidate.
         """
         if not runs or not self.price:
@@ -109,7 +109,7 @@ class CostAwareRound:
 
         Args:
             runs: [num_reqs] that go on behind each request's candidates; empty for those that have not drafted.
-            survival: [num_reqs] of :meth:`CostAwareTail.reach`.
+            survival: [num_reqs] of :func:`tails.reach`.
         """
         costs, free = self.rule.costs, self.free
         rows = len(self.request_ids) + int(self.submitted.sum())
@@ -170,11 +170,23 @@ class CostAwareRound:
         given = np.full(num_reqs, np.nan) if scores is None else np.asarray(scores)
         self.widths.append(int(self.running.sum()))
         step = len(self.widths)
-        cost_aware_tail(
+        tails.cost_aware_tail(
             torch.from_numpy(given.astype(np.float32)), self._no_tokens, step, lag=self.rule.lag, **self._state
         )  # fmt: skip
         self.scores.append(self._state["scores_log"].numpy()[step - 1])
         return Decision(self.lengths > before, self.running.copy())
+
+    def standing(self) -> tuple[Array, Array]:
+        """:func:`tails.standing` after :meth:`step`."""
+        log, params = self._state["scores_log"], self._state["params"]
+        front, after = tails.standing(log, self._state["survival"], len(self.widths), self.rule.lag, params)
+        return front.numpy(), after.numpy()
+
+    def reach(self) -> Array:
+        """:func:`tails.reach` after the last :meth:`step`."""
+        log, widths, lengths = (self._state[name] for name in ("scores_log", "widths", "lengths"))
+        found: Array = tails.reach(log, widths, lengths, self.rule.lag, self._state["params"]).double().numpy()
+        return found
 
     def end(self, ended: Mask) -> None:
         """Requests whose draft ended with the candidate just drawn (a stop token)."""

@@ -91,35 +91,12 @@ class CostAwareTail:
         )  # fmt: skip
 
     def standing(self, survival: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """After step k, of requests that go on.
-
-        Args:
-            survival: [num_reqs] float32 of the round.
-            step: k.
-
-        Returns:
-            [num_reqs] float32 each, estimated probability that all candidates drawn so far are accepted, and that the
-            next one is if they are.
-        """
-        lag, scores = self.estimator.lag, self._scores[step - 1, : len(survival)]
-        ahead = tails.following(scores, step - lag, 1 + lag, self.params)  # [num_reqs, 1 + lag]
-        return (survival * ahead[:, 0] if lag else survival), ahead[:, lag]
+        """:func:`tails.standing` of the round."""
+        return tails.standing(self._scores[:, : len(survival)], survival, step, self.estimator.lag, self.params)
 
     def reach(self, lengths: torch.Tensor) -> torch.Tensor:
-        """[num_reqs] float32, estimated probability that all submitted candidates are accepted; the steps are done.
-
-        Args:
-            lengths: [num_reqs] int32, candidates submitted. The round's survival counts one that was looked at and
-                dropped, too.
-        """
-        lag, most = self.estimator.lag, len(self.widths)
-        params, looks = self.params, self._scores[lag:, : len(lengths)]  # of candidate k in row k - 1
-        looks = looks.masked_fill(self.widths[lag:, None] == 0, torch.nan)  # else of a round before
-        looks = torch.nn.functional.pad(looks, (0, 0, 0, lag), value=torch.nan)
-        own = torch.addcmul(params.this[1 : most + 1, None], params.slopes[0], looks).sigmoid()
-        own = torch.where(own == own, own, params.means[1 : most + 1, None])
-        submitted = torch.arange(most, device=lengths.device)[:, None] < lengths
-        return own.masked_fill(~submitted, 1.0).prod(dim=0)
+        """:func:`tails.reach` of the round."""
+        return tails.reach(self._scores[:, : len(lengths)], self.widths, lengths, self.estimator.lag, self.params)
 
     def report(self, lengths: torch.Tensor) -> torch.Tensor:
         """What the host's round is filled with (:meth:`Report.of`): [size] float32, one tensor to copy.

@@ -246,7 +246,7 @@ class CostAwareDrafting:
     def save(self) -> None:
         """Keep the costs for the next start; those of single passes alone are measured anew."""
         if self.rule is not None and self.file is not None and self._overheads is None:
-            self.file.save(self.rule.costs.points(), self.rule.state())
+            self.file.save(self.rule.costs.points(lasting=True), self.rule.state())
 
     def counts(self) -> dict[tuple[str, str], float]:
         """Since the start: candidates observed, estimated and found to be accepted; seconds in trials."""

@@ -10,14 +10,20 @@ the target verifies them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+
+from vllm_specdecpp.engine.shared.cost_file import cache_folder
+from vllm_specdecpp.provenance import model_revision
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -69,6 +75,9 @@ def check(target: Any, draft: Any) -> None:
         ValueError: one line: the tokens differ, or the sizes do and no tokenizers say that the tokens do not.
     """
     sizes = target.get_vocab_size(), draft.get_vocab_size()
+    kept = _kept(target, draft, sizes)
+    if kept is not None and os.path.exists(kept):
+        return
     tokenizers = _tokenizers(target, draft)
     if tokenizers is None:
         if sizes[0] != sizes[1]:
@@ -85,6 +94,35 @@ def check(target: Any, draft: Any) -> None:
             f"the draft has other tokens than the target: {num} differ, e.g. {words} "
             f"(rows: {sizes[0]} and {sizes[1]}); {ADVICE}"
         )
+    if kept is not None:
+        with suppress(OSError):  # a read-only disk: they are compared again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.touch()
+
+
+def _kept(target: Any, draft: Any, sizes: tuple[int, int]) -> Path | None:
+    """A file that is there if just these tokenizers were found to agree: to load and compare them takes seconds.
+
+    None where nothing says whether they are still the same ones, and where none are loaded.
+    """
+    if target.skip_tokenizer_init:
+        return None
+    found: list[Any] = [sizes, target.tokenizer_mode, target.trust_remote_code]
+    for name, revision in _sources(target, draft):
+        if os.path.isdir(name):
+            with os.scandir(name) as entries:  # weights as well: a folder that is made anew is another one
+                files = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file()]
+            found.append((os.path.abspath(name), sorted(files)))
+        elif revision is None and (commit := model_revision(name)):
+            found.append((name, commit))
+        else:
+            return None
+    return cache_folder() / f"tokens-{hashlib.sha256(repr(found).encode()).hexdigest()[:16]}"
+
+
+def _sources(target: Any, draft: Any) -> tuple[tuple[str, str | None], ...]:
+    """Name and revision of both tokenizers; vLLM gives the draft's configuration the target's."""
+    return (target.tokenizer, target.tokenizer_revision), (draft.model, draft.revision)
 
 
 def _tokenizers(target: Any, draft: Any) -> list[tuple[dict[str, int], dict[str, int]]] | None:
@@ -94,8 +132,7 @@ def _tokenizers(target: Any, draft: Any) -> list[tuple[dict[str, int], dict[str,
     if target.skip_tokenizer_init:
         return None
     found = []
-    # vLLM gives the draft's configuration the target's tokenizer.
-    for name, revision in ((target.tokenizer, target.tokenizer_revision), (draft.model, draft.revision)):
+    for name, revision in _sources(target, draft):
         try:
             tokenizer = cached_get_tokenizer(
                 name,
