@@ -49,14 +49,14 @@ class RunsPlay(ScriptedPlay):
         self._given, self.taken = runs, list[dict[str, list[int]]]()
         self.kinds = dict.fromkeys(("draft", "run", "behind", "both", "cut", "whole"), 0)
         self._runs: dict[str, list[int]] = {}
-        runs, self._before = self.speculator.runs, None
-        search = runs._search
+        self._before: Any = None
+        search = self.speculator.runs._search
 
         def seen(last: Any, limits: Any, tail: Any, before: Any = None) -> Any:
             found, self._before = search(last, limits, tail, before), before
             return found
 
-        runs._search = seen
+        self.speculator.runs._search = seen
 
     def _prompt(self) -> list[int]:
         prompt = super()._prompt()
@@ -132,7 +132,7 @@ class RunsPlay(ScriptedPlay):
             if mine and len(mine) < limits[row] and mine[-1] not in ends:
                 runs[row] = propose(self._rule.sources, np.append(tokens[row], mine), limits[row] - len(mine), ends)
         with mock.patch.object(self._rule.free_runs, "take", wraps=self._rule.free_runs.take) as take:
-            round_.follow(runs, round_.survival)
+            round_.follow(runs, round_.reach() if sizes.any() else np.ones(len(names)))
         if sizes.any():
             assert self._before is not None
             for found, wanted in zip(self._before, take.call_args.args[4], strict=True):

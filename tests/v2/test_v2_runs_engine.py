@@ -52,8 +52,15 @@ def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> dict[t
             lengths[row] = len(run)
         runs._found[-1] = torch.ones_like(matches), taken._replace(lengths=lengths)
 
-    runs.find = lambda batch, tail: (find(batch, tail), known(tail, False))
-    runs.follow = lambda tail: (follow(tail), known(tail, True))
+    def found(batch: Any, tail: Any) -> None:
+        find(batch, tail)
+        known(tail, behind=False)
+
+    def followed(tail: Any) -> None:
+        follow(tail)
+        known(tail, behind=True)
+
+    runs.find, runs.follow = found, followed
     return drafts
 
 

@@ -203,12 +203,12 @@ class DeviceCostAware(CostAwareDrafting):
             columns = COLUMNS + BEHIND * bool(round_.drafts.any())
             packed, told = np.split(packed, [-columns * num_reqs])
             late, *own = told.reshape(columns, num_reqs).astype(np.float64)
-            names, known = round_.request_ids, self.rule.free_runs
+            names, source = round_.request_ids, self.rule.free_runs
             begun.runs.gaps.told(dict(zip(names, late.astype(int).tolist(), strict=True)))
-            free = known.reported(names, own[0].astype(int), own[1].astype(int), own[2])
+            free = source.reported(names, own[0].astype(int), own[1].astype(int), own[2])
         round_.fill(Report.of(packed, num_reqs, len(self.tail.widths)))
         if begun.runs is not None:
-            behind = known.of_device(own[-3].astype(int), own[-2].astype(int), own[-1])
+            behind = source.of_device(own[-3].astype(int), own[-2].astype(int), own[-1])
             round_.free = free.joined(behind, round_.drafts)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),
