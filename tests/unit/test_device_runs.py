@@ -49,7 +49,9 @@ def test_a_device_takes_what_the_host_takes(seed: int) -> None:
     spent = draft_seconds(torch.from_numpy(widths).int(), params)
     assert float(spent) == pytest.approx(seconds, rel=1e-5)
     rows, tokens, survival = num_reqs + 9, num_reqs + rng.uniform(0, 9), rng.random(num_reqs).astype(np.float32)
-    wanted = rule.free_runs.take(names, runs, limits, rule.costs, Before(rows, tokens, seconds, survival.astype(np.float64)))
+    wanted = rule.free_runs.take(
+        names, runs, limits, rule.costs, Before(rows, tokens, seconds, survival.astype(np.float64))
+    )
     before = RowsBefore(torch.tensor(rows), torch.tensor(tokens).double(), spent, torch.from_numpy(survival))
     found = take_rows(torch.from_numpy(matches), torch.from_numpy(limits).int(), MOST, params, before)
     assert found.lengths.tolist() == wanted.lengths.tolist()
