@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def test_a_slow_spell_that_put_an_end_to_drafting_is_not_the_next_starts_curve()
         for _ in range(rounds):
             costs.observe_draft([1, 1, 1], seconds)
         assert costs.draft_seconds([1, 1]) > 0.9 * now
-        assert CostModel(**costs.points(lasting=True)).draft_seconds([1, 1]) == pytest.approx(kept, rel=0.1)
+        kept_points: dict[str, Any] = dict(costs.points(lasting=True))
+        assert CostModel(**kept_points).draft_seconds([1, 1]) == pytest.approx(kept, rel=0.1)
 
 
 def test_where_every_round_reads_no_curve_runs_away():
