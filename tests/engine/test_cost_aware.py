@@ -55,6 +55,12 @@ class _Scripted:
     def free_runs(self, num_reqs: int) -> list[list[int]]:
         return [[] for _ in range(num_reqs)]
 
+    def end_outrun(self, drawn: Any) -> None:
+        pass
+
+    def follow(self, drafted: Any) -> list[list[int]]:
+        return self.free_runs(len(drafted))
+
     def timed(self, step: Any) -> None:
         pass
 
