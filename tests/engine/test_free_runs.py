@@ -175,6 +175,14 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     for _ in range(2):
         assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     harness.take_rounds(llm)
+    follow, told = CostAwareRound.follow, []
+
+    def followed(self: CostAwareRound, runs: Any, survival: Any) -> None:
+        looks = np.isfinite(self.looks).sum(axis=0)
+        told.extend(zip(looks - self.lengths, self.lengths, survival, self.expected, strict=True))
+        follow(self, runs, survival)
+
+    monkeypatch.setattr(CostAwareRound, "follow", followed)
     assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     rounds = harness.take_rounds(llm)
     both = [r for r in rounds if 0 < r["drafted"] < len(r["candidates"])]
@@ -182,6 +190,17 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 0.0)  # too dear to search after each candidate
     monkeypatch.setattr(CostAwareRound, "outrun", lambda *args: pytest.fail("searched"))
     assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    monkeypatch.setattr(cost_aware, "MOST_SEARCHING", 1e9)
+    monkeypatch.setattr(CostAwareRound, "outrun", lambda *args: False)
+    harness.set_costs(llm, {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 20e-3 + 63 * 8e-3}})
+    told.clear()
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    # In front of a run: nothing, or one candidate, expected to be accepted as often as it is estimated to be; not the
+    # one that was looked at and dropped, since it is not worth its row.
+    ones = [(s, expected) for _, length, s, expected in told if length == 1]
+    assert ones and all(0 < s < 1 and s == pytest.approx(expected, abs=1e-4) for s, expected in ones)
+    assert any(dropped > 0 for dropped, length, *_ in told if length < 2)
+    assert all(s == 1 for _, length, s, _ in told if not length)
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
