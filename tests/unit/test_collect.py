@@ -200,7 +200,6 @@ def test_a_model_that_is_not_there(options, fake, field):
         ({"unit": 0}, "unit"),
         ({"limit": 0}, "limit"),
         ({"mixing": 1.5}, "mixing"),
-        ({"ray": 0}, "ray"),
         ({"source": "dream"}, "source"),
         ({"target": ""}, "target"),
         ({"responses": "folder"}, "responses='folder' goes with source=paper"),

@@ -277,8 +277,3 @@ def test_wrong_models_and_files(tiny, tmp_path, prompts, answers):
     (tmp_path / "b" / "responses" / "00001.jsonl").write_text('{"id": "cut')
     with pytest.raises(ValueError, match="^specdecpp: .*00001.jsonl, line 1, is damaged"):
         _collected(options, prompts)
-
-
-def test_ray_workers_do_not_start_engines(tiny, tmp_path, prompts):
-    with pytest.raises(ValueError, match="^specdecpp: ray=2 with source=paper needs responses=DATASET"):
-        _collected(_options(tiny, tmp_path / "a", ray=2), prompts)

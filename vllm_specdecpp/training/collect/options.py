@@ -87,9 +87,6 @@ class CollectOptions(PairOptions):
     source: Literal["on-policy", "paper"] = "on-policy"
     """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
 
-    ray: int | None = Field(default=None, ge=1)
-    """Spread the units over this many workers of a Ray cluster."""
-
     responses: Path | None = None
     """Dataset whose answers are labelled instead of generating some (paper)."""
 

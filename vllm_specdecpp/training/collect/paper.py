@@ -131,11 +131,6 @@ class PaperCollector:
     def _generate_missing(self) -> None:
         """Generate for every unit that has neither shard nor responses: an engine takes long to start."""
         options = self._options
-        if options.ray is not None:
-            raise ValueError(
-                f"specdecpp: ray={options.ray} with source=paper needs responses=DATASET; collect one with "
-                "source=on-policy first: its answers are the target's own"
-            )
         from vllm_specdecpp.data.prompts import load_prompts
 
         prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
