@@ -35,7 +35,7 @@ from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.fit.calibration import fit_by_prompts, fit_regression
 from vllm_specdecpp.training.fit.estimates import Estimate, Scored, by_set, fit_estimates, judge, score_rows
 from vllm_specdecpp.training.fit.fitting import targets
-from vllm_specdecpp.training.fit.held_out import refuse_seen
+from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen
 from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
 from vllm_specdecpp.training.options import CommandOptions
 
@@ -150,7 +150,7 @@ class Data:
         self._options = options
         trained, paper, judged = (open_datasets(part) if part else [] for part in _folders(options))
         open_datasets([folder for part in _folders(options) for folder in part])  # of one pair?
-        refuse_seen([*trained, *paper], judged, None)
+        refuse_seen(judged, [*trained, *paper], TrainingData(), "train")
         manifests = [dataset.manifest for dataset in [*trained, *judged]]
         self.pair = tuple(str(name).rpartition("/")[2] for name in (manifests[0].draft, manifests[0].target))
         self.sampling = [manifest.sampling for manifest in manifests]

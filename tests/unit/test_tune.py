@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.calibrate_files import write_provenance
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import CostModel
@@ -200,8 +201,7 @@ class TestRun:
 
     def test_all_of_the_data_is_tuned_on_but_what_the_head_saw(self, files: Files) -> None:
         """Of the training data only the prompts held out in training count."""
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0.5, "seed": 3}
-        (files.head / "provenance.json").write_text(json.dumps(made))
+        write_provenance(files.head, load_chains([files.train]).prompts, 0.5, 3)
         run(files.options())
         ids = [p[0] for p in load_chains([files.train]).prompts]
         num = sum(split_by_id(i, 0.5, 3) for i in ids)
@@ -261,22 +261,8 @@ class TestRefusals:
 
     def test_evaluation_among_the_data(self, files: Files) -> None:
         again = write_dataset(files.root / "again", seed=7, prefix="t")
-        self.refused(files, "--evaluate shares 8 prompts with --data (e.g. 't0p0' of 'a')", evaluate=[again])
+        self.refused(files, "again shares 8 prompts with --data (e.g. 't0p0' of 'a')", evaluate=[again])
         self.refused(files, "given twice", evaluate=[files.train])
-
-    def test_evaluation_among_the_data_that_the_head_saw(self, files: Files) -> None:
-        """Prompts that are left out of the data, since the head was trained on them, are no others either."""
-
-        def num_held_out(unit: int, seed: int) -> int:
-            return sum(split_by_id(f"t{unit}p{i}", 0.5, seed) for i in range(4))
-
-        seed = next(seed for seed in range(999) if num_held_out(0, seed) == 0 and num_held_out(1, seed) > 0)
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0.5, "seed": seed}
-        (files.head / "provenance.json").write_text(json.dumps(made))
-        some = write_dataset(
-            files.root / "some", seed=7, prefix="t", num_units=1, manifest=replace(MANIFEST, prompts_digest="some")
-        )
-        self.refused(files, "--evaluate shares 4 prompts with --data", evaluate=[some])
 
     def test_evaluation_has_the_datas_texts_under_other_ids(self, files: Files) -> None:
         write_answers(files.train, {"t0p1": [5, 6], "t1p2": [7]}, "a")
@@ -286,17 +272,15 @@ class TestRefusals:
         run(files.options())
 
     def test_evaluation_that_the_head_was_trained_on(self, files: Files) -> None:
-        made = {"data": [{"manifest": {"prompts_digest": "held out"}}], "validation": 0.1, "seed": 0}
-        (files.head / "provenance.json").write_text(json.dumps(made))
-        self.refused(files, "held-out has the prompts that the head was trained on")
+        write_provenance(files.head, load_chains([files.held_out]).prompts)
+        self.refused(files, "held-out shares 8 prompts with what the head was trained on")
 
     def test_unreadable_provenance(self, files: Files) -> None:
         (files.head / "provenance.json").write_text("{}")
         self.refused(files, "does not say what the head was trained on")
 
     def test_nothing_is_left_of_the_training_data(self, files: Files) -> None:
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0, "seed": 0}
-        (files.head / "provenance.json").write_text(json.dumps(made))
+        write_provenance(files.head, load_chains([files.train]).prompts, 0.0)
         self.refused(files, "no recorded rounds of prompts that the head was not trained on")
 
     def test_results_are_there(self, files: Files) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 COLUMNS = ("prompt", "instruction", "question", "text")
 """Where the prompt stands if nobody says, the first that is there."""
+PromptName = tuple[str, str]
+"""(id, set)."""
 _FILES = (".jsonl", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 
@@ -75,12 +77,7 @@ def split_by_id(prompt_id: str, fraction: float, seed: int) -> bool:
         prompt_id: of the prompt.
         fraction: of all prompts, that is held out: 0 to 1.
         seed: another one holds out others.
-
-    Raises:
-        ValueError: the fraction is none.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"specdecpp: fraction={fraction} of held-out prompts must be from 0 to 1")
     digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

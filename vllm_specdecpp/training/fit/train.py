@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +20,16 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from vllm_specdecpp import provenance
-from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets, stream_batches
-from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
+from vllm_specdecpp.data.prompts import PromptName, split_by_id
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, check_features
 from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, replace
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.fit.fitting import MemoryRows, Source, evaluate, fit, start_at_scalars, statistics
-from vllm_specdecpp.training.fit.held_out import PromptName, prompt_lists, prompts_of
+from vllm_specdecpp.training.fit.fitting import evaluate, fit, standardize, start_at_scalars
+from vllm_specdecpp.training.fit.held_out import PROVENANCE_FILE, prompt_lists, prompts_of
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 
 LOG_FILE = "log.csv"
-PROVENANCE_FILE = "provenance.json"
-VALIDATION_ROWS = 100_000
-"""At most this many rows are held out of a streamed dataset: they stay in memory."""
-
-BUFFER_ROWS = 65_536
-"""Of a streamed dataset, kept for shuffling."""
 
 
 class TrainOptions(CommandOptions):
@@ -93,10 +87,7 @@ class TrainOptions(CommandOptions):
     """Rows a step."""
 
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Share of the steps over which the learning rate rises; then it falls as a cosine does."""
 
     patience: int = Field(default=5, ge=1)
     """Epochs without a better validation log-loss after which training ends; the best weights are kept."""
@@ -111,9 +102,6 @@ class TrainOptions(CommandOptions):
     max_rows: int | None = Field(default=None, ge=1)
     """Train on whole prompts up to this many rows only, always the same ones of a seed: for learning curves."""
 
-    stream: bool = False
-    """Read the shards anew in every epoch instead of holding all rows in memory."""
-
     force: bool = False
     """Replace the head that ``out`` holds."""
 
@@ -127,8 +115,6 @@ class TrainOptions(CommandOptions):
         if self.features and "none" in self.features and len(self.features) > 1:
             raise ValueError("specdecpp: features=none goes alone; leave out either it or the others")
         check_features(self.resolved_features, self.lag)
-        if self.stream and self.max_rows is not None:
-            raise ValueError(f"specdecpp: max_rows={self.max_rows} needs the rows in memory; leave out stream")
         return self
 
     @property
@@ -140,7 +126,7 @@ class TrainOptions(CommandOptions):
 
 
 def train_head(
-    rows: LabelRows | Source,
+    rows: LabelRows,
     val_rows: LabelRows | None,
     options: TrainOptions,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
@@ -148,32 +134,27 @@ def train_head(
     """Fit a new head.
 
     Args:
-        rows: training rows, or a source of their batches.
+        rows: training rows.
         val_rows: for early stopping; None trains all epochs.
-        options: ``data``, ``out``, ``validation``, ``max_rows``, ``stream`` and ``force`` are not read.
+        options: ``data``, ``out``, ``validation``, ``max_rows`` and ``force`` are not read.
         on_epoch: called with the history so far after every epoch.
 
     Returns:
         The head in evaluation mode, and one row an epoch (``fitting.fit``).
 
     Raises:
-        ValueError: one line: no rows, no accepted or no rejected one, or the loss ran away.
+        ValueError: one line: the loss ran away.
     """
-    if val_rows is not None and len(val_rows.hidden) == 0:
-        raise ValueError("specdecpp: there are no validation rows; collect more prompts or raise --validation")
-    source = rows if callable(rows) else MemoryRows(rows, options.batch_size, options.seed)
-    found = statistics(source(0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = AcceptanceHead(
-            len(found.mean), options.layers, options.tied,
+            rows.hidden.shape[1], options.layers, options.tied,
             width=options.width, features=options.resolved_features, lag=options.lag, standardize=options.standardize,
         )  # fmt: skip
         if options.standardize:
-            head.mean.copy_(found.mean)
-            head.scale.copy_(found.scale)
-        start_at_scalars(head, source(0), options.w_rej, options.soft)
-        history = fit(head, source, found.num_rows, val_rows, options, on_epoch)
+            standardize(head, rows.hidden)
+        start_at_scalars(head, rows, options.w_rej, options.soft)
+        history = fit(head, rows, val_rows, options, on_epoch)
     head.metadata = {"w_rej": options.w_rej, "soft": options.soft}
     return head, history
 
@@ -201,23 +182,15 @@ def run(options: TrainOptions) -> int:
     datasets = open_datasets(options.data)
     manifests = [dataset.manifest for dataset in datasets]
 
-    def held_out(prompt_id: str) -> bool:
-        return options.validation > 0 and split_by_id(prompt_id, options.validation, options.seed)
+    def held_out(prompt: PromptName) -> bool:
+        return split_by_id(prompt[0], options.validation, options.seed)
 
-    def trained_on(prompt_id: str) -> bool:
-        return not held_out(prompt_id)
-
-    rows: LabelRows | Source
-    if options.stream:
-        rows = _streamed(options, trained_on)
-    else:
-        rows = load_rows(options.data, options.lag, prompts_where=trained_on)
-        if options.max_rows is not None:
-            rows = some_prompts(rows, options.max_rows, options.seed)
+    rows = load_rows(options.data, options.lag, prompts_where=lambda prompt: not held_out(prompt))
+    if options.max_rows is not None:
+        rows = some_prompts(rows, options.max_rows, options.seed)
     val_rows = None
     if options.validation > 0:
-        limit = VALIDATION_ROWS if options.stream else None
-        val_rows = load_rows(options.data, options.lag, prompts_where=held_out, max_rows=limit)
+        val_rows = load_rows(options.data, options.lag, prompts_where=held_out)
     options.out.mkdir(parents=True, exist_ok=True)
     head, history = train_head(rows, val_rows, options, lambda history: _write_log(options.out, history))
     head.metadata |= {"draft": manifests[0].draft, "target": manifests[0].target}
@@ -225,7 +198,7 @@ def run(options: TrainOptions) -> int:
     best = next(row for row in reversed(history) if row["best"])
     metrics: dict[str, Any] = {
         "best_epoch": best["epoch"], "train_loss": _rounded(best["train_loss"]) if best["epoch"] else None,
-        "num_rows": max(row["rows"] for row in history),
+        "num_rows": len(rows),
         "num_validation_rows": None if val_rows is None else len(val_rows.hidden),
         "num_validation_prompts": None if val_rows is None else len(val_rows.prompt.unique()),
         "num_parameters": head.num_parameters, "seconds": round(time.perf_counter() - start, 1),
@@ -275,15 +248,6 @@ def _check_out(options: TrainOptions) -> None:
             f"specdecpp: out={str(options.out)!r} holds a head already ({', '.join(present)}); name another folder, or "
             "add --force to replace it"
         )
-
-
-def _streamed(options: TrainOptions, prompts_where: Callable[[str], bool]) -> Source:
-    def batches(epoch: int) -> Iterator[LabelRows]:
-        return stream_batches(
-            options.data, options.lag, options.batch_size, options.seed, epoch, prompts_where, BUFFER_ROWS
-        )
-
-    return batches
 
 
 def _write_log(folder: Path, history: list[dict[str, Any]]) -> None:

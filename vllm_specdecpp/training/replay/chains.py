@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.prompts import PromptName
+from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.data.shards import Dataset, Manifest, Shard
+    from vllm_specdecpp.data.shards import Dataset, Shard
     from vllm_specdecpp.head.model import AcceptanceHead
 
 _CHUNK = 16384
@@ -69,8 +71,8 @@ class Chains:
     prompt_starts: Tensor
     """[num_prompts + 1] int64 first start of each prompt."""
 
-    prompts: list[tuple[str, str]]
-    """(id, set) of each prompt."""
+    prompts: list[PromptName]
+    """Of each prompt."""
 
     recorded_length: int
     """Candidates of a recorded round that nothing cut short: no policy longer than that can be replayed."""
@@ -105,7 +107,7 @@ def load_chains(
     folders: Sequence[Path],
     head: AcceptanceHead | None = None,
     *,
-    prompts_where: Callable[[Manifest, tuple[str, str]], bool] | None = None,
+    prompts_where: Callable[[PromptName], bool] = every_prompt,
     sets: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Chains:
@@ -114,7 +116,7 @@ def load_chains(
     Args:
         folders: datasets of kind "rounds" of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
-        prompts_where: which prompts to keep, by their dataset's manifest and their (id, set); None keeps all.
+        prompts_where: which prompts to keep.
         sets: which sets to keep; None keeps all.
         progress: called after each shard.
 
@@ -131,18 +133,14 @@ def load_chains(
         fixed = manifest.num_candidates if manifest.source == "on-policy" else None
         for shard in dataset.shards(progress):
             found |= dict.fromkeys(p["set"] for p in shard.prompts)
-            chosen = [
-                (sets is None or p["set"] in sets)
-                and (prompts_where is None or prompts_where(manifest, (p["id"], p["set"])))
-                for p in shard.prompts
-            ]
+            chosen = [(sets is None or p["set"] in sets) and prompts_where((p["id"], p["set"])) for p in shard.prompts]
             piece = chains_of_shard(shard, chosen, head, fixed)
             pieces += [piece] if piece.num_starts else []
     names = ", ".join(map(str, folders))
     if unknown := [name for name in sets or () if name not in found]:
         raise ValueError(f"specdecpp: sets={unknown[0]} is not in {names}; there are {', '.join(found)}")
     if not pieces:
-        left = " of prompts that the head was not trained on" if prompts_where is not None else ""
+        left = " of prompts that the head was not trained on" if prompts_where is not every_prompt else ""
         raise ValueError(f"specdecpp: no recorded rounds{left} in {names}; collect some with: vllm-specdecpp collect")
     return concatenate(pieces)
 

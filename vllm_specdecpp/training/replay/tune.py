@@ -19,12 +19,12 @@ from pydantic import Field
 from vllm_specdecpp.costs import file as cost_file
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.rule_registry import RULES
-from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
+from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.overlap import refuse_overlap
 from vllm_specdecpp.training.replay.replay import (
     fixed_lengths,
     oracle_lengths,
@@ -117,20 +117,23 @@ def run(options: TuneOptions) -> int:
     datasets = open_rounds([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
     sets = options.sets or None
-    keep = not_trained_on(options)
+    trained = TrainingData() if options.head is None else training_data(options.head)
+    num = len(options.data)
+    refuse_seen(datasets[num:], datasets[:num], trained, "data")
+
+    def keep(prompt: PromptName) -> bool:
+        return not trained.was_fitted_to(prompt)
+
     with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
         judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
         data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
         # Rules that read no head have no training data to keep out of.
         data_of = dict.fromkeys(rules, data)
-        if judged is not None and keep is not None:
+        if judged is not None and trained.fitted:
             whole = load_chains(options.data)
             data_of |= {rule: whole for rule in rules if rule != "threshold"}
     if judged is None:
         judged = data
-    else:
-        num = len(options.data)
-        refuse_overlap(datasets[:num], datasets[num:], judged)
     recorded_length = min(data.recorded_length, judged.recorded_length)
     bounds = _bounds(options, recorded_length)
     choices: dict[str, Choice] = {}
@@ -203,26 +206,6 @@ def _walks(
         walks[COST_AWARE_HEAD, 0.0, max_length] = walk(chains, lengths, head_costs)
     walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
     return walks
-
-
-def not_trained_on(options: TuneOptions) -> Callable[[Manifest, PromptName], bool] | None:
-    """Leaves of the head's own training data the validation prompts only: it scores what it was fitted to too well.
-
-    Returns:
-        Which prompts to keep, for :func:`load_chains`; None keeps all.
-
-    Raises:
-        ValueError: the evaluation is the training data.
-    """
-    trained = None if options.head is None else training_data(options.head)
-    if trained is None:
-        return None
-    refuse_trained_on(open_rounds(options.evaluate) if options.evaluate else [], trained)
-
-    def keep(manifest: Manifest, prompt: PromptName) -> bool:
-        return not trained.was_fitted_to(manifest, prompt)
-
-    return keep
 
 
 def _check(options: TuneOptions) -> None:
