@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.records import RawFile
-from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.files import write_whole
 
 Row = dict[str, Any]
 ESTIMATORS = {

@@ -112,7 +112,7 @@ class TestData:
 
     def test_prompts_in_both(self, folder: Path, tmp_path: Path) -> None:
         mixed = make_data(tmp_path / "mixed", ["n1", "t4", "n2"], 10)
-        with pytest.raises(ValueError, match=r"evaluate=.*mixed shares 1 prompts with fit \(e\.g\. 't4' of 'a'\)"):
+        with pytest.raises(ValueError, match=r"evaluate=.*mixed shares 1 prompts with --train \(e\.g\. 't4' of 'a'\)"):
             Data(options(folder, tmp_path / "x.jsonl", evaluate=[mixed]))
 
 

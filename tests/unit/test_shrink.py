@@ -226,7 +226,7 @@ def bad_counts(tmp_path: Path, tiny: Any) -> dict[str, Path]:
         (["--vocab", 100, "--counts", "foreign"], "was made with another tokenizer than the draft's"),
         (["--vocab", 100, "--counts", "beyond"], "holds the token id 512, and the draft has 512 rows"),
         (["--vocab", 100, "--counts", "empty"], "holds no text"),
-        (["--vocab", 100, "--counts", "list"], "line 1, is no JSON object"),
+        (["--vocab", 100, "--counts", "list"], "line 1, must be an object like"),
         (["--vocab", 100, "--counts", "columns"], "line 1, has no prompt or"),
         (["--vocab", 100, "--counts", "missing"], "cannot be read (No such file or directory)"),
         (["--vocab", 100], "vocab= and counts= belong together"),

@@ -16,15 +16,12 @@ from typing import Any
 from vllm_specdecpp.costs.curves import Curve
 from vllm_specdecpp.costs.model import CURVES, Points
 from vllm_specdecpp.costs.widths import Rows, checked
-from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.files import write_whole
+from vllm_specdecpp.provenance import now
 
 logger = logging.getLogger("vllm.specdecpp")
 
 FORMAT = 3
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class KeptCosts:
     rows: Rows = field(default_factory=dict)
     """At what widths the passes of these curves run; see :mod:`vllm_specdecpp.costs.widths`."""
 
-    written: str = field(default_factory=_now)
+    written: str = field(default_factory=now)
     """When, in ISO 8601 with a time zone."""
 
     def __post_init__(self) -> None:

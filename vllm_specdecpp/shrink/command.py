@@ -41,11 +41,11 @@ def run(options: ShrinkOptions) -> int:
 def shrink(options: ShrinkOptions) -> dict[str, Any]:
     """Write ``options.out``; returns what its provenance file says."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     from tqdm import tqdm
 
     from vllm_specdecpp.engine.shared import draft_vocab
-    from vllm_specdecpp.head.files import replace
+    from vllm_specdecpp.files import write_whole
     from vllm_specdecpp.provenance import command_line, model_label, model_revision, now, versions
     from vllm_specdecpp.shrink import schemes
     from vllm_specdecpp.shrink.checkpoint import copy_the_rest, new_folder, open_checkpoint, write_tensors
@@ -88,7 +88,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if kept is not None:
             ids = {draft_vocab.TENSOR: torch.tensor(kept.ids)}  # [num_kept] int64
-            replace(folder / draft_vocab.FILE, lambda path: save_file(ids, path))
+            write_whole(folder / draft_vocab.FILE, save(ids))
         share = 1.0 if kept is None else len(kept.ids) / num_rows
         before, after = source.bytes_a_pass(source.sizes), source.bytes_a_pass(sizes, share)
         found = {

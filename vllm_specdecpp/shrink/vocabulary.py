@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.data.prompts import COLUMNS, split_by_id
+from vllm_specdecpp.data.prompts import COLUMNS, json_rows, split_by_id
 
 HELD_OUT = 0.1
 _ANSWERS = ("response", "answer", "output")
@@ -170,19 +170,8 @@ def _check_same(num: int, same: int, source: Path) -> None:
 
 
 def _from_file(path: Path, tokenizer: Any) -> Iterator[Text]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ValueError(f"specdecpp: counts={str(path)!r} cannot be read ({reason}); check the path") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            given, emitted = ("".join(str(row[key]) for key in keys if row.get(key)) for keys in (COLUMNS, _ANSWERS))
-        except (ValueError, AttributeError, TypeError):
-            raise ValueError(f"specdecpp: counts {path}, line {number}, is no JSON object; mend the line") from None
+    for number, row in json_rows(path, "counts"):
+        given, emitted = ("".join(str(row[key]) for key in keys if row.get(key)) for keys in (COLUMNS, _ANSWERS))
         if not given and not emitted:
             names = " or ".join((*COLUMNS, *_ANSWERS))
             raise ValueError(f"specdecpp: counts {path}, line {number}, has no {names}; mend the line")

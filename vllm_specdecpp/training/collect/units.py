@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.files import write_whole
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt

@@ -15,7 +15,8 @@ from pydantic import Field
 from tqdm import tqdm
 
 from vllm_specdecpp.data.dataset import load_rows, open_datasets
-from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots

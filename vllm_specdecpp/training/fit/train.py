@@ -23,7 +23,8 @@ from vllm_specdecpp import provenance
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
 from vllm_specdecpp.data.prompts import PromptName, split_by_id
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, check_features
-from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, replace
+from vllm_specdecpp.files import write_whole
+from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit.fitting import evaluate, fit, standardize, start_at_scalars
 from vllm_specdecpp.training.fit.held_out import PROVENANCE_FILE, prompt_lists, prompts_of
@@ -191,7 +192,6 @@ def run(options: TrainOptions) -> int:
     val_rows = None
     if options.validation > 0:
         val_rows = load_rows(options.data, options.lag, prompts_where=held_out)
-    options.out.mkdir(parents=True, exist_ok=True)
     head, history = train_head(rows, val_rows, options, lambda history: _write_log(options.out, history))
     head.metadata |= {"draft": manifests[0].draft, "target": manifests[0].target}
     head.save_pretrained(options.out, overwrite=options.force)
@@ -256,7 +256,7 @@ def _write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    replace(folder / LOG_FILE, lambda to: to.write_text(text.getvalue(), encoding="utf-8"))
+    write_whole(folder / LOG_FILE, text.getvalue().encode())
 
 
 def _write_provenance(
@@ -279,5 +279,4 @@ def _write_provenance(
         "metrics": metrics,
         "prompts": prompt_lists(prompts, options.validation, options.seed),
     }
-    text = json.dumps(content, indent=2) + "\n"
-    replace(options.out / PROVENANCE_FILE, lambda to: to.write_text(text, encoding="utf-8"))
+    write_whole(options.out / PROVENANCE_FILE, (json.dumps(content, indent=2) + "\n").encode())

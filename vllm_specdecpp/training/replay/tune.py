@@ -18,8 +18,9 @@ from pydantic import Field
 
 from vllm_specdecpp.costs import file as cost_file
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.data.prompts import PromptName
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
@@ -261,7 +262,7 @@ def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
 
 
 def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains, datasets: Sequence[Dataset]) -> None:
-    from vllm_specdecpp.head.model import update_config
+    from vllm_specdecpp.head.files import update_config
 
     names = ", ".join(dataset.folder.name for dataset in datasets)
     temperatures = sorted({str(dataset.manifest.sampling.get("temperature", "unknown")) for dataset in datasets})
@@ -272,7 +273,8 @@ def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains
         "num_speculative_tokens": choice.num_speculative_tokens,
         "tuned_on": f"{len(data.prompts)} prompts of {names}, temperature {', '.join(temperatures)}{where}",
     }
-    update_config(str(options.head), rule=rule)
+    assert options.head is not None
+    update_config(options.head, rule=rule)
     print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)
 
 
