@@ -38,7 +38,7 @@ def make_dataset(
     prompts = [Prompt(prompt_id, sets[i % len(sets)], "") for i, prompt_id in enumerate(ids)]
     generator = torch.Generator().manual_seed(seed)
     manifest = Manifest(
-        kind="rounds", target=target, draft=draft, hidden_size=hidden_size, source="on-policy",
+        target=target, draft=draft, hidden_size=hidden_size, source="on-policy",
         sampling={"temperature": 0.0}, num_candidates=K, prompts_digest=prompts_digest,
         num_prompts=len(prompts), unit_size=len(prompts), versions={},
     )  # fmt: skip

@@ -56,7 +56,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         first = members[0]
         for name in first["sets"]:
             line: Row = {"factor": factor, "value": value, "set": name, "seeds": len(members)}
-            line |= {key: first[key] for key in ("labels", "lag", "changes", "num_parameters")}
+            line |= {key: first[key] for key in ("lag", "changes", "num_parameters")}
             line["rows"] = round(_mean([member["rows"] for member in members]))
             line["epochs"] = round(_mean([member["best_epoch"] for member in members]), 1)
             line["seconds"] = round(_mean([member["seconds"] for member in members]), 1)

@@ -18,8 +18,9 @@ from vllm_specdecpp.data.shards import RoundRecord, open_dataset, shard_from_rou
 from vllm_specdecpp.training.collect import command as collect
 from vllm_specdecpp.training.collect.command import make_manifest, run
 from vllm_specdecpp.training.collect.options import CollectOptions
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
-from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
+from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path
 
 NUM_PROMPTS, UNIT = 7, 2
 
@@ -41,8 +42,8 @@ class FakeCollector:
     num_closed = 0
     before_unit: dict[int, Any] = {}
 
-    def __init__(self, options: CollectOptions, manifest: Any) -> None:
-        self.options, self.manifest = options, manifest
+    def __init__(self, options: CollectOptions) -> None:
+        self.options, self.manifest = options, open_dataset(options.out).manifest
 
     def collect(self, unit_index: int, prompts: list[Any]) -> UnitSummary:
         FakeCollector.calls.append(unit_index)
@@ -71,7 +72,7 @@ class FakeCollector:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(collect, "_collector_class", lambda source: FakeCollector)
+    monkeypatch.setattr(collect, "OnPolicyCollector", FakeCollector)
     FakeCollector.calls, FakeCollector.num_closed, FakeCollector.before_unit = [], 0, {}
     return FakeCollector
 
@@ -172,12 +173,9 @@ def test_other_settings_do_not_mix(options, fake, change):
 def test_the_manifest_tells_what_was_asked(options):
     prompts = load_prompts(options.prompts, None)
     made = make_manifest(options, prompts)
-    assert (made.kind, made.source, made.num_prompts, made.unit_size) == ("rounds", "on-policy", NUM_PROMPTS, UNIT)
+    assert (made.source, made.num_prompts, made.unit_size) == ("on-policy", NUM_PROMPTS, UNIT)
     assert made.target.endswith("/target") and made.draft.endswith("/draft_good")
     assert made.hidden_size == 64 and made.sampling["temperature"] == 0.0
-    assert "mixing" not in made.sampling
-    paper = make_manifest(options.model_copy(update={"source": "paper"}), prompts)
-    assert (paper.kind, paper.source, paper.sampling["mixing"]) == ("positions", "paper", 0.15)
     assert make_manifest(options, prompts[1:]).prompts_digest != made.prompts_digest
 
 
@@ -199,10 +197,7 @@ def test_a_model_that_is_not_there(options, fake, field):
         ({"batch": 0}, "batch"),
         ({"unit": 0}, "unit"),
         ({"limit": 0}, "limit"),
-        ({"mixing": 1.5}, "mixing"),
-        ({"source": "dream"}, "source"),
         ({"target": ""}, "target"),
-        ({"responses": "folder"}, "responses='folder' goes with source=paper"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )

@@ -24,16 +24,14 @@ def _refused(match: str):
 
 def _manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
-        "kind": "rounds", "target": "org/Target", "draft": "org/Draft", "hidden_size": HIDDEN_SIZE,
+        "target": "org/Target", "draft": "org/Draft", "hidden_size": HIDDEN_SIZE,
         "source": "on-policy", "sampling": {}, "num_candidates": 6, "prompts_digest": "", "num_prompts": 0,
         "unit_size": 0, "versions": {},
     }  # fmt: skip
     return Manifest(**{**fields, **changes})
 
 
-def _shard(
-    first_token: int, shapes: list[tuple[int, int]], prompts: list[tuple[str, str]], positions: bool = False
-) -> Shard:
+def _shard(first_token: int, shapes: list[tuple[int, int]], prompts: list[tuple[str, str]]) -> Shard:
     """Rounds of ``shapes``, prompts in turn; every step's numbers tell which step it is."""
     lengths = torch.tensor([length for length, _ in shapes])
     num = int(lengths.sum())
@@ -41,7 +39,6 @@ def _shard(
     outcome = [1 if k < a else 0 if k == a else -1 for length, a in shapes for k in range(length)]
     return Shard(
         hidden_states=step[:, None].float() + torch.tensor([0.0, 0.25, 0.5]),
-        read_hidden_states=-step[:, None].float() + torch.tensor([0.0, 0.25, 0.5]) if positions else None,
         token_ids=step.int(),
         **{name: step.float() + 0.1 * (i + 1) for i, name in enumerate(SCALARS)},
         outcome=torch.tensor(outcome, dtype=torch.int8),
@@ -67,7 +64,7 @@ def _plain(shard: Shard, lag: int) -> list[tuple[int, int, float, tuple[str, str
         for step in range(starts[r], starts[r + 1]):
             k = step - starts[r]
             observed = k <= accepted
-            was_read = lag == 0 or shard.read_hidden_states is not None or step + 1 < starts[r + 1]
+            was_read = lag == 0 or step + 1 < starts[r + 1]
             if observed and was_read:
                 rows.append((step, k + 1, float(k < accepted), (prompt["id"], prompt["set"])))
     return rows
@@ -76,10 +73,7 @@ def _plain(shard: Shard, lag: int) -> list[tuple[int, int, float, tuple[str, str
 def _check(rows: LabelRows, shard: Shard, lag: int) -> None:
     want = _plain(shard, lag)
     index = torch.tensor([step for step, *_ in want], dtype=torch.int64)
-    hidden = shard.hidden_states[index]
-    if lag == 1:
-        hidden = shard.hidden_states[index + 1] if shard.read_hidden_states is None else shard.read_hidden_states[index]
-    assert torch.equal(rows.hidden, hidden)
+    assert torch.equal(rows.hidden, shard.hidden_states[index + lag])
     assert set(rows.scalars) == set(SCALARS if lag else SCALARS[:3])
     for name, column in rows.scalars.items():
         assert torch.equal(column, getattr(shard, name)[index]), name
@@ -96,14 +90,6 @@ def test_rows_of_rounds(lag):
     _check(rows_of(shard, lag), shard, lag)
     # Observed 2, 4, 1, 1, 3 and 2; of the second, third, fourth and last round, no pass has read the last one.
     assert len(rows_of(shard, lag)) == (13 if lag == 0 else 9)
-
-
-@pytest.mark.parametrize("lag", [0, 1])
-def test_rows_of_positions(lag):
-    shard = _shard(0, [(1, 0), (1, 1), (1, 1), (1, 0)], PROMPTS, positions=True)
-    rows = rows_of(shard, lag)
-    _check(rows, shard, lag)
-    assert len(rows) == 4 and rows.position.tolist() == [1] * 4
 
 
 def test_rows_are_no_views_of_the_file(tmp_path):
@@ -145,15 +131,6 @@ def test_several_datasets_number_prompts_alike(tmp_path):
     assert [rows.prompts[i] for i in rows.prompt.tolist()] == [prompt for _, prompt in want]
     for name in (*rows.sets, "none"):
         assert rows.in_set(name).tolist() == [name == theirs for _, (_, theirs) in want]
-
-
-def test_kinds_mix(tmp_path):
-    paper = _shard(100, [(1, 0), (1, 1)], PROMPTS, positions=True)
-    folders = [
-        _write(tmp_path / "a", [_shard(0, SHAPES, PROMPTS)]),
-        _write(tmp_path / "b", [paper], kind="positions", source="paper"),
-    ]
-    assert len(load_rows(folders, 1)) == 9 + 2
 
 
 def test_prompts_where(tmp_path):

@@ -109,10 +109,10 @@ MANIFESTS = {
     "cut": (_edited()[:100], "is damaged"),
     "format": (_edited(format=2), "format=2: Input should be 1"),
     "list": ("[]", "is damaged"),
-    "kind": (_edited(kind="tokens"), "kind='tokens': Input"),
+    "source": (_edited(source="tokens"), "source='tokens': Input"),
     "type": (_edited(hidden_size="5"), "hidden_size='5': Input"),
     "unknown": (_edited(surprise=1), "surprise=1: "),
-    "missing": (json.dumps({"format": 1, "kind": "rounds"}), "target: Field required"),
+    "missing": (json.dumps({"format": 1}), "target: Field required"),
 }
 
 

@@ -87,7 +87,7 @@ def test_a_dataset(tmp_path, capsys):
     from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 
     manifest = Manifest(
-        kind="rounds", target="org/big", draft="org/small", hidden_size=4, source="on-policy",
+        target="org/big", draft="org/small", hidden_size=4, source="on-policy",
         sampling={"temperature": 0.5}, num_candidates=3, prompts_digest="d", num_prompts=5, unit_size=2,
         versions={"torch": "9.9"}, git="abc", command="vllm-specdecpp collect ...", created="2026-01-02",
     )  # fmt: skip

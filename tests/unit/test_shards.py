@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.dataset_files import (
-    HIDDEN_SIZE,
     PROMPTS,
     files_in,
     make_dataset,
@@ -74,7 +73,7 @@ def test_written_and_read(tmp_path):
     for name, value in vars(shard).items():
         if isinstance(value, torch.Tensor):
             assert getattr(found, name).dtype == value.dtype and torch.equal(getattr(found, name), value), name
-    assert found.prompts == shard.prompts and found.read_hidden_states is None
+    assert found.prompts == shard.prompts
     assert open_dataset(str(tmp_path / "d")).manifest == make_manifest()
 
 
@@ -85,19 +84,8 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     assert torch.equal(read_shard(tmp_path / "s", make_manifest()).margin, block[1])
 
 
-def test_positions_have_the_state_that_read(tmp_path):
-    manifest = make_manifest(kind="positions", source="paper")
-    rnd = random.Random(2)
-    shard = shard_from_rounds([make_round(rnd, "a", 1, 1, i % 2) for i in range(4)], PROMPTS)
-    shard.read_hidden_states = torch.randn(4, HIDDEN_SIZE)
-    write_shard(tmp_path / "s", shard, manifest)
-    found = read_shard(tmp_path / "s", manifest)
-    assert found.read_hidden_states is not None and torch.equal(found.read_hidden_states, shard.read_hidden_states)
-
-
-@pytest.mark.parametrize("kind", ["rounds", "positions"])
-def test_a_unit_without_a_round_counts_as_done(tmp_path, kind):
-    dataset = create_dataset(tmp_path / "d", make_manifest(kind=kind), False)
+def test_a_unit_without_a_round_counts_as_done(tmp_path):
+    dataset = create_dataset(tmp_path / "d", make_manifest(), False)
     write_shard(dataset.shard_path(3), empty_shard(dataset.manifest, [PROMPTS["a"]]), dataset.manifest)
     assert dataset.done_units() == {3}
     assert dataset.shard(3).num_rounds == dataset.shard(3).num_steps == len(dataset.shard(3).position) == 0
@@ -170,13 +158,6 @@ def test_a_shard_of_another_pair_names_both(tmp_path):
     with refused("org/target / org/other, but its dataset of org/target / org/draft"):
         ours.shard(0)
     assert ours.done_units() == set()
-
-
-def test_a_shard_of_another_kind(tmp_path):
-    shard = make_shard()
-    write_shard(tmp_path / "s", shard, make_manifest())
-    with refused(r"kind \(positions\)"):
-        read_shard(tmp_path / "s", make_manifest(kind="positions"))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -31,7 +31,7 @@ ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_deca
 
 def make_manifest(**changes: Any) -> Manifest:
     made: dict[str, Any] = {
-        "kind": "rounds", "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
+        "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
         "sampling": {"temperature": 0.0}, "num_candidates": NUM_CANDIDATES, "prompts_digest": "0", "num_prompts": 40,
         "unit_size": PROMPTS_A_UNIT, "versions": {},
     }  # fmt: skip

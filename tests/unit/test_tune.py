@@ -19,7 +19,7 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.collect.units import write_responses
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.replay.chains import load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
@@ -31,7 +31,7 @@ CURVES = {
 }  # fmt: skip
 COSTS = CostModel(**CURVES, max_reqs=1, max_tokens=64)
 MANIFEST = Manifest(
-    kind="rounds", target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
+    target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
     sampling={"temperature": 0.0}, num_candidates=16, prompts_digest="train", num_prompts=8, unit_size=4, versions={},
 )  # fmt: skip
 
@@ -323,11 +323,6 @@ class TestRefusals:
 
     def test_unknown_set(self, files: Files) -> None:
         self.refused(files, "sets=c is not in", sets=["a", "c"])
-
-    def test_positions_are_no_rounds(self, files: Files) -> None:
-        manifest = replace(MANIFEST, kind="positions", source="paper")
-        create_dataset(files.root / "positions", manifest, force=False)
-        self.refused(files, "holds 'positions'", data=[files.root / "positions"])
 
     def test_mixed_pairs(self, files: Files) -> None:
         other = write_dataset(files.root / "other", seed=9, prefix="o", manifest=replace(MANIFEST, draft="org/else"))

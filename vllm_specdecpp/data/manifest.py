@@ -29,8 +29,8 @@ class Manifest:
     format: Literal[1] = FORMAT
     """Version of the folder's layout."""
 
-    kind: Literal["rounds", "positions"]
-    """``rounds``: what the engine drafted and verified. ``positions``: each position its own round (the paper)."""
+    kind: Literal["rounds"] = "rounds"
+    """What the engine drafted and verified, round by round."""
 
     target: str
     """Label of the target model (``provenance.model_label``)."""
@@ -47,7 +47,7 @@ class Manifest:
     hidden_size: int
     """Of the draft model."""
 
-    source: Literal["on-policy", "paper", "server"]
+    source: Literal["on-policy", "server"]
     """What made the labels."""
 
     sampling: Mapping[str, Any]

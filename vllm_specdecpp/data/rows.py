@@ -86,19 +86,15 @@ def rows_of(shard: Shard, lag: int, prompts_where: Callable[[PromptName], bool] 
     """The observed candidates of a shard, copied out of its file.
 
     Args:
-        shard: of either kind.
-        lag: 0 or 1; 1 leaves out candidates that no pass has read (the last of a round of kind "rounds").
+        shard: of a dataset.
+        lag: 0 or 1; 1 leaves out candidates that no pass has read: the last of each round.
         prompts_where: which prompts to keep.
     """
     prompt = shard.prompt_index[shard.round_of_step].long()  # [num_steps]
     prompts = [(p["id"], p["set"]) for p in shard.prompts]
     wanted = torch.tensor([prompts_where(each) for each in prompts], dtype=torch.bool)
     keep = (shard.outcome != NOT_OBSERVED) & wanted[prompt]
-    hidden, shift = shard.hidden_states, 0
-    if lag == 1 and shard.read_hidden_states is not None:
-        hidden = shard.read_hidden_states
-    elif lag == 1:
-        shift = 1  # the pass of the round's next candidate has read this one
+    if lag == 1:  # the pass of the round's next candidate has read this one
         is_last = torch.zeros(shard.num_steps, dtype=torch.bool)
         is_last[shard.round_starts[1:] - 1] = True
         keep &= ~is_last
@@ -106,7 +102,7 @@ def rows_of(shard: Shard, lag: int, prompts_where: Callable[[PromptName], bool] 
     # What is known only after the draw has no place in a look-ahead.
     names = [name for name in SCALAR_FEATURES if lag or name != "drawn_logprob"]
     return LabelRows(
-        hidden=hidden[index + shift],
+        hidden=shard.hidden_states[index + lag],
         scalars={name: getattr(shard, name)[index] for name in names},
         position=shard.position[index],
         accepted=(shard.outcome[index] == ACCEPTED).float(),

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,9 +97,6 @@ class Shard:
     prompts: list[dict[str, str]]
     """``{"id", "set"}`` of each request."""
 
-    read_hidden_states: Tensor | None = None
-    """[num_steps, hidden_size] of the pass that has read the candidate: kind "positions" only."""
-
     @property
     def num_steps(self) -> int:
         return self.outcome.shape[0]
@@ -177,11 +173,9 @@ def shard_from_rounds(rounds: Sequence[RoundRecord], prompts_by_request: Mapping
 
 def empty_shard(manifest: Manifest, prompts: Sequence[Mapping[str, str]] = ()) -> Shard:
     """A shard without rounds: of a unit whose responses were too short to draft anything, so that it counts as done."""
-    hidden_states = torch.zeros(0, manifest.hidden_size)
     columns = {name: torch.zeros(1 if name == "round_starts" else 0, dtype=dtype) for name, dtype in _DTYPES.items()}
     return Shard(
-        hidden_states=hidden_states,
-        read_hidden_states=hidden_states.clone() if manifest.kind == "positions" else None,
+        hidden_states=torch.zeros(0, manifest.hidden_size),
         prompts=[{key: prompt[key] for key in ("id", "set")} for prompt in prompts],
         **columns,
     )
@@ -194,7 +188,7 @@ def write_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
         ValueError: one line: the disk is full, or the file cannot be written; then nothing is left behind and a shard
             that was there is untouched.
     """
-    tensors = {name: value for name in _TENSORS if (value := getattr(shard, name)) is not None}
+    tensors: dict[str, Tensor] = {name: getattr(shard, name) for name in _TENSORS}
     # The library refuses tensors of one storage.
     tensors = {name: (t if _owns_memory(t) else t.clone()).detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -222,8 +216,7 @@ def read_shard(path: Path, manifest: Manifest) -> Shard:
         raise ValueError(f"specdecpp: shard {path} is truncated or damaged ({error}); {mend}") from None
     if metadata.get("fingerprint") != manifest.fingerprint:
         raise ValueError(f"specdecpp: shard {path} {_foreign(metadata, manifest)}")
-    columns: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
-    return Shard(prompts=json.loads(metadata["prompts"]), **columns)
+    return Shard(prompts=json.loads(metadata["prompts"]), **{name: tensors[name] for name in _TENSORS})
 
 
 def _foreign(metadata: Mapping[str, str], manifest: Manifest) -> str:
@@ -232,7 +225,7 @@ def _foreign(metadata: Mapping[str, str], manifest: Manifest) -> str:
         return "was not written by this package; move it out of the dataset"
     pair, ours = f"{metadata['target']} / {metadata['draft']}", f"{manifest.target} / {manifest.draft}"
     if pair == ours:
-        return f"is not of its dataset's kind ({manifest.kind}) and hidden size ({manifest.hidden_size}); move it out"
+        return f"is not of its dataset's hidden size ({manifest.hidden_size}); move it out"
     return f"is of the pair {pair}, but its dataset of {ours}; move it out of the dataset"
 
 

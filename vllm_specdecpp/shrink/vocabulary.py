@@ -127,11 +127,9 @@ def from_dataset(folder: Path) -> Iterator[Text]:
     from vllm_specdecpp.training.collect.responses import read_responses
 
     dataset = open_dataset(folder)
-    paths = sorted((folder / "responses").glob("*.jsonl"))
-    for path in paths:
-        for row in read_responses(path):
+    if dataset.manifest.source != "server":
+        for row in read_responses(folder):
             yield Text(str(row["id"]), row["prompt_token_ids"], row["token_ids"])
-    if paths:
         return
     for shard in dataset.shards():  # a server's traffic: what the target accepted is its own
         starts = shard.round_starts.tolist()

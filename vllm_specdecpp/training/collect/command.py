@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record which of the draft's tokens the target accepts, as training data for an acceptance head.
 
-``on-policy`` lets the engine answer the prompts and records its own rounds: the states, features and outcomes that the
-head will meet in service. ``paper`` labels the target's continuations as the SpecDec++ paper does. The prompts are cut
-into units; a unit is one shard of the dataset, and what is finished stays when the command is interrupted.
+The engine answers the prompts and records its own rounds: the states, features and outcomes that the head will meet in
+service. The prompts are cut into units; a unit is one shard of the dataset, and what is finished stays when the command
+is interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector
 from vllm_specdecpp.training.collect.options import CollectOptions
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
-from vllm_specdecpp.training.collect.units import Collector
 from vllm_specdecpp.training.model_config import model_config
 
 if TYPE_CHECKING:
@@ -52,10 +50,9 @@ def collect(options: CollectOptions) -> bool:
     todo = {unit: chunk for unit, chunk in units.items() if unit not in done}
     if len(todo) < len(units):
         _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
-    make_collector = functools.partial(_collector_class(options.source), options, manifest)
     with StopSignal() as stop:
         try:
-            _collect_all(todo, len(prompts), make_collector, stop)
+            _collect_all(options, todo, len(prompts), stop)
         except Exception as error:
             if stop.requested:  # Ctrl-C reaches the engine's processes too
                 raise KeyboardInterrupt from error
@@ -65,7 +62,7 @@ def collect(options: CollectOptions) -> bool:
 
 
 def _collect_all(
-    units: Mapping[int, list[Prompt]], num_prompts: int, make_collector: Callable[[], Collector], stop: StopSignal
+    options: CollectOptions, units: Mapping[int, list[Prompt]], num_prompts: int, stop: StopSignal
 ) -> None:
     """Go through the units with a progress bar of prompts."""
     from tqdm import tqdm
@@ -76,7 +73,7 @@ def _collect_all(
     tokens = observed = skipped = 0
     seconds = 0.0
     with (
-        contextlib.closing(make_collector()) as collector,
+        contextlib.closing(OnPolicyCollector(options)) as collector,
         tqdm(total=num_prompts, initial=num_prompts - left, unit="prompt", desc="collect", file=sys.stderr) as bar,
     ):
         for unit, prompts in units.items():
@@ -89,15 +86,7 @@ def _collect_all(
             if stop.requested and bar.n < num_prompts:
                 raise KeyboardInterrupt
     if skipped:
-        _say(f"{skipped} prompts were left out: too long for max_model_len, or answered with nothing (paper)")
-
-
-def _collector_class(source: str) -> Callable[[CollectOptions, Manifest], Collector]:
-    if source == "on-policy":
-        return OnPolicyCollector
-    from vllm_specdecpp.training.collect.paper import PaperCollector
-
-    return PaperCollector
+        _say(f"{skipped} prompts were left out: too long for max_model_len")
 
 
 def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifest:
@@ -120,16 +109,13 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
         "seed": options.seed,
         "dtype": options.dtype,
     }
-    if options.source == "paper":
-        sampling["mixing"] = options.mixing
     return Manifest(
-        kind="positions" if options.source == "paper" else "rounds",
         target=model_label(options.target),
         draft=model_label(options.draft),
         target_revision=model_revision(options.target),
         draft_revision=model_revision(options.draft),
         hidden_size=model_config(options.draft, "draft").get_text_config().hidden_size,
-        source=options.source,
+        source="on-policy",
         sampling=sampling,
         num_candidates=options.candidates,
         prompts_digest=digest(prompts),

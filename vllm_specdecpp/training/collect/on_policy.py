@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions, PairOptions
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
-from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
+from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path
 
 if TYPE_CHECKING:
     from vllm import LLM
 
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.data.shards import Manifest
 
 
-def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, max_num_seqs: int | None = None) -> LLM:
-    """A vLLM engine of the target, or of the pair. While it starts, Ctrl-C and SIGTERM end the process.
+def start_engine(options: PairOptions, speculative: Mapping[str, Any], max_num_seqs: int | None = None) -> LLM:
+    """A vLLM engine of the pair. While it starts, Ctrl-C and SIGTERM end the process.
 
     Args:
         options: of the command.
-        speculative: keys of the speculative config, beside the draft model and how it samples; None: no speculation.
+        speculative: keys of the speculative config, beside the draft model and how it samples.
         max_num_seqs: requests at once; by default the options' batch.
 
     Raises:
@@ -39,7 +39,7 @@ def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, ma
         with ends_with_children():
             return LLM(
                 model=options.target,
-                speculative_config=None if speculative is None else {**config, **speculative},
+                speculative_config={**config, **speculative},
                 dtype=options.dtype,
                 max_model_len=options.max_model_len,
                 max_num_seqs=max_num_seqs or options.batch,
@@ -57,16 +57,14 @@ class OnPolicyCollector:
     """Answers prompts with the engine in recording mode.
 
     Args:
-        options: of the command.
-        manifest: of the dataset in ``options.out``, which must be there.
+        options: of the command; the dataset in ``out`` must be there.
 
     Raises:
         ValueError: the engine cannot start with these options.
     """
 
-    def __init__(self, options: CollectOptions, manifest: Manifest) -> None:
+    def __init__(self, options: CollectOptions) -> None:
         self._options = options
-        self._manifest = manifest
         self._llm = start_engine(options, {"rule": "fixed", "num_speculative_tokens": options.candidates})
         self._flush(None, {})  # recording begins
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vllm_specdecpp.training.options import CommandOptions
 
@@ -39,7 +39,7 @@ class PairOptions(CommandOptions):
     """Length of an answer, in tokens."""
 
     candidates: int = Field(default=12, ge=1, le=128)
-    """Candidates drafted in every round (on-policy); `tune` can try no longer ones, fewer give labels faster."""
+    """Candidates drafted in every round; `tune` can try no longer ones, fewer give labels faster."""
 
     batch: int = Field(default=8, ge=1)
     """Prompts answered at once."""
@@ -84,22 +84,5 @@ class CollectOptions(PairOptions):
     out: Path
     """Dataset folder to write; the same command goes on there after an interruption."""
 
-    source: Literal["on-policy", "paper"] = "on-policy"
-    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
-
-    responses: Path | None = None
-    """Dataset whose answers are labelled instead of generating some (paper)."""
-
-    mixing: float = Field(default=0.15, ge=0, le=1)
-    """Fraction of the target's tokens in what the draft reads (paper)."""
-
     force: bool = False
     """Delete a dataset of other settings that is in the folder."""
-
-    @model_validator(mode="after")
-    def _check_together(self) -> CollectOptions:
-        if self.responses is not None and self.source != "paper":
-            raise ValueError(
-                f"specdecpp: responses={str(self.responses)!r} goes with source=paper; leave one of the two out"
-            )
-        return self

@@ -79,10 +79,9 @@ def prompt_texts(datasets: Sequence[Dataset]) -> Iterator[tuple[PromptName, str]
         ValueError: one line: a responses file is damaged.
     """
     for dataset in datasets:
-        for path in sorted((dataset.folder / "responses").glob("*.jsonl")):
-            for row in read_responses(path):
-                text = json.dumps(row["prompt_token_ids"]).encode()
-                yield (row["id"], row["set"]), hashlib.sha256(text).hexdigest()
+        for row in read_responses(dataset.folder):
+            text = json.dumps(row["prompt_token_ids"]).encode()
+            yield (row["id"], row["set"]), hashlib.sha256(text).hexdigest()
 
 
 def refuse_seen(evaluate: Sequence[Dataset], data: Sequence[Dataset], trained: TrainingData, option: str) -> None:

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.dataset import open_datasets
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.data.shards import Dataset, Shard
+    from vllm_specdecpp.data.shards import Shard
     from vllm_specdecpp.head.model import AcceptanceHead
 
 _CHUNK = 16384
@@ -114,17 +115,17 @@ def load_chains(
     """Read the recorded rounds of some datasets; hidden states are scored shard by shard and not kept.
 
     Args:
-        folders: datasets of kind "rounds" of one pair of models.
+        folders: datasets of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
         prompts_where: which prompts to keep.
         sets: which sets to keep; None keeps all.
         progress: called after each shard.
 
     Raises:
-        ValueError: one line: another kind of dataset, mixed pairs, a folder given twice, an unknown set, or nothing
+        ValueError: one line: mixed pairs, a folder given twice, an unknown set, or nothing
             recorded.
     """
-    datasets = open_rounds(folders)
+    datasets = open_datasets(folders)
     pieces: list[Chains] = []
     found: dict[str, None] = {}  # names of the sets, in order
     for dataset in datasets:
@@ -143,20 +144,6 @@ def load_chains(
         left = " of prompts that the head was not trained on" if prompts_where is not every_prompt else ""
         raise ValueError(f"specdecpp: no recorded rounds{left} in {names}; collect some with: vllm-specdecpp collect")
     return concatenate(pieces)
-
-
-def open_rounds(folders: Sequence[Path]) -> list[Dataset]:
-    """The datasets, checked to hold rounds of one pair; see :func:`load_chains`."""
-    from vllm_specdecpp.data.dataset import open_datasets
-
-    datasets = open_datasets(folders)
-    for dataset in datasets:
-        if dataset.manifest.kind != "rounds":
-            raise ValueError(
-                f"specdecpp: {dataset.folder} holds {dataset.manifest.kind!r}, but a replay needs whole rounds; "
-                "collect them with: vllm-specdecpp collect --source on-policy"
-            )
-    return datasets
 
 
 def concatenate(pieces: Sequence[Chains]) -> Chains:

@@ -18,13 +18,14 @@ from pydantic import Field
 
 from vllm_specdecpp.costs import file as cost_file
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.data.dataset import open_datasets
 from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
-from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
+from vllm_specdecpp.training.replay.chains import Chains, load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import (
     fixed_lengths,
@@ -115,7 +116,7 @@ def run(options: TuneOptions) -> int:
     kept = cost_file.read(options.costs)
     costs, machine = CostModel(**kept.curves, max_reqs=1, max_tokens=1024), kept.setting.get("device", "")
     head_costs = with_head(costs, options.head_ms / 1000)
-    datasets = open_rounds([*options.data, *options.evaluate])
+    datasets = open_datasets([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
     sets = options.sets or None
     trained = TrainingData() if options.head is None else training_data(options.head)
