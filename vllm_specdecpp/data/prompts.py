@@ -65,6 +65,15 @@ def load_prompts(
     return prompts
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a user's message in the model's chat template; of the plain text if it has none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return list(tokenizer.encode(text))
+    message = [{"role": "user", "content": text}]
+    templated = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(templated, add_special_tokens=False))
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
     """The same for the same prompts in the same order."""
     return hashlib.sha256(json.dumps([astuple(prompt) for prompt in prompts]).encode()).hexdigest()

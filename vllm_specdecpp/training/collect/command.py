@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from vllm_specdecpp.training.model_config import model_config
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.data.shards import Manifest
+    from vllm_specdecpp.data.shards import Dataset, Manifest
 
 
 def run(options: CollectOptions) -> int:
@@ -52,7 +53,7 @@ def collect(options: CollectOptions) -> bool:
         _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
     with StopSignal() as stop:
         try:
-            _collect_all(options, todo, len(prompts), stop)
+            _collect_all(options, dataset, todo, len(prompts), stop)
         except Exception as error:
             if stop.requested:  # Ctrl-C reaches the engine's processes too
                 raise KeyboardInterrupt from error
@@ -62,7 +63,7 @@ def collect(options: CollectOptions) -> bool:
 
 
 def _collect_all(
-    options: CollectOptions, units: Mapping[int, list[Prompt]], num_prompts: int, stop: StopSignal
+    options: CollectOptions, dataset: Dataset, units: Mapping[int, list[Prompt]], num_prompts: int, stop: StopSignal
 ) -> None:
     """Go through the units with a progress bar of prompts."""
     from tqdm import tqdm
@@ -73,14 +74,15 @@ def _collect_all(
     tokens = observed = skipped = 0
     seconds = 0.0
     with (
-        contextlib.closing(OnPolicyCollector(options)) as collector,
+        contextlib.closing(OnPolicyCollector(options, dataset)) as collector,
         tqdm(total=num_prompts, initial=num_prompts - left, unit="prompt", desc="collect", file=sys.stderr) as bar,
     ):
         for unit, prompts in units.items():
+            start = time.perf_counter()
             summary = collector.collect(unit, prompts)
             tokens, observed = tokens + summary.tokens, observed + summary.observed
             skipped += summary.skipped
-            seconds += summary.seconds  # without the start of the engine
+            seconds += time.perf_counter() - start  # without the start of the engine
             bar.update(len(prompts))
             bar.set_postfix({"tok/s": f"{tokens / max(seconds, 1e-9):.1f}", "labels": observed})
             if stop.requested and bar.n < num_prompts:

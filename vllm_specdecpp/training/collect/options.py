@@ -8,13 +8,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from vllm_specdecpp.training.options import CommandOptions
+from vllm_specdecpp.training.options import EngineOptions
 
 FEWEST_TOKENS = 3
 """The first token comes without a draft and the last one is the target's own: below this nothing is drafted."""
 
 
-class PairOptions(CommandOptions):
+class PairOptions(EngineOptions):
     """A pair of models, the prompts that it answers, and how."""
 
     target: str = Field(min_length=1)
@@ -61,15 +61,6 @@ class PairOptions(CommandOptions):
 
     max_model_len: int | None = Field(default=None, ge=8)
     """Longest prompt and answer, in tokens; by default the model's own bound."""
-
-    kv_cache_mib: int | None = Field(default=None, ge=1)
-    """Memory of the KV cache; by default vLLM decides."""
-
-    eager: bool = False
-    """Do not compile the models: a faster start, slower steps."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that the models are spread over."""
 
     draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
     """How candidates are drawn when the temperature is above 0; as in the engine that the head is for."""
