@@ -35,8 +35,7 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise ValueError(
-                f"specdecpp: {path} cannot be written: the disk is full; free space and run the same command again, "
-                "which goes on from the files that are there"
+                f"specdecpp: {path} cannot be written: the disk is full; free space and run the same command again"
             ) from error
         raise ValueError(
             f"specdecpp: {path} cannot be written ({error.strerror or error}); check the folder and its permissions"

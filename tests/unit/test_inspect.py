@@ -147,7 +147,7 @@ def test_costs_of_the_engine(engine_costs, tmp_path, capsys):
 
 def test_damaged_costs_of_the_engine(engine_costs):
     engine_costs.write_text(engine_costs.read_text().replace("0.22", "-0.22"))
-    with pytest.raises(ValueError, match="is no costs file of format 3, or is damaged"):
+    with pytest.raises(ValueError, match="is damaged"):
         facts(str(engine_costs))
 
 

@@ -220,7 +220,7 @@ class TestRegularisation:
         settings = {"epochs": 4, "standardize": False, "lr": 1e-3}
         light, _ = train_head(rows, None, options(**settings))
         heavy, _ = train_head(rows, None, options(**settings, weight_decay=30.0))
-        assert heavy.output.weight.norm() < 0.6 * light.output.weight.norm()
+        assert heavy.output.weight.norm() < 0.65 * light.output.weight.norm()
         assert heavy.output.bias.norm() > 0.8 * light.output.bias.norm()
 
     def test_the_best_epoch_is_kept_and_training_ends_early(self) -> None:

@@ -233,7 +233,7 @@ def _costs(path: Path) -> dict[str, Any]:
     return {
         "kind": COSTS,
         "where": str(path),
-        "written": kept.written,
+        "written": kept.written.isoformat(timespec="seconds"),
         "setting": dict(kept.setting),
         "seconds": {name: {str(w): s for w, s in sorted(kept.curves[curve].items())} for curve, name in named.items()},
         "learnt": dict(kept.learnt),

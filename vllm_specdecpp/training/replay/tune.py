@@ -21,6 +21,7 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.dataset import open_datasets
 from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.data.prompts import PromptName
+from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
@@ -123,9 +124,10 @@ def run(options: TuneOptions) -> int:
     num = len(options.data)
     refuse_seen(datasets[num:], datasets[:num], trained, "data")
 
-    def keep(prompt: PromptName) -> bool:
+    def not_fitted_to(prompt: PromptName) -> bool:
         return not trained.was_fitted_to(prompt)
 
+    keep = not_fitted_to if trained.fitted else every_prompt
     with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
         judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
         data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
