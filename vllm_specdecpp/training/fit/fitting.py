@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit.calibration import fit_regression
+from vllm_specdecpp.training.fit.train_options import TrainOptions
 
 _CONSTANT = 1e-5
 """A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""
@@ -27,21 +28,6 @@ _CONSTANT = 1e-5
 _EVALUATION_ROWS = 4096
 _COLUMNS_AT_ONCE = 256
 """Of the hidden state, in float64."""
-
-
-class Settings(Protocol):
-    """What the loop reads of ``TrainOptions``."""
-
-    w_rej: float
-    soft: bool
-    lr: float
-    weight_decay: float
-    dropout: float
-    epochs: int
-    batch_size: int
-    warmup: float
-    patience: int
-    seed: int
 
 
 def batches(rows: LabelRows, batch_size: int, seed: int, epoch: int) -> Iterator[LabelRows]:
@@ -150,7 +136,7 @@ def fit(
     head: AcceptanceHead,
     rows: LabelRows,
     val_rows: LabelRows | None,
-    settings: Settings,
+    settings: TrainOptions,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
 ) -> list[dict[str, Any]]:
     """Train ``head`` in place, and leave it in evaluation mode with the weights of the best epoch.
@@ -223,7 +209,7 @@ def _train(
     shuffled: Iterable[LabelRows],
     optimizer: Any,
     scheduler: Any,
-    settings: Settings,
+    settings: TrainOptions,
     progress: Any,
 ) -> dict[str, Any]:
     """One epoch; leaves the head in evaluation mode. Returns its number of rows and mean loss."""
