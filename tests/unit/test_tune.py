@@ -310,16 +310,16 @@ class TestRefusals:
     def test_rule_without_its_head(self, files: Files) -> None:
         self.refused(files, "rules=threshold needs a head", head=None, rules=["threshold"])
 
-    @pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, float("nan")])
-    def test_threshold_out_of_range(self, files: Files, threshold: float) -> None:
-        self.refused(files, f"thresholds={threshold}", thresholds=[0.5, threshold])
-
-    def test_no_thresholds(self, files: Files) -> None:
-        self.refused(files, "thresholds= is empty", thresholds=[])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("thresholds", [0.5, value]) for value in (0.0, 1.0, -1.0, float("nan"))]
+        + [("thresholds", []), ("lengths", [0])],
+    )  # fmt: skip
+    def test_out_of_range(self, files: Files, name: str, value: list[float]) -> None:
+        with pytest.raises(ValueError, match=f"{name}.*"):
+            files.options(**{name: value})
 
     def test_longer_than_recorded(self, files: Files) -> None:
         self.refused(files, "lengths=20 exceeds the 16 candidates", lengths=[4, 20])
-        self.refused(files, "lengths=0", lengths=[0])
 
     def test_unknown_set(self, files: Files) -> None:
         self.refused(files, "sets=c is not in", sets=["a", "c"])

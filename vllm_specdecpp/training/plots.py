@@ -193,9 +193,7 @@ def check_installed() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "specdecpp: plots need matplotlib; in the clone: pip install '.[train]', or add --no-plots"
-        ) from None
+        raise ValueError("specdecpp: plots need matplotlib; in the clone: pip install '.[train]'") from None
 
 
 def _figure(size: tuple[float, float], title: str, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, Any]:

@@ -6,13 +6,12 @@ Example: vllm-specdecpp tune HEAD --data DATASET --evaluate OTHER_DATASET --cost
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +23,7 @@ from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.rule_registry import RULES
+from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.replay.chains import Chains, load_chains
@@ -85,10 +85,12 @@ class TuneOptions(CommandOptions):
     rules: list[Literal["threshold", "confidence", "entropy"]] = []
     """Rules to tune; by default all that can run."""
 
-    thresholds: list[float] = [round(0.05 * i, 2) for i in range(1, 20)]
+    thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[round(0.05 * i, 2) for i in range(1, 20)], min_length=1
+    )
     """Thresholds h to try, each strictly between 0 and 1."""
 
-    lengths: list[int] = []
+    lengths: list[Annotated[int, Field(ge=1)]] = []
     """Upper bounds on the candidate length to try; by default several, up to what was recorded."""
 
     sets: list[str] = []
@@ -213,16 +215,7 @@ def _walks(
 
 
 def _check(options: TuneOptions) -> None:
-    for threshold in options.thresholds:
-        if not 0 < threshold < 1:
-            raise ValueError(f"specdecpp: thresholds={threshold} must lie strictly between 0 and 1 (e.g. 0.7)")
-    if not options.thresholds:
-        raise ValueError("specdecpp: thresholds= is empty; name at least one, e.g. 0.5 0.7")
-    for length in options.lengths:
-        if length < 1:
-            raise ValueError(f"specdecpp: lengths={length} must be a whole number, 1 or more")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("specdecpp: pareto.png needs matplotlib; in the clone: pip install '.[train]'")
+    plots.check_installed()
     present = [name for name in FILES if (options.out / name).exists()]
     if present and not options.force:
         raise ValueError(
@@ -288,12 +281,10 @@ def pair_of(manifest: Manifest) -> str:
 
 def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: str, pair: str) -> None:
     """rows.jsonl, tune.md and pareto.png; the table also goes to the terminal."""
-    from vllm_specdecpp.training.plots import plot_pareto
-
     write_whole(options.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(options.out / "tune.md", table.encode())
     together = [row for row in rows if row["set"] == ALL]
-    plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
+    plots.plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
     print(table)
 
 
