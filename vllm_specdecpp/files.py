@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all, and JSON files that are checked as they are read."""
+"""Files that are written whole or not at all, folders of results, and JSON files that are checked as they are read."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,26 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
     for stale in path.parent.glob(f"{path.name}.*.part"):
         stale.unlink(missing_ok=True)
+
+
+def check_free(folder: Path, names: Sequence[str], force: bool) -> None:
+    """Refuse, before any work, a folder that results cannot be written into in the end.
+
+    Args:
+        names: of the results.
+        force: whether those that are there may be replaced.
+
+    Raises:
+        ValueError: one line: it is a file, or holds such results.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"specdecpp: out={folder} is a file; name a folder")
+    present = [name for name in names if (folder / name).exists()]
+    if present and not force:
+        raise ValueError(
+            f"specdecpp: out={folder} holds {', '.join(present)} already; add --force to replace them, or name another "
+            "folder"
+        )
 
 
 def read_json(path: Path, kind: TypeAdapter[Content], mend: str) -> Content:

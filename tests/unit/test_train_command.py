@@ -274,7 +274,7 @@ class TestRefusals:
         AcceptanceHead(HIDDEN).save_pretrained(out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         text = refused(data, "--out", out, capsys=capsys)
-        assert "holds a head already (config.json, model.safetensors); name another folder, or add --force" in text
+        assert "holds config.json, model.safetensors already; add --force to replace them" in text
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert cli.main(["train", str(data), "--out", str(out), "--epochs", "1", "--force"]) == 0
         assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]

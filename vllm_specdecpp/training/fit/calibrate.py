@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vllm_specdecpp.data.dataset import load_rows, open_datasets
 from vllm_specdecpp.data.manifest import Manifest
-from vllm_specdecpp.files import write_whole
+from vllm_specdecpp.files import check_free, write_whole
 from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
@@ -92,7 +92,7 @@ def run(options: CalibrateOptions) -> int:
     Raises:
         ValueError: one line: no head, foreign data, prompts that the head knows, results that are there already.
     """
-    _check_free(options)
+    _check(options)
     datasets = open_datasets([*options.fit, *options.evaluate])
     num = len(options.fit)
     head = _head(options, datasets[0].manifest)
@@ -120,7 +120,7 @@ def run(options: CalibrateOptions) -> int:
     return 0
 
 
-def _check_free(options: CalibrateOptions) -> None:
+def _check(options: CalibrateOptions) -> None:
     """Refuse before any work what could not be written in the end."""
     if not options.head.is_dir():
         raise ValueError(f"specdecpp: head={str(options.head)!r} is no folder; give the folder of a trained head")
@@ -128,16 +128,9 @@ def _check_free(options: CalibrateOptions) -> None:
         if options.out is not None:
             raise ValueError(f"specdecpp: out={str(options.out)!r} stays empty without --evaluate; name datasets there")
         return
-    if options.folder.exists() and not options.folder.is_dir():
-        raise ValueError(f"specdecpp: out={str(options.folder)!r} is a file; name a folder")
     if options.plots:
         plots.check_installed()
-    present = [name for name in FILES if (options.folder / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: {options.folder} holds {', '.join(present)} already; add --force to replace them, "
-            "or name another --out"
-        )
+    check_free(options.folder, FILES, options.force)
 
 
 def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:

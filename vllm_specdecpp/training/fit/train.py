@@ -21,7 +21,7 @@ import torch
 from vllm_specdecpp import provenance
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
 from vllm_specdecpp.data.prompts import PromptName, split_by_id
-from vllm_specdecpp.files import write_whole
+from vllm_specdecpp.files import check_free, write_whole
 from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit.fitting import evaluate, fit, standardize, start_at_scalars
@@ -83,7 +83,7 @@ def run(options: TrainOptions) -> int:
     Raises:
         ValueError: one line: ``out`` holds a head already, or the data cannot be trained on.
     """
-    _check_out(options)
+    check_free(options.out, (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE), options.force)
     start = time.perf_counter()
     datasets = open_datasets(options.data)
     manifests = [dataset.manifest for dataset in datasets]
@@ -141,18 +141,6 @@ def advice_on(history: Sequence[Mapping[str, Any]], options: TrainOptions) -> st
 
 def _rounded(value: float) -> float:
     return round(value, 6)
-
-
-def _check_out(options: TrainOptions) -> None:
-    """Refuse before any work to replace what is not to be replaced."""
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"specdecpp: out={str(options.out)!r} is a file; name a folder")
-    present = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE) if (options.out / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: out={str(options.out)!r} holds a head already ({', '.join(present)}); name another folder, or "
-            "add --force to replace it"
-        )
 
 
 def _write_log(folder: Path, history: list[dict[str, Any]]) -> None:

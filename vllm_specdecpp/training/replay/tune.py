@@ -21,7 +21,7 @@ from vllm_specdecpp.data.dataset import open_datasets
 from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import every_prompt
-from vllm_specdecpp.files import write_whole
+from vllm_specdecpp.files import check_free, write_whole
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
@@ -115,7 +115,8 @@ def run(options: TuneOptions) -> int:
     Raises:
         ValueError: one line: a bad option, unreadable or unfit data, prompts in both data and evaluation.
     """
-    _check(options)
+    plots.check_installed()
+    check_free(options.out, FILES, options.force)
     kept = cost_file.read(options.costs)
     costs, machine = CostModel(**kept.curves, max_reqs=1, max_tokens=1024), kept.setting.get("device", "")
     head_costs = with_head(costs, options.head_ms / 1000)
@@ -212,17 +213,6 @@ def _walks(
         walks[COST_AWARE_HEAD, 0.0, max_length] = walk(chains, lengths, head_costs)
     walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
     return walks
-
-
-def _check(options: TuneOptions) -> None:
-    plots.check_installed()
-    present = [name for name in FILES if (options.out / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: out={options.out} holds {', '.join(present)}; add --force, or name another folder"
-        )
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"specdecpp: out={options.out} is a file; name a folder")
 
 
 def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[AcceptanceHead | None, list[str]]:
