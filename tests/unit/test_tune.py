@@ -22,7 +22,7 @@ from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.replay.chains import load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
+from vllm_specdecpp.training.replay.replay import RecordedEstimator, oracle_lengths, survivals, threshold_lengths, walk
 from vllm_specdecpp.training.replay.tune import TuneOptions, choose, run
 from vllm_specdecpp.training.replay.tune_report import markdown, table_rows, warnings
 
@@ -134,7 +134,7 @@ class TestRun:
             rates = {}
             for bound in (4, 16):
                 for h in (0.2, 0.5, 0.8):
-                    survival = survivals(chains, step_source("threshold", chains, head), bound)
+                    survival = survivals(chains, RecordedEstimator("threshold", chains, head), bound)
                     found = walk(chains, threshold_lengths(chains, survival, h, bound), COSTS)
                     rates[h, bound] = found.tokens_per_second()
             best = max(rates, key=lambda key: rates[key])
@@ -345,7 +345,7 @@ class TestReport:
     def rows(self, files: Files, costs: CostModel = COSTS, max_length: int = 16) -> tuple[list[dict[str, Any]], Any]:
         chains = load_chains([files.train])
         choice = choose(chains, costs, "confidence", None, [0.9], [max_length])
-        survival = survivals(chains, step_source("confidence", chains, None), max_length)
+        survival = survivals(chains, RecordedEstimator("confidence", chains, None), max_length)
         walks = {
             ("fixed", 0.0, 3): walk(chains, threshold_lengths(chains, survival, 0.5, 3), costs),
             ("confidence", 0.9, max_length): walk(chains, threshold_lengths(chains, survival, 0.9, max_length), costs),

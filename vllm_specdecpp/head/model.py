@@ -142,7 +142,10 @@ class AcceptanceHead(nn.Module):
         Returns:
             [num_reqs] float32.
         """
-        logit = self.logit(hidden_states, scalars)  # [num_reqs]
+        return self.calibrated(self.logit(hidden_states, scalars), position)
+
+    def calibrated(self, logit: Tensor, position: int) -> Tensor:
+        """:meth:`probability` of uncalibrated logits [num_reqs]."""
         if self.calibration is not None:
             intercepts = self.calibration["intercepts"]
             logit = self.calibration["slope"] * logit + intercepts[min(position, len(intercepts)) - 1]

@@ -29,9 +29,9 @@ from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.replay.chains import Chains, load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import (
+    RecordedEstimator,
     fixed_lengths,
     oracle_lengths,
-    step_source,
     survivals,
     threshold_lengths,
     walk,
@@ -178,7 +178,7 @@ def choose(
     tick: Callable[[], object] = lambda: None,
 ) -> Choice:
     """The threshold and the upper bound with the most tokens per second."""
-    survival = survivals(chains, step_source(rule, chains, head), max(bounds))
+    survival = survivals(chains, RecordedEstimator(rule, chains, head), max(bounds))
     rates: dict[Choice, float] = {}
     for bound in bounds:
         for threshold in thresholds:
@@ -201,7 +201,7 @@ def _walks(
     """Every policy that is reported, on the chains that it is judged by; ``served``: what came before them."""
     walks: Walks = {("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
     for rule, choice in choices.items():
-        survival = survivals(chains, step_source(rule, chains, head), choice.num_speculative_tokens)
+        survival = survivals(chains, RecordedEstimator(rule, chains, head), choice.num_speculative_tokens)
         for threshold in sorted({*thresholds, choice.threshold}):
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
             its_costs = head_costs if RULES[rule].needs_head else costs
