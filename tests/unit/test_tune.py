@@ -182,22 +182,9 @@ class TestRun:
         run(files.options(write=False))
         assert files.config() == before
 
-    def test_only_some_rules(self, files: Files) -> None:
-        before = files.config()
-        run(files.options(rules=["confidence"]))
-        policies = {"fixed", "confidence", "cost_aware", "cost_aware with the head", "oracle"}
-        assert {row["policy"] for row in files.rows()} == policies
-        assert files.config() == before  # the head's own rule was not tuned
-
     def test_without_an_evaluation_it_says_so(self, files: Files) -> None:
-        run(files.options(evaluate=[], sets=["b"]))
-        assert {row["set"] for row in files.rows()} == {"b", "all"}
+        run(files.options(evaluate=[]))
         assert "the same ones, which favours the rules" in (files.out / "tune.md").read_text()
-
-    def test_sets_are_those_of_the_report(self, files: Files) -> None:
-        run(files.options(sets=["b"]))
-        assert {row["set"] for row in files.rows()} == {"b", "all"}
-        assert "Tuned on 8 prompts; judged on 4 others" in (files.out / "tune.md").read_text()
 
     def test_all_of_the_data_is_tuned_on_but_what_the_head_saw(self, files: Files) -> None:
         """Of the training data only the prompts held out in training count."""
@@ -307,9 +294,6 @@ class TestRefusals:
     def test_head_is_no_folder(self, files: Files) -> None:
         self.refused(files, "is no folder", head=files.root / "nowhere")
 
-    def test_rule_without_its_head(self, files: Files) -> None:
-        self.refused(files, "rules=threshold needs a head", head=None, rules=["threshold"])
-
     @pytest.mark.parametrize(
         ("name", "value"), [("thresholds", [0.5, value]) for value in (0.0, 1.0, -1.0, float("nan"))]
         + [("thresholds", []), ("lengths", [0])],
@@ -320,9 +304,6 @@ class TestRefusals:
 
     def test_longer_than_recorded(self, files: Files) -> None:
         self.refused(files, "lengths=20 exceeds the 16 candidates", lengths=[4, 20])
-
-    def test_unknown_set(self, files: Files) -> None:
-        self.refused(files, "sets=c is not in", sets=["a", "c"])
 
     def test_mixed_pairs(self, files: Files) -> None:
         other = write_dataset(files.root / "other", seed=9, prefix="o", manifest=replace(MANIFEST, draft="org/else"))

@@ -109,7 +109,6 @@ def load_chains(
     head: AcceptanceHead | None = None,
     *,
     prompts_where: Callable[[PromptName], bool] = every_prompt,
-    sets: Sequence[str] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Chains:
     """Read the recorded rounds of some datasets; hidden states are scored shard by shard and not kept.
@@ -118,28 +117,22 @@ def load_chains(
         folders: datasets of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
         prompts_where: which prompts to keep.
-        sets: which sets to keep; None keeps all.
         progress: called after each shard.
 
     Raises:
-        ValueError: one line: mixed pairs, a folder given twice, an unknown set, or nothing
-            recorded.
+        ValueError: one line: mixed pairs, a folder given twice, or nothing recorded.
     """
     datasets = open_datasets(folders)
     pieces: list[Chains] = []
-    found: dict[str, None] = {}  # names of the sets, in order
     for dataset in datasets:
         manifest = dataset.manifest
         # A recorder with a fixed length stops short of it only where any draft would.
         fixed = manifest.num_candidates if manifest.source == "on-policy" else None
         for shard in dataset.shards(progress):
-            found |= dict.fromkeys(p["set"] for p in shard.prompts)
-            chosen = [(sets is None or p["set"] in sets) and prompts_where((p["id"], p["set"])) for p in shard.prompts]
+            chosen = [prompts_where((p["id"], p["set"])) for p in shard.prompts]
             piece = chains_of_shard(shard, chosen, head, fixed)
             pieces += [piece] if piece.num_starts else []
     names = ", ".join(map(str, folders))
-    if unknown := [name for name in sets or () if name not in found]:
-        raise ValueError(f"specdecpp: sets={unknown[0]} is not in {names}; there are {', '.join(found)}")
     if not pieces:
         left = " of prompts that the head was not trained on" if prompts_where is not every_prompt else ""
         raise ValueError(f"specdecpp: no recorded rounds{left} in {names}; collect some with: vllm-specdecpp collect")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -82,9 +82,6 @@ class TuneOptions(CommandOptions):
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
 
-    rules: list[Literal["threshold", "confidence", "entropy"]] = []
-    """Rules to tune; by default all that can run."""
-
     thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default=[round(0.05 * i, 2) for i in range(1, 20)], min_length=1
     )
@@ -92,9 +89,6 @@ class TuneOptions(CommandOptions):
 
     lengths: list[Annotated[int, Field(ge=1)]] = []
     """Upper bounds on the candidate length to try; by default several, up to what was recorded."""
-
-    sets: list[str] = []
-    """Sets to report on, by name; by default all. Without evaluate also those to choose on."""
 
     bootstrap: int = Field(default=1000, ge=1)
     """Resamples of the prompts behind the 95 % intervals."""
@@ -122,7 +116,6 @@ def run(options: TuneOptions) -> int:
     head_costs = with_head(costs, options.head_ms / 1000)
     datasets = open_datasets([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
-    sets = options.sets or None
     trained = TrainingData() if options.head is None else training_data(options.head)
     num = len(options.data)
     refuse_seen(datasets[num:], datasets[:num], trained, "data")
@@ -132,8 +125,8 @@ def run(options: TuneOptions) -> int:
 
     keep = not_fitted_to if trained.fitted else every_prompt
     with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
-        judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
-        data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
+        judged = load_chains(options.evaluate, head, progress=tick) if options.evaluate else None
+        data = load_chains(options.data, head, prompts_where=keep, progress=tick)
         # Rules that read no head have no training data to keep out of.
         data_of = dict.fromkeys(rules, data)
         if judged is not None and trained.fitted:
@@ -156,7 +149,7 @@ def run(options: TuneOptions) -> int:
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
     _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), pair_of(manifest))
-    if head is not None and options.write and "threshold" in choices:
+    if head is not None and options.write:
         _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
     return 0
 
@@ -218,9 +211,7 @@ def _walks(
 def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[AcceptanceHead | None, list[str]]:
     """The head, checked against the data's draft model, and the rules to tune."""
     if options.head is None:
-        if "threshold" in options.rules:
-            raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
-        return None, list(dict.fromkeys(options.rules)) or [rule for rule in TUNED if not RULES[rule].needs_head]
+        return None, [rule for rule in TUNED if not RULES[rule].needs_head]
     from vllm_specdecpp.head.model import AcceptanceHead
 
     if not options.head.is_dir():
@@ -233,7 +224,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
             f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
             "add --force to replace it, or --no-write to leave it"
         )
-    return head, list(dict.fromkeys(options.rules)) or list(TUNED)
+    return head, list(TUNED)
 
 
 def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
