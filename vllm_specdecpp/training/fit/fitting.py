@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers.optimization import get_cosine_schedule_with_warmup
 
 from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.decision.features import encode_scalars
@@ -158,6 +157,8 @@ def fit(
     Raises:
         ValueError: one line: the loss became infinite or NaN.
     """
+    from transformers.optimization import get_cosine_schedule_with_warmup  # imports a lot
+
     decayed = [p for p in head.parameters() if p.dim() > 1]
     free = [p for p in head.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
