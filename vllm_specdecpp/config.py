@@ -130,7 +130,9 @@ class SpecDecPPConfig(BaseModel):
                 "drafts nothing where that is faster; leave it out, or add rule='threshold' or 'confidence'"
             )
         if not self.online_calibration and self.resolved_rule != "cost_aware":
-            raise ValueError(f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out")
+            raise ValueError(
+                f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
+            )
         for name in ("head", "record_dir"):
             if not self.drafts and getattr(self, name) is not None:
                 raise ValueError(
