@@ -131,7 +131,7 @@ class TestRun:
 
         monkeypatch.setattr(train, "train_head", spy)
         run(options(data, tmp_path / "head", epochs=1))
-        trained_on, held_out = ({rows.ids[i] for i in rows.prompt.tolist()} for rows in seen)
+        trained_on, held_out = ({rows.prompts[i][0] for i in rows.prompt.tolist()} for rows in seen)
         assert trained_on and held_out and not trained_on & held_out
         assert trained_on | held_out == {f"0-{i}" for i in range(40)}
 

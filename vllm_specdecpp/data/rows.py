@@ -49,11 +49,6 @@ class LabelRows:
     """Of each prompt."""
 
     @property
-    def ids(self) -> list[str]:
-        """Id of each prompt."""
-        return [prompt_id for prompt_id, _ in self.prompts]
-
-    @property
     def sets(self) -> list[str]:
         """Names of the sets, in the order of first appearance."""
         return list(dict.fromkeys(name for _, name in self.prompts))
