@@ -87,11 +87,11 @@ def ece(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> float:
     return reliability(probability, accepted, bins).ece
 
 
-def chance_ece(probability: Tensor, seed: int, bins: int = NUM_BINS, draws: int = 50) -> float:
+def chance_ece(probability: Tensor, seed: int, draws: int = 50) -> float:
     """Mean ECE of outcomes that are drawn from the estimate itself, each row by itself: what chance alone makes."""
     generator = torch.Generator().manual_seed(seed)
     p = probability.double()
-    return sum(ece(p, torch.bernoulli(p, generator=generator), bins) for _ in range(draws)) / draws
+    return sum(ece(p, torch.bernoulli(p, generator=generator)) for _ in range(draws)) / draws
 
 
 def reliability(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> Reliability:
@@ -137,10 +137,10 @@ def resample(
     return Resamples(torch.stack(aucs), torch.stack(losses))
 
 
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates, without the NaN ones; (NaN, NaN) if there is no other."""
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap replicates, without the NaN ones; (NaN, NaN) if there is no other."""
     values = values[~values.isnan()]  # [replicates]
     if not len(values):
         return math.nan, math.nan
-    low, high = torch.quantile(values, values.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    low, high = torch.quantile(values, values.new_tensor([0.025, 0.975])).tolist()
     return low, high
