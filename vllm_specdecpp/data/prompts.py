@@ -103,46 +103,31 @@ def _unique(prompts: Iterable[Prompt], name: str) -> Iterator[Prompt]:
 def _from_file(path: Path, column: str | None) -> Iterator[Prompt]:
     if path.suffix not in _FILES:
         raise ValueError(f"specdecpp: prompts={str(path)!r} is neither .jsonl nor .txt; convert or rename it")
-    if path.suffix == ".txt":
-        yield from (Prompt(f"{path.stem}-{n}", path.stem, line.strip()) for n, line in _lines(path, "prompts"))
-        return
-    for number, row in json_rows(path, "prompts"):
-        where = f"{path}, line {number}"
-        text = _text(row, _column(row, column, where), where)
-        yield Prompt(str(row.get("id", f"{path.stem}-{number}")), str(row.get("set", path.stem)), text)
-
-
-def json_rows(path: Path, option: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of each line of a JSON lines file; empty lines are skipped.
-
-    Raises:
-        ValueError: one line naming ``option`` and the line: it cannot be read, or holds something else.
-    """
-    for number, line in _lines(path, option):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"specdecpp: {option} {path}, line {number}, is not valid JSON ({error}); mend the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'specdecpp: {option} {path}, line {number}, must be an object like {{"prompt": "..."}}; mend the line'
-            )
-        yield number, row
-
-
-def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
     try:
         # Not splitlines(): JSON may hold a bare U+2028, which that would split at.
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(
-            f"specdecpp: {option}={str(path)!r} cannot be read ({error.strerror}); check the path"
+            f"specdecpp: prompts={str(path)!r} cannot be read ({error.strerror}); check the path"
         ) from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"specdecpp: {option}={str(path)!r} is not UTF-8 ({error}); convert it") from None
-    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        raise ValueError(f"specdecpp: prompts={str(path)!r} is not UTF-8 ({error}); convert it") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        default_id = f"{path.stem}-{number}"
+        if path.suffix == ".txt":
+            yield Prompt(default_id, path.stem, line.strip())
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"specdecpp: prompts {where}, is not valid JSON ({error}); mend the line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'specdecpp: prompts {where}, must be an object like {{"prompt": "..."}}; mend the line')
+        text = _text(row, _column(row, column, where), where)
+        yield Prompt(str(row.get("id", default_id)), str(row.get("set", path.stem)), text)
 
 
 def _from_hub(name: str, split: str, column: str | None) -> Iterator[Prompt]:

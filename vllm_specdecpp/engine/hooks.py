@@ -29,7 +29,6 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu"
 _SPECULATOR = f"{_V2}.spec_decode.speculator:DraftModelSpeculator"
 _STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
-_VOCAB = "vllm.model_executor.layers.vocab_parallel_embedding"
 _NO_REGISTRY = "vllm-project/vllm#36219"
 
 # fmt: off
@@ -317,14 +316,5 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.maybe_dummy_run_with_lora",
          ("self", "lora_config", "num_scheduled_tokens"), "replaced while the target is timed on V2"),
     Hook("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device", "out"), "called once a round"),
-    # Drafts that propose some token ids only.
-    Hook(f"{_VOCAB}:ParallelLMHead.__init__",
-         ("self", "num_embeddings", "embedding_dim", "bias", "params_dtype", "disable_tp"), "subclassed: some rows"),
-    Hook(f"{_VOCAB}:VocabParallelEmbedding", ("shard_indices", "tp_size", "num_embeddings_per_partition"), "read"),
-    Hook(f"{_VOCAB}:VocabParallelEmbedding.weight_loader", ("self", "param", "loaded_weight"), "extended"),
-    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor", ("org_vocab_size",), "set"),
-    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor.forward", ("self", "lm_head", "hidden_states"),
-         "hooked: the trimmed layer goes in, logits of the whole vocabulary come out"),
-    Hook("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", ("model",), "called once"),
 )
 # fmt: on

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
-from vllm_specdecpp.provenance import shrinking
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 from vllm_specdecpp.training.engine import start_engine
 
@@ -80,8 +79,6 @@ def check(options: ShrinkOptions) -> int:
             os.environ.pop("VLLM_CACHE_ROOT")
             os.environ.update({} if before is None else {"VLLM_CACHE_ROOT": before})
     lines, pays = report(original, shrunk)
-    if vocab := shrinking(options.out).get("vocab"):
-        lines.insert(-1, f"it proposes {vocab['kept']} of {vocab['of']} tokens; they hold {vocab['coverage']}")
     print("\n".join(lines))
     return 0 if pays else 1
 
@@ -96,12 +93,12 @@ def read_prompts(options: ShrinkOptions) -> list[list[int]]:
 
     from vllm_specdecpp.data.manifest import MANIFEST_FILE
     from vllm_specdecpp.data.prompts import encode, load_prompts
-    from vllm_specdecpp.shrink.vocabulary import from_dataset
+    from vllm_specdecpp.training.collect.responses import read_responses
 
     assert options.prompts is not None and options.target is not None
     folder = Path(options.prompts).expanduser()
     if (folder / MANIFEST_FILE).is_file():
-        found = [text.given for text in from_dataset(folder)]
+        found = [row["prompt_token_ids"] for row in read_responses(folder)]
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.target)
         found = [encode(tokenizer, prompt.text) for prompt in load_prompts(options.prompts)]
