@@ -99,7 +99,7 @@ def run(options: CalibrateOptions) -> int:
     shift = shift_of(head.metadata)
     trained = training_data(options.head)
     refuse_seen(datasets[num:], datasets[:num], trained, "fit")
-    if all(map(trained.was_fitted_to, prompts_of(datasets[:num]))):
+    if (prompts := prompts_of(datasets[:num])) and all(map(trained.was_fitted_to, prompts)):
         raise ValueError(
             f"specdecpp: fit={options.fit[0]}: the head was trained on all of its prompts, which would make it look "
             "too good; fit on another dataset, or train with --validation"
