@@ -275,9 +275,11 @@ LEDGER: tuple[Hook, ...] = (
          "called for each later pass; -1 in idx_mapping writes no KV"),
     Hook(f"{_V2}.block_table:BlockTables", ("block_tables", "block_sizes", "cp_size"),
          "read after rounds without a draft pass, to find stale KV of the draft model"),
-    Hook(f"{_V2}.states:RequestState", ("all_token_ids",),
+    Hook(f"{_V2}.states:RequestState", ("all_token_ids", "max_num_reqs", "max_model_len", "device"),
          "tokens that the draft model is behind and reads later; free runs are looked for in them, on the device, "
          "where the newest one is there before it drafts"),
+    Hook(f"{_V2}.buffer_utils:StagedWriteTensor.__init__", ("self", "size", "dtype", "device"),
+         "made anew for these tokens, on the device"),
     Hook("vllm.v1.kv_cache_interface:KVCacheConfig", ("num_blocks", "kv_cache_groups"), "how many blocks may be stale"),
     Hook("vllm.v1.kv_cache_interface:iter_layer_specs", ("kv_cache_spec",), "whether a request keeps all its blocks"),
     Hook("vllm.v1.kv_cache_interface:FullAttentionSpec", (), "layers whose requests keep all blocks"),

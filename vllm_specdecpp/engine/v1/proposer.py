@@ -242,7 +242,7 @@ class SpecDecPPProposer(DraftPasses):
     @cached_property
     def can_catch_up(self) -> bool:
         """Whether the draft model may leave a request's tokens for later; else it reads them in every round."""
-        return keeps_all_blocks(self.runner.kv_cache_config, self._draft_attn_layer_names)
+        return keeps_all_blocks(self.vllm_config, self.runner.kv_cache_config, self._draft_attn_layer_names)
 
     def _draft(
         self,
