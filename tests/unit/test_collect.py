@@ -59,7 +59,7 @@ class FakeCollector:
         ]  # fmt: skip
         shard = shard_from_rounds(rounds, {p.id: {"id": p.id, "set": p.set} for p in prompts})
         write_shard(self.dataset.shard_path(unit_index), shard, self.manifest)
-        return UnitSummary(skipped=0, tokens=len(prompts), observed=len(prompts))
+        return UnitSummary(skipped=0, tokens=len(prompts), observed=len(prompts), seconds=0.1)
 
     def close(self) -> None:
         FakeCollector.num_closed += 1
@@ -192,6 +192,7 @@ def test_a_model_that_is_not_there(options, fake, field):
         ({"batch": 0}, "batch"),
         ({"unit": 0}, "unit"),
         ({"limit": 0}, "limit"),
+        ({"ray": 0}, "ray"),
         ({"target": ""}, "target"),
         ({"nonsense": 1}, "nonsense"),
     ],

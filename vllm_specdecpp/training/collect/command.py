@@ -9,12 +9,13 @@ is interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector
+from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector, UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
 from vllm_specdecpp.training.model_config import model_config
@@ -45,6 +46,8 @@ def collect(options: CollectOptions) -> bool:
 
     prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
     manifest = make_manifest(options, prompts)
+    if options.ray is not None:
+        options = with_absolute_paths(options)
     dataset = create_dataset(options.out, manifest, options.force)
     units = {i: prompts[start : start + options.unit] for i, start in enumerate(range(0, len(prompts), options.unit))}
     done = dataset.done_units()
@@ -62,6 +65,31 @@ def collect(options: CollectOptions) -> bool:
     return stop.requested
 
 
+def with_absolute_paths(options: CollectOptions) -> CollectOptions:
+    """The options with absolute local paths: a Ray worker has another working directory."""
+    changes: dict[str, Any] = {"out": options.out.expanduser().absolute()}
+    for name in ("target", "draft"):
+        folder = Path(getattr(options, name)).expanduser()
+        if folder.is_dir():  # else a hub id
+            changes[name] = str(folder.absolute())
+    return options.model_copy(update=changes)
+
+
+def _summaries(
+    options: CollectOptions, dataset: Dataset, units: Mapping[int, list[Prompt]]
+) -> Generator[tuple[int, UnitSummary]]:  # fmt: skip
+    """Each unit as it ends."""
+    if options.ray is not None:
+        from vllm_specdecpp.training.collect.ray_collect import collect_with_ray
+
+        make = functools.partial(OnPolicyCollector, options, dataset)
+        yield from collect_with_ray(units, make, options.ray, gpus_per_worker=options.tensor_parallel_size)
+        return
+    with contextlib.closing(OnPolicyCollector(options, dataset)) as collector:
+        for unit, prompts in units.items():
+            yield unit, collector.collect(unit, prompts)
+
+
 def _collect_all(
     options: CollectOptions, dataset: Dataset, units: Mapping[int, list[Prompt]], num_prompts: int, stop: StopSignal
 ) -> None:
@@ -74,16 +102,14 @@ def _collect_all(
     tokens = observed = skipped = 0
     seconds = 0.0
     with (
-        contextlib.closing(OnPolicyCollector(options, dataset)) as collector,
+        contextlib.closing(_summaries(options, dataset, units)) as summaries,
         tqdm(total=num_prompts, initial=num_prompts - left, unit="prompt", desc="collect", file=sys.stderr) as bar,
     ):
-        for unit, prompts in units.items():
-            start = time.perf_counter()
-            summary = collector.collect(unit, prompts)
+        for unit, summary in summaries:
             tokens, observed = tokens + summary.tokens, observed + summary.observed
             skipped += summary.skipped
-            seconds += time.perf_counter() - start  # without the start of the engine
-            bar.update(len(prompts))
+            seconds += summary.seconds / (options.ray or 1)
+            bar.update(len(units[unit]))
             bar.set_postfix({"tok/s": f"{tokens / max(seconds, 1e-9):.1f}", "labels": observed})
             if stop.requested and bar.n < num_prompts:
                 raise KeyboardInterrupt

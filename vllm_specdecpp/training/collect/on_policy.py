@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class UnitSummary:
     """Answered."""
     observed: int
     """Candidates with a known outcome."""
+    seconds: float
+    """Without the start of the engine."""
 
 
 class OnPolicyCollector:
@@ -70,6 +73,7 @@ class OnPolicyCollector:
         Raises:
             ValueError: the disk is full, or the unit is too large for the engine's memory.
         """
+        start = time.perf_counter()
         encoded = [(p, encode(self._llm.get_tokenizer(), p.text)) for p in prompts]
         longest = self._llm.llm_engine.vllm_config.model_config.max_model_len - FEWEST_TOKENS
         fitting = [(p, ids) for p, ids in encoded if len(ids) <= longest]
@@ -87,7 +91,7 @@ class OnPolicyCollector:
                 f"{max(1, self._options.unit // 2)}"
             )
         num_tokens = sum(len(row["token_ids"]) for row in rows)
-        return UnitSummary(len(prompts) - len(fitting), num_tokens, found["observed"])
+        return UnitSummary(len(prompts) - len(fitting), num_tokens, found["observed"], time.perf_counter() - start)
 
     def close(self) -> None:
         """End the engine."""

@@ -75,5 +75,8 @@ class CollectOptions(PairOptions):
     out: Path
     """Dataset folder to write; the same command goes on there after an interruption."""
 
+    ray: int | None = Field(default=None, ge=1)
+    """Spread the units over this many workers of a Ray cluster, each with an engine of its own."""
+
     force: bool = False
     """Delete a dataset of other settings that is in the folder."""
