@@ -38,7 +38,6 @@ def plant() -> None:
         return logits + scale * torch.randn_like(logits) if get_tp_group().rank_in_group == 1 else logits
 
     SpecDecPPProposer.compute_logits = noisy  # type: ignore[method-assign]
-    ranks.plant_wrong_rows()
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPProposer.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
     SpecDecPPProposer._planted = True
