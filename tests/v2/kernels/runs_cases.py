@@ -110,9 +110,9 @@ def check_takes(take: Any, seeds: int = 8) -> None:
     """What the rule takes on the host, for batches of all sizes, also beyond the cost table, and with any chances."""
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
-        num_reqs = (1, 2, 5, 30, 33, 1, 60, 500)[seed % 8]
+        num_reqs = (1, 2, 5, 30, 33, 1, 60, 800)[seed % 8]
         # Of the last one more rows pay than are looked at together.
-        rule, params, names, a = _batch(rng, num_reqs, **({"verify": {1: 20e-3}} if num_reqs == 500 else {}))
+        rule, params, names, a = _batch(rng, num_reqs, **({"verify": {1: 20e-3}} if num_reqs == 800 else {}))
         last, stops = a["last"].tolist(), a["stop_token_ids"].tolist()
         starts = [int(rng.integers(0, end + 2)) for end in last]
         matches = np.where(rng.random(num_reqs) < 0.7, rng.integers(1, 65, num_reqs), 0)
