@@ -12,7 +12,6 @@ import torch
 
 from tests.v2.cost_rounds import late_copies
 from tests.v2.run_rounds import RunsPlay, with_runs
-from vllm_specdecpp.engine.v2 import free_runs
 
 
 @pytest.mark.parametrize(("late", "books"), [(0, False), (1, False), (2, True)])
@@ -76,8 +75,8 @@ def _(monkeypatch, s):
 
 @mutation("runs go beyond their limit")
 def _(monkeypatch, s):
-    original = free_runs.take_rows
-    monkeypatch.setattr(free_runs, "take_rows", lambda m, limits, *args: original(m, limits + 1, *args))
+    original = s.runs.take
+    s.runs.take = lambda *args, **out: original(*args[:5], args[5] + 1, *args[6:], **out)
 
 
 @mutation("a request that drafts takes a run beside its draft")
@@ -115,10 +114,10 @@ def _(monkeypatch, s):
 def _(monkeypatch, s):
     original = s.runs.report
 
-    def report() -> torch.Tensor:
-        columns = original().view(-1, s.runs._batch.num_reqs)
+    def report() -> list[torch.Tensor]:
+        columns = original()
         columns[1] = columns[1].flip(0)
-        return columns.flatten()
+        return columns
 
     s.runs.report = report
 
