@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_specdecpp.decision.cost_aware import free_runs
 from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 
@@ -20,6 +21,7 @@ BLOCKS = {"BLOCK_REQS": 32, "BLOCK_STOP": 4}
 BLOCK_RANK = 1024
 """Chances of the whole batch that are looked at together."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+WORTH = tl.constexpr(free_runs.WORTH)
 
 
 def steps_of(max_length: int) -> dict[str, int]:
@@ -112,14 +114,14 @@ def _take_runs_kernel(
     for start in range(0, num, BLOCK_RANK):
         places = start + tl.arange(0, BLOCK_RANK)
         chance = tl.load(chance_ptr + places, mask=places < num, other=0.0)
-        sums = emitted + tl.cumsum(chance.to(tl.float64), axis=0)
+        sums = emitted + WORTH * tl.cumsum(chance.to(tl.float64), axis=0)
         taking = spent + seconds(verify_seconds_ptr, verify_size, first + places + 1)
         speeds = tl.where(chance > 0, sums / taking.to(tl.float64), float("-inf"))
         top = tl.max(speeds, axis=0)
         count = tl.min(tl.where(speeds == top, places + 1, num), axis=0)  # of equals the fewest
         best = tl.where(top > best_speed, count, best)
         best_speed = tl.maximum(top, best_speed)
-        emitted += tl.sum(chance.to(tl.float64), axis=0)
+        emitted += WORTH * tl.sum(chance.to(tl.float64), axis=0)
     # The best rows are those before the last of them in the order.
     least = tl.load(chance_ptr + tl.maximum(best - 1, 0))
     end = tl.load(order_ptr + tl.maximum(best - 1, 0))

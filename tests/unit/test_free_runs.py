@@ -11,7 +11,7 @@ import torch
 from tests.standings import standings
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.decision.cost_aware.free_runs import Before, FreeRuns
+from vllm_specdecpp.decision.cost_aware.free_runs import WORTH, Before, FreeRuns
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.sources import Run
@@ -54,7 +54,7 @@ def test_the_rows_that_are_taken_are_the_best(seed: int, drafted: bool) -> None:
     reaches = [s * c.cumprod() for s, c in zip(before.survival, chances, strict=True)]
 
     def speed(lengths) -> float:
-        tokens = before.tokens + sum(float(r[:n].sum()) for r, n in zip(reaches, lengths, strict=True))
+        tokens = before.tokens + WORTH * sum(float(r[:n].sum()) for r, n in zip(reaches, lengths, strict=True))
         return tokens / (before.seconds + model.verify.at(before.rows + int(sum(lengths))))
 
     best = max(map(speed, itertools.product(*(range(len(c) + 1) for c in chances))))

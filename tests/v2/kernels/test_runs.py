@@ -18,6 +18,14 @@ def test_matches_are_those_of_model_runner_v1(launch) -> None:
     check_matches(launch)
 
 
+def test_nothing_is_read_of_a_row_that_asks_nothing() -> None:
+    """As in a dummy run: its state is -1."""
+    none = torch.full((1,), -1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    starts, matches = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+    suffix_match(torch.zeros(2, 9, dtype=torch.int32), *none, starts=starts, matches=matches)
+    assert matches.tolist() == [0]
+
+
 @pytest.mark.parametrize("launch", [runs.take_runs, device_runs.take_runs], ids=["kernel", "twin"])
 def test_a_device_takes_what_the_host_takes(launch) -> None:
     check_takes(launch)

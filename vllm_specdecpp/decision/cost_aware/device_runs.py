@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.decision.cost_aware.free_runs import WORTH
 from vllm_specdecpp.decision.tail_params import CostAwareParams
 from vllm_specdecpp.decision.tails import reach, seconds_at
 
@@ -84,7 +85,7 @@ def take_runs(
         first, emitted, spent = before.rows, before.tokens, before.seconds
         reaches = reaches * before.survival[:, None]
     chance, order = reaches.flatten().sort(descending=True, stable=True)  # [num_reqs * K]
-    sums = emitted + torch.nn.functional.pad(chance.double().cumsum(0), (1, 0))
+    sums = emitted + WORTH * torch.nn.functional.pad(chance.double().cumsum(0), (1, 0))
     count = torch.arange(len(sums), device=device)
     speeds = sums / (spent + seconds_at(params.verify_seconds, first + count))
     best = torch.where(count <= (chance > 0).sum(), speeds, -torch.inf).argmax()

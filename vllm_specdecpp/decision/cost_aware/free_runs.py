@@ -23,6 +23,9 @@ _MEMORY = 500.0
 """Observed candidates after which an old one counts 1/e: texts that repeat themselves come and go."""
 _OWN, _OWN_MEMORY = 2.0, 30.0
 """Accepted candidates of a request that weigh as much as all others' do, and how many observed ones it remembers."""
+WORTH = 0.75
+"""Of an expected token, where rows are weighed: of rows that seem just worth it most are overestimated, and text that
+does not repeat itself would pay for them."""
 _MAX_REQUESTS = 1024
 """That are remembered; the one seen longest ago is forgotten."""
 
@@ -73,7 +76,7 @@ class FreeRuns:
 
     Rows are taken in the order of their chance to be accepted, over the whole batch, as long as tokens per second rise:
 
-        (num_reqs + sum of the n best chances) / verify(num_reqs + n)
+        (num_reqs + WORTH * sum of the n best chances) / verify(num_reqs + n)
 
     A candidate's chance is that of all before it too, so what is taken of a run begins at its start. Behind drafts
     (:class:`Before`) what they have cost and are expected to bring counts as well.
@@ -127,7 +130,7 @@ class FreeRuns:
             return taken
         chance, owner = np.concatenate(reaches), np.array(owners)
         order = np.argsort(-chance, kind="stable")
-        tokens = before.tokens + np.concatenate([[0.0], np.add.accumulate(chance[order])])
+        tokens = before.tokens + WORTH * np.concatenate([[0.0], np.add.accumulate(chance[order])])
         rows = np.arange(before.rows, before.rows + len(order) + 1)
         best_rows = order[: int((tokens / (before.seconds + costs.verify.many(rows))).argmax())]
         taken.lengths += np.bincount(owner[best_rows], minlength=num_reqs)
