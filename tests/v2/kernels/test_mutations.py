@@ -149,7 +149,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("reach *= tl.load(survival_ptr + req)", "reach *= 1.0"),
         ("first + places + 1)", "first + places)"),
         ("tl.where(speeds == top, places + 1, num)", "tl.where(speeds == top, places, num)"),
-        ("emitted += tl.sum(chance", "emitted += 0 * tl.sum(chance"),
+        ("emitted += WORTH * tl.sum(chance", "emitted += 0 * tl.sum(chance"),
         ("(own + steps <= end)", "(own + steps < end)"),
         ("(best > 0) & ", ""),
         (" == BEHIND\n", " == 1\n"),
