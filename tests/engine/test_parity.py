@@ -15,7 +15,7 @@ from tests import engine_harness as harness
 from tests.reference_loop import Rule, generate, load_head
 
 MAX_LENGTH = 20
-PROMPTS = harness.prompts(24)
+PROMPTS = harness.prompts(12)
 MAX_TOKENS = 32
 STOP_IDS = frozenset({2})
 

@@ -21,14 +21,9 @@ MAX_TOKENS = 32
 
 
 def plant() -> None:
-    """A ``vllm.general_plugins`` entry point, so that it runs in the workers, which are spawned.
-
-    Adds noise to the draft's logits on rank 1: other features, other scores, other draws than on rank 0.
-    """
+    """Noise on the draft's logits on rank 1: other features, other scores, other draws than on rank 0."""
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
-    if getattr(SpecDecPPProposer, "_planted", False):
-        return
     scale, original = float(os.environ[ranks.NOISE]), SpecDecPPProposer.compute_logits
 
     def noisy(self: SpecDecPPProposer, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -38,11 +33,9 @@ def plant() -> None:
         return logits + scale * torch.randn_like(logits) if get_tp_group().rank_in_group == 1 else logits
 
     SpecDecPPProposer.compute_logits = noisy  # type: ignore[method-assign]
-    ranks.plant_wrong_rows()
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPProposer.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
-    SpecDecPPProposer._planted = True
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)
+    ranks.play(plant, RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)

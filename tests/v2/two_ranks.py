@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_tensor_parallel.py in a process of its own: two CPU ranks on Model Runner V2, the second with noise
-planted in its draft.
-
-The ranks are spawned, which imports this module first in each: so the interpreter is there before vLLM is.
-"""
+planted in its draft."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}
 
 
 def plant() -> None:
-    """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
+    """On rank 1 the draft's logits are others than on rank 0."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
 
     from vllm_specdecpp.costs import timing
@@ -36,8 +33,6 @@ def plant() -> None:
     from vllm_specdecpp.engine.v2.passes import StandaloneARSpeculator
     from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
-    if getattr(SpecDecPPSpeculator, "_planted", False):
-        return
     scale, original = float(os.environ[ranks.NOISE]), StandaloneARSpeculator.compute_draft_logits
     measure = timing.measure
 
@@ -54,15 +49,13 @@ def plant() -> None:
         return CURVES
 
     StandaloneARSpeculator.compute_draft_logits = noisy
-    ranks.plant_wrong_rows()
     timing.measure = measure_in_vain  # type: ignore[assignment]
     timing.MOST = 0.3
     CostModel.observe_draft = lambda *args: None  # type: ignore[method-assign]
     Curve.observe = lambda *args: False  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
-    SpecDecPPSpeculator._planted = True
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)
+    ranks.play(plant, RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)
