@@ -98,9 +98,7 @@ def one_engine_after_the_other(monkeypatch):
 
 
 @pytest.mark.parametrize("trimmed", [False, True])
-def test_check_plays_both_drafts_and_ends_by_what_it_says(
-    tiny, tmp_path, capsys, trimmed, one_engine_after_the_other
-):
+def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path, capsys, trimmed, one_engine_after_the_other):
     """A draft that lacks most tokens agrees less; its folder, once made, is checked without the counts."""
     (tmp_path / "prompts.txt").write_text("def wrap(text):\nclass TextWrapper:\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "9"}\n')
@@ -110,7 +108,8 @@ def test_check_plays_both_drafts_and_ends_by_what_it_says(
         assert cli.main(["shrink", *draft, *fewer]) == 0
     arguments = [
         "shrink", *draft, "--check", "--target", tiny.target, "--prompts", str(tmp_path / "prompts.txt"),
-        "--max-tokens", "16", "--eager", "--kv-cache-mib", "64", *(["--vocab", "160"] if trimmed else ["--scheme", "int8"]),
+        "--max-tokens", "16", "--eager", "--kv-cache-mib", "64",
+        *(["--vocab", "160"] if trimmed else ["--scheme", "int8"]),
     ]  # fmt: skip
     capsys.readouterr()
     status, told = cli.main(arguments), capsys.readouterr().out
