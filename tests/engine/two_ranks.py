@@ -16,6 +16,8 @@ RULES: list[dict[str, Any]] = [
     {"rule": "confidence", "threshold": THRESHOLD}, {"rule": "entropy", "threshold": None},
     {"rule": "fixed"}, {"rule": "cost_aware"},
 ]  # fmt: skip
+VARIED = ("confidence",)
+"""Rules whose lengths must differ, and whose drafts are mostly accepted."""
 PROMPTS = harness.prompts(8, seed=3)
 MAX_TOKENS = 32
 

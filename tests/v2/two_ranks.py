@@ -17,6 +17,8 @@ interpreted_triton.install()
 
 THRESHOLD, MAX_LENGTH = 0.8, 5
 RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": THRESHOLD}]
+VARIED = ("cost_aware", "confidence")
+"""Rules whose lengths must differ, and whose drafts are mostly accepted."""
 PROMPTS = harness.prompts(4, seed=31)
 MAX_TOKENS = 16
 CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}}
