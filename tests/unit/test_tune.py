@@ -320,25 +320,21 @@ class TestRefusals:
     def test_head_of_another_draft(self, files: Files) -> None:
         self.refused(files, "org/other", head=write_head(files.root / "other", draft="org/other"))
 
-    def test_head_is_no_folder(self, files: Files) -> None:
-        self.refused(files, "is no folder", head=files.root / "nowhere")
-
-    def test_rule_without_its_head(self, files: Files) -> None:
-        self.refused(files, "rules=threshold needs a head", head=None, rules=["threshold"])
-
-    @pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, float("nan")])
-    def test_threshold_out_of_range(self, files: Files, threshold: float) -> None:
-        self.refused(files, f"thresholds={threshold}", thresholds=[0.5, threshold])
-
-    def test_no_thresholds(self, files: Files) -> None:
-        self.refused(files, "thresholds= is empty", thresholds=[])
-
-    def test_longer_than_recorded(self, files: Files) -> None:
-        self.refused(files, "lengths=20 exceeds the 16 candidates", lengths=[4, 20])
-        self.refused(files, "lengths=0", lengths=[0])
-
-    def test_unknown_set(self, files: Files) -> None:
-        self.refused(files, "sets=c is not in", sets=["a", "c"])
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"head": None, "rules": ["threshold"]}, "rules=threshold needs a head"),
+            *(({"thresholds": [0.5, h]}, f"thresholds={h}") for h in (0.0, 1.0, -1.0, float("nan"))),
+            ({"thresholds": []}, "thresholds= is empty"),
+            ({"lengths": [4, 20]}, "lengths=20 exceeds the 16 candidates"),
+            ({"lengths": [0]}, "lengths=0"),
+            ({"sets": ["a", "c"]}, "sets=c is not in"),
+            ({"head": Path("nowhere")}, "is no folder"),
+            ({"costs": Path("none.json")}, "cannot be read"),
+        ],
+    )
+    def test_options(self, files: Files, changes: dict[str, Any], message: str) -> None:
+        self.refused(files, message, **changes)
 
     def test_positions_are_no_rounds(self, files: Files) -> None:
         manifest = replace(MANIFEST, kind="positions", source="paper")
@@ -357,9 +353,6 @@ class TestRefusals:
     def test_no_shards(self, files: Files) -> None:
         create_dataset(files.root / "none", MANIFEST, force=False)
         self.refused(files, "no recorded rounds in", data=[files.root / "none"])
-
-    def test_no_costs(self, files: Files) -> None:
-        self.refused(files, "cannot be read", costs=files.root / "none.json")
 
 
 class TestReport:
