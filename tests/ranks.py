@@ -39,7 +39,7 @@ def play(
     from vllm.v1.executor import multiproc_executor
 
     # vLLM spawns them on a CPU: each would import all of it again, and know nothing of what is planted.
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     plant()
     plant_wrong_rows()
     tiny = tiny_models.ensure()

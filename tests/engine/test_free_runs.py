@@ -175,7 +175,8 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
     for _ in range(2):
         assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     harness.take_rounds(llm)
-    follow, told = CostAwareRound.follow, []
+    follow = CostAwareRound.follow
+    told: list[tuple[Any, ...]] = []
 
     def followed(self: CostAwareRound, runs: Any, survival: Any) -> None:
         looks = np.isfinite(self.looks).sum(axis=0)
