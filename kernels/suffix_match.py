@@ -38,7 +38,7 @@ def _suffix_match_kernel(
     asked = tl.load(limits_ptr + req) > 0
     last = tl.where(asked, tl.load(last_ptr + req), 0).to(tl.int32)
     row = tokens_ptr + tl.load(states_ptr + req).to(tl.int64) * tokens_stride
-    token = tl.load(row + last)
+    token = tl.load(row + last, mask=asked, other=0)  # rows that ask nothing may be nobody's
     best, place, num_places, num_sure = 0, -1, 0, 0
     start = (last + BLOCK - 1) // BLOCK * BLOCK
     while (start > 0) & (best < MAX_MATCH) & (num_places < LATEST) & (num_sure < PLACES):

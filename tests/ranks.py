@@ -9,25 +9,20 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tests import engine_harness as harness
-from tests import tiny_models, trimmed
+from tests import tiny_models
 from tests.reference_loop import GreedyModel, Rule, generate
 
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 300
 """How long the ranks may take to start, and those that agree to answer."""
-NOISE, ALONE, WRONG_ROWS = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE", "SPECDECPP_TEST_WRONG_ROWS"
-"""Environment: standard deviation of the noise; 1: no rank listens to another; 1: the second one's rows of the draft's
-output layer are other tokens'."""
-TOKEN_IDS = [token for token in range(tiny_models.VOCAB_SIZE) if token % 8 != 3]
-"""That the draft proposes."""
+NOISE, ALONE = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE"
+"""Environment: standard deviation of the noise; 1: no rank listens to another."""
 
 
 def play(
@@ -41,15 +36,12 @@ def play(
     # vLLM spawns them on a CPU: each would import all of it again, and know nothing of what is planted.
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     plant()
-    plant_wrong_rows()
     tiny = tiny_models.ensure()
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        draft = trimmed.save(tiny.draft_good, Path(folder) / "draft", TOKEN_IDS)
-        config = {
-            "method": "specdecpp", "model": draft, "num_speculative_tokens": max_length, "trace_rounds": 10_000
-        }  # fmt: skip
-        llm = stack.enter_context(harness.engine(tiny.target, config, **options))
+    config = {
+        "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": max_length, "trace_rounds": 10_000
+    }  # fmt: skip
+    with harness.engine(tiny.target, config, **options) as llm:
         print("ready", flush=True)
         found = {}
         for rule in rules:
@@ -64,35 +56,22 @@ def play(
         print(json.dumps(found), flush=True)
 
 
-def plant_wrong_rows() -> None:
-    """See :data:`WRONG_ROWS`."""
-    from vllm_specdecpp.engine.shared import output_layer
-
-    original = output_layer._rows
-    if os.environ[WRONG_ROWS] == "1":
-        output_layer._rows = lambda layer, mine, token_ids: original(
-            layer, mine.roll(1, dims=0) if layer.tp_rank == 1 else mine, token_ids
-        )
-
-
-def reference(target: GreedyModel, draft: str, prompts: list[list[int]], rule: Rule, max_tokens: int) -> list[Any]:
+def reference(
+    target: GreedyModel, model: GreedyModel, prompts: list[list[int]], rule: Rule, max_tokens: int
+) -> list[Any]:
     """What ``by_request`` should be under ``rule``: (candidates, accepted, next token) of each round."""
-    model = trimmed.oracle(draft, TOKEN_IDS)
     limits: dict[str, Any] = {"max_tokens": max_tokens, "max_model_len": harness.MAX_MODEL_LEN}
     played = [generate(target, model, prompt, rule, **limits) for prompt in prompts]
     return [[[r.candidates, r.accepted, r.next_token] for r in rounds] for rounds, _ in played]
 
 
-def run(
-    module: str, folder: Path, *, alone: bool, wrong_rows: bool = False, seconds: float = START_SECONDS
-) -> dict[str, Any] | None:
+def run(module: str, folder: Path, *, alone: bool, seconds: float = START_SECONDS) -> dict[str, Any] | None:
     """The test's part: what ``module`` printed within ``seconds`` after it was ready, None for nothing.
 
     Whatever they do, they end.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, NOISE: "1.0", ALONE: str(int(alone))}
-    environment[WRONG_ROWS] = str(int(wrong_rows))
     log = folder / "log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -64,7 +64,7 @@ class SpecDecPPConfig(BaseModel):
     tokens stood in its prompt or output, which costs no draft pass. By default both under ``cost_aware``, which weighs
     them against each other; the other rules have the draft model alone. ``["suffix"]`` needs no draft model: leave
     ``model`` out. A source of your own runs on Model Runner V1.
-    On V2 a draft model whose requests give blocks back (sliding windows) has no ``suffix``."""
+    V2 has no ``suffix`` where the draft model must read every token at once (``docs/sources.md``)."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
     """Upper bound on the candidate length K (vLLM's name for it). On GPUs the default is 10 or less (`docs/gpu.md`)."""

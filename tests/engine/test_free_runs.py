@@ -176,7 +176,7 @@ def test_the_rule_itself_lets_runs_go_on_behind_drafts(llm, baseline, monkeypatc
         assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     harness.take_rounds(llm)
     follow = CostAwareRound.follow
-    told: list[tuple[Any, ...]] = []
+    told: list[Any] = []
 
     def followed(self: CostAwareRound, runs: Any, survival: Any) -> None:
         looks = np.isfinite(self.looks).sum(axis=0)

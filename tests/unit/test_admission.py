@@ -15,6 +15,7 @@ import pytest
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware import admission
 from vllm_specdecpp.decision.cost_aware.admission import Standing
+from vllm_specdecpp.decision.cost_aware.free_runs import Taken
 from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.cost_aware.records import Records
@@ -184,6 +185,21 @@ class TestReading:
         made.lengths.restore({"mean": 10.0, "weight": 64.0})
         read = [n for n in range(1, 400) if made.plan([standing(behind=100, emitted=n)], model, money).drafts.any()]
         assert read and 50 < read[0] < 150 and read == list(range(read[0], 400))
+
+    def test_where_runs_may_bring_the_text_it_is_read_as_late_and_for_what_they_leave(self) -> None:
+        """The usual answer is long; how much of it runs will bring shows in time."""
+        model, read = costs(0.05, 0.05, read={1: 0.05, 1000: 20.0}), {}
+        for by_runs in (0, 80):
+            made, money, none = admission.Admission(), Purse(), Taken([None], np.zeros(1, np.int64), np.zeros(1))
+            made.records.mean, made.records.looks = 0.85, 500.0
+            made.lengths.restore({"mean": 1000.0, "weight": 64.0})
+            assert made.plan([standing(behind=100)], model, money).drafts.all()
+            for emitted in range(1, 400):
+                if made.plan([standing(behind=100, emitted=emitted)], model, money, none).drafts.any():
+                    break
+                made.lengths.brought(["a"], [by_runs * (emitted == 1)])
+            read[by_runs] = emitted
+        assert 20 < read[0] < 200 and read[80] == read[0] + 80
 
     @pytest.mark.parametrize("behind", [0, 100])
     def test_a_request_that_is_alone_for_a_moment_is_read_for_the_usual_batch(self, behind: int) -> None:
@@ -389,6 +405,16 @@ class TestOutputLengths:
         assert lengths.remaining("c", 100) == pytest.approx(40, abs=1) and lengths.remaining("c", 12) == 12
         lengths.update({"c": 35})
         assert lengths.remaining("c", 100) == 35
+
+    def test_what_runs_will_not_bring_is_what_they_have_not_brought(self) -> None:
+        lengths = OutputLengths()
+        lengths.update({"a": 30, "b": 30})
+        lengths.brought(["a", "b"], [25, -3])
+        assert [lengths.remaining(name, 1000, runs=True) for name in "ab"] == [5, 30]
+        assert lengths.remaining("a", 1000) == 70 and lengths.remaining("a", 3, runs=True) == 3
+        lengths.update({"b": 31})
+        lengths.update({"a": 30, "b": 31})
+        assert lengths.remaining("a", 1000, runs=True) == 30, "of a request that had left"
 
     def test_requests_that_go_on_are_not_counted(self) -> None:
         lengths = OutputLengths()

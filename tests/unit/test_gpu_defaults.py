@@ -167,7 +167,6 @@ def _engine_args(monkeypatch: Any, original: Callable[[Any], Any]) -> Any:
         monkeypatch.setattr(options, name, lambda *_: None)
     monkeypatch.setattr(options, "schedule_one_row", lambda _: None)
     monkeypatch.setattr(options.draft_layers, "keep_alike", lambda _: None)
-    monkeypatch.setattr(options.draft_vocab, "check", lambda *_: None)
     for name in ("check_requests", "show_metrics"):
         monkeypatch.setattr(options.front_end, name, lambda: None)
     monkeypatch.setattr(gpu_defaults, "check_memory", lambda *_: None)

@@ -27,7 +27,9 @@ def test_sliding_windows_give_blocks_back():
 
     shape: dict[str, Any] = {"block_size": 4, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     config = kv_cache_config(target=SlidingWindowSpec(**shape, sliding_window=8), draft=FullAttentionSpec(**shape))
-    assert keeps_all_blocks(config, {"draft"}) and not keeps_all_blocks(config, {"target", "draft"})
+    plain, connected = SimpleNamespace(kv_transfer_config=None), SimpleNamespace(kv_transfer_config="a connector's")
+    assert keeps_all_blocks(plain, config, {"draft"}) and not keeps_all_blocks(plain, config, {"target", "draft"})
+    assert not keeps_all_blocks(connected, config, {"draft"}), "blocks come back as if the draft had written them"
 
 
 @pytest.mark.parametrize(("keeps", "fed"), [(True, [1]), (False, [0, 1])])

@@ -9,7 +9,6 @@ import pytest
 
 from tests.engine.test_tensor_parallel import (
     by_request,
-    test_a_rank_with_the_wrong_rows_is_noticed,
     test_ranks_that_do_not_agree_come_apart,
     test_ranks_with_different_numbers_decide_alike,
 )
@@ -17,7 +16,6 @@ from tests.v2 import two_ranks
 
 __all__ = [
     "by_request",
-    "test_a_rank_with_the_wrong_rows_is_noticed",
     "test_ranks_that_do_not_agree_come_apart",
     "test_ranks_with_different_numbers_decide_alike",
 ]

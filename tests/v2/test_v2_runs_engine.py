@@ -30,6 +30,7 @@ def know(speculator: Any, texts: list[list[int]], draw: random.Random) -> dict[t
         A request's tokens -> what was drafted behind them; to be filled.
     """
     runs, find, follow = speculator.runs, speculator.runs.find, speculator.runs.follow
+    assert not hasattr(speculator.runner.req_states.all_token_ids, "_uva_buf"), "searched over the bus"
     drafts: dict[tuple[int, ...], list[int]] = {}
 
     def known(tail: Any, behind: bool) -> None:

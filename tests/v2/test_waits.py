@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.v2 import harness
 from tests.v2.cost_rounds import attach_script
 from tests.v2.epochs import EpochBackend, Epochs
-from vllm_specdecpp.engine.shared.output_layer import Columns
 from vllm_specdecpp.engine.v2 import graphs
 from vllm_specdecpp.engine.v2.passes import SHORT
 
@@ -226,12 +225,6 @@ def test_waits_for_nothing(on_device, options):
         )
     _play(speculator)
     assert {kind for kind, _ in speculator.graphs._backend.epochs.replayed} == {"draft"}
-
-
-def test_waits_for_nothing_with_a_trimmed_draft(on_device, monkeypatch):
-    token_ids, logits = torch.empty(300, dtype=torch.int64, device=DEVICE), torch.empty(4, 300, device=DEVICE)
-    monkeypatch.setattr(Model, "compute_logits", lambda _, hidden_states: logits[: len(hidden_states)])
-    _play(on_device(lambda s: setattr(s, "columns", Columns(token_ids, 512)), rule="confidence", threshold=0.5))
 
 
 def test_waits_are_needed_without_graphs(on_device):

@@ -29,7 +29,6 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2 = "vllm.v1.worker.gpu"
 _SPECULATOR = f"{_V2}.spec_decode.speculator:DraftModelSpeculator"
 _STANDALONE = f"{_V2}.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
-_VOCAB = "vllm.model_executor.layers.vocab_parallel_embedding"
 _NO_REGISTRY = "vllm-project/vllm#36219"
 
 # fmt: off
@@ -276,9 +275,11 @@ LEDGER: tuple[Hook, ...] = (
          "called for each later pass; -1 in idx_mapping writes no KV"),
     Hook(f"{_V2}.block_table:BlockTables", ("block_tables", "block_sizes", "cp_size"),
          "read after rounds without a draft pass, to find stale KV of the draft model"),
-    Hook(f"{_V2}.states:RequestState", ("all_token_ids",),
+    Hook(f"{_V2}.states:RequestState", ("all_token_ids", "max_num_reqs", "max_model_len", "device"),
          "tokens that the draft model is behind and reads later; free runs are looked for in them, on the device, "
          "where the newest one is there before it drafts"),
+    Hook(f"{_V2}.buffer_utils:StagedWriteTensor.__init__", ("self", "size", "dtype", "device"),
+         "made anew for these tokens, on the device"),
     Hook("vllm.v1.kv_cache_interface:KVCacheConfig", ("num_blocks", "kv_cache_groups"), "how many blocks may be stale"),
     Hook("vllm.v1.kv_cache_interface:iter_layer_specs", ("kv_cache_spec",), "whether a request keeps all its blocks"),
     Hook("vllm.v1.kv_cache_interface:FullAttentionSpec", (), "layers whose requests keep all blocks"),
@@ -317,14 +318,5 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.maybe_dummy_run_with_lora",
          ("self", "lora_config", "num_scheduled_tokens"), "replaced while the target is timed on V2"),
     Hook("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device", "out"), "called once a round"),
-    # Drafts that propose some token ids only.
-    Hook(f"{_VOCAB}:ParallelLMHead.__init__",
-         ("self", "num_embeddings", "embedding_dim", "bias", "params_dtype", "disable_tp"), "subclassed: some rows"),
-    Hook(f"{_VOCAB}:VocabParallelEmbedding", ("shard_indices", "tp_size", "num_embeddings_per_partition"), "read"),
-    Hook(f"{_VOCAB}:VocabParallelEmbedding.weight_loader", ("self", "param", "loaded_weight"), "extended"),
-    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor", ("org_vocab_size",), "set"),
-    Hook("vllm.model_executor.layers.logits_processor:LogitsProcessor.forward", ("self", "lm_head", "hidden_states"),
-         "hooked: the trimmed layer goes in, logits of the whole vocabulary come out"),
-    Hook("vllm.model_executor.model_loader.reload.layerwise:record_metadata_for_reloading", ("model",), "called once"),
 )
 # fmt: on

@@ -40,6 +40,7 @@ class SpecDecPPWorkerMixin:
 
     def _install_speculator(self, config: SpecDecPPConfig) -> None:
         """Model Runner V2."""
+        from vllm_specdecpp.engine.v2.free_runs import hold_tokens
         from vllm_specdecpp.engine.v2.runs_only import RunsOnlySpeculator
         from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
@@ -47,6 +48,8 @@ class SpecDecPPWorkerMixin:
         runner = self.model_runner
         kind = SpecDecPPSpeculator if config.drafts else RunsOnlySpeculator
         runner.speculator = kind(self.vllm_config, self.device, config, runner)
+        if runner.speculator.run_sources:
+            hold_tokens(runner.req_states)
         if self.vllm_config.lora_config is not None:
             from vllm_specdecpp.engine.v2 import lora
 

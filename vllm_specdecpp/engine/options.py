@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine import front_end, gpu_defaults
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
-from vllm_specdecpp.engine.shared import draft_vocab, vocabulary
+from vllm_specdecpp.engine.shared import vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
@@ -346,7 +346,6 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             vllm_config.speculative_config.draft_model_config = vllm_config.model_config
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
-        draft_vocab.check(vllm_config.model_config, vllm_config.speculative_config.draft_model_config)
         _check_record_dir(config, vllm_config)
         front_end.check_requests()
         front_end.show_metrics()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
-from vllm_specdecpp.provenance import shrinking
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 if TYPE_CHECKING:
@@ -79,8 +78,6 @@ def check(options: ShrinkOptions) -> int:
             os.environ.pop("VLLM_CACHE_ROOT")
             os.environ.update({} if before is None else {"VLLM_CACHE_ROOT": before})
     lines, pays = report(original, shrunk)
-    if vocab := shrinking(options.out).get("vocab"):
-        lines.insert(-1, f"it proposes {vocab['kept']} of {vocab['of']} tokens; they hold {vocab['coverage']}")
     print("\n".join(lines))
     return 0 if pays else 1
 
@@ -95,13 +92,14 @@ def read_prompts(options: ShrinkOptions) -> list[list[int]]:
 
     from vllm_specdecpp.data.manifest import MANIFEST_FILE
     from vllm_specdecpp.data.prompts import load_prompts
-    from vllm_specdecpp.shrink.vocabulary import from_dataset
+    from vllm_specdecpp.training.collect.responses import read_responses
     from vllm_specdecpp.training.collect.units import encode
 
     assert options.prompts is not None and options.target is not None
     folder = Path(options.prompts).expanduser()
     if (folder / MANIFEST_FILE).is_file():
-        found = [text.given for text in from_dataset(folder)]
+        paths = sorted((folder / "responses").glob("*.jsonl"))
+        found = [row["prompt_token_ids"] for path in paths for row in read_responses(path)]
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.target)
         found = [encode(tokenizer, prompt.text) for prompt in load_prompts(options.prompts)]

@@ -59,16 +59,19 @@ class Checkpoint:
                     return name
         raise ValueError(f"specdecpp: {self.folder} has no output layer that shrink knows ({', '.join(_OUTPUT)})")
 
-    def bytes_a_pass(self, sizes: dict[str, int], share: float = 1.0) -> int:
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return self.output_layer.endswith(_EMBEDDING)
+
+    def bytes_a_pass(self, sizes: dict[str, int]) -> int:
         """Bytes of weights that one draft pass reads: all but the embedding, of which it reads a row.
 
         Args:
             sizes: tensor → bytes, of this model or of a quantised copy.
-            share: of the output layer's rows that are computed.
         """
-        output = self.output_layer
         layers = sum(size for name, size in sizes.items() if not name.endswith(_EMBEDDING + _OUTPUT))
-        return layers + round(share * sizes[output])
+        return layers + sizes[self.output_layer]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor, one at a time."""

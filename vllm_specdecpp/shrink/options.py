@@ -24,17 +24,9 @@ class ShrinkOptions(CommandOptions):
     out: Path
     """Folder to write; must not exist, unless it is this draft's and only --check is asked for."""
 
-    scheme: Literal["int8", "fp8", "int4", "none"] | None = None
+    scheme: Literal["int8", "fp8", "int4"] | None = None
     """Of the weights. int8: weights and activations, CPUs and GPUs. fp8: the same in fp8, GPUs from Ada and Hopper on.
-    int4: weights alone. none: as they are. By default fp8 where a GPU has it, else int8."""
-
-    vocab: int | None = Field(default=None, ge=1)
-    """Tokens that the draft may propose: the N that --counts holds most of, special and stop tokens among them. By
-    default all."""
-
-    counts: list[Path] = []
-    """What tokens are counted in: datasets of collect (the target's own answers), or .jsonl files with a prompt or text
-    a line."""
+    int4: weights alone. By default fp8 where a GPU has it, else int8."""
 
     check: bool = False
     """Play prompts with the original and the shrunk draft: agreement, pass times, predicted speed. Exit status 1 if the

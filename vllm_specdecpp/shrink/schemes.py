@@ -25,20 +25,40 @@ _FORMATS = {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-qua
 # Linear layers by their names: GPT-2's "c_proj" is a transposed convolution, routers choose experts and stay exact.
 _LINEAR = re.compile(r"\.(?:(?!c_proj)\w*_proj|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|fc[12])\.weight$")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
+OUTPUT = "lm_head"
+"""Module of vLLM's that a quantised output layer is loaded as."""
+KNOWN_OUTPUTS = frozenset(
+    f"{name}ForCausalLM" for name in (
+        "Exaone4", "Gemma", "Gemma3", "Glm4", "Granite", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3",
+    )
+)  # fmt: skip
+"""Architectures whose ``lm_head`` vLLM gives the quantisation, and ties only if ``tie_word_embeddings`` says so."""
 
 
 def is_linear(name: str, shape: Iterable[int]) -> bool:
     """Whether a tensor of a checkpoint is the weight of a layer that is quantised: a linear one, in one of the repeated
-    layers. Embeddings, the output layer, norms, routers and convolutions stay as they are."""
+    layers. Embeddings, norms, routers and convolutions
+    stay as they are; of the output layer see :func:`has_output`."""
     return len(list(shape)) == 2 and bool(_LINEAR.search(name) and _IN_A_LAYER.search(name))
 
 
-def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]]) -> QuantizationScheme:
+def has_output(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the output layer is quantised too; a tied one becomes a layer of its own, and the embedding stays.
+
+    Args:
+        name: of :data:`SCHEMES`.
+        config: of the model's ``config.json``.
+    """
+    return name in ("int8", "fp8") and KNOWN_OUTPUTS.issuperset(config.get("architectures") or [""])
+
+
+def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]], output: bool = False) -> QuantizationScheme:
     """compressed-tensors' scheme for a model.
 
     Args:
         name: of :data:`SCHEMES`.
         shapes: weight → [num_out, num_in], of the linear layers.
+        output: whether it is the output layer's, too.
 
     Raises:
         ValueError: one line: the model has no linear layer that is known, or, for int4, one that no group divides.
@@ -46,8 +66,9 @@ def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Quantization
     from compressed_tensors.quantization import preset_name_to_scheme
 
     if not shapes:
-        raise ValueError("specdecpp: the draft has no linear layer that shrink knows; use scheme none")
-    scheme = preset_name_to_scheme(SCHEMES[name], ["Linear"])
+        raise ValueError("specdecpp: the draft has no linear layer that shrink knows; serve it as it is")
+    # vLLM's class of an output layer has another name.
+    scheme = preset_name_to_scheme(SCHEMES[name], ["Linear", *[f"re:.*{OUTPUT}$"] * output])
     if name == "int4":
         group = scheme.weights.group_size
         while any(num_in % group for _, num_in in shapes.values()):
@@ -98,7 +119,7 @@ def config_entry(name: str, scheme: QuantizationScheme, unquantised: Iterable[st
         "format": _FORMATS[name],
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": sorted({"lm_head", *unquantised}),
+        "ignore": sorted(unquantised),
     }
 
 

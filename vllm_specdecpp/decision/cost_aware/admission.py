@@ -83,7 +83,8 @@ class Admission:
         seconds(n, K) = first(n) + (K - 1) step(n) + verify(num_reqs + n K) + reading
 
     where reading is what the draft model has yet to read of the n requests, spread over the tokens that they are
-    expected to emit: at least as many as they have emitted, so a request that goes on is read in time (ski rental). The
+    expected to emit: at least as many as they have emitted, so a request that goes on is read in time (ski rental).
+    Where there are free runs, over those that no run brings: as many as no run has brought so far. The
     best n and K are compared with a round without drafting. The stop rule does better than the best K, or the text is
     not that even: how much faster drafted rounds were than the formula says is expected of the next ones.
 
@@ -148,7 +149,7 @@ class Admission:
         for i, s in enumerate(mine):
             if s.behind > 0:
                 debts[i] = costs.extra_seconds(s.behind) + s.apart
-                charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room), 1.0)
+                charges[i] = debts[i] / max(self.lengths.remaining(s.request_id, s.room, free is not None), 1.0)
         reads = bool(charges.any())
 
         def best(accept: Array, pace: float = 1.0) -> tuple[float, NDArray[np.int64], int]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a request will still emit, as far as those before it tell."""
+"""How many tokens a request will still emit, as far as those before it tell, and how many of them no run will bring."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MEAN, _MEMORY = 100.0, 64.0
@@ -16,6 +16,7 @@ class OutputLengths:
 
     def __init__(self) -> None:
         self._emitted: dict[str, int] = {}
+        self._by_runs: dict[str, int] = {}
         self._mean, self._weight = _MEAN, 1.0
 
     def update(self, emitted: Mapping[str, int]) -> None:
@@ -24,12 +25,24 @@ class OutputLengths:
             self._weight = min(self._weight + 1, _MEMORY)
             self._mean += (self._emitted[request_id] - self._mean) / self._weight
         self._emitted = dict(emitted)
+        self._by_runs = {name: num for name, num in self._by_runs.items() if name in emitted}
 
-    def remaining(self, request_id: str, room: int) -> float:
+    def brought(self, request_ids: Sequence[str], tokens: Sequence[int]) -> None:
+        """Free runs have brought so many tokens of each request."""
+        for request_id, num in zip(request_ids, tokens, strict=True):
+            if num > 0:
+                self._by_runs[request_id] = self._by_runs.get(request_id, 0) + num
+
+    def remaining(self, request_id: str, room: int, runs: bool = False) -> float:
         """Tokens that a request of the last :meth:`update` will emit after its next one: what the usual request would,
-        but at least as many as it has emitted, and at most ``room``."""
+        but at least as many as it has emitted, and at most ``room``.
+
+        With ``runs`` those that no run will bring: nobody knows at the start whether a text repeats itself, so not more
+        than no run has brought yet.
+        """
         emitted = self._emitted[request_id]
-        return min(room, max(self._mean - emitted, emitted))
+        left = min(room, max(self._mean - emitted, emitted))
+        return min(left, emitted - self._by_runs.get(request_id, 0)) if runs else left
 
     def state(self) -> dict[str, Any]:
         """What the next start may take up."""

@@ -179,6 +179,7 @@ class CostAwareRule:
         ]
         of_runs = [won - n for won, n in zip(accepted, drafted_by, strict=True)]
         self.free_runs.learn(round_.request_ids, round_.free, behind, of_runs, adapt)
+        self.admission.lengths.brought(round_.request_ids, of_runs)
         self.admission.records.served()
         if draft_seconds is not None:
             costs.observe_draft(round_.widths, draft_seconds, read)

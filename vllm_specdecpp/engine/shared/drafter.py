@@ -24,9 +24,8 @@ from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.estimator import Estimator
 from vllm_specdecpp.decision.from_options import make_rule
 from vllm_specdecpp.decision.rules import StopRule, make_estimator
-from vllm_specdecpp.engine.shared import cost_file, draft_vocab, vocabulary
+from vllm_specdecpp.engine.shared import cost_file, vocabulary
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
-from vllm_specdecpp.engine.shared.output_layer import Columns, trim
 from vllm_specdecpp.engine.shared.round_log import Counts
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.source_registry import make_sources
@@ -47,7 +46,6 @@ class Drafter:
         config: the options in force.
         head: the acceptance head, if one is given.
         cost_aware: that rule's host side, once it was in force.
-        columns: what the model's columns of logits stand for.
         rows: at what widths passes run, beside their own.
         log: a ``RoundLog``, or what feeds one.
     """
@@ -71,7 +69,6 @@ class Drafter:
         self.head: AcceptanceHead | None = None
         self.cost_aware: Any = None
         self._tail: CostAwareTail | None = None
-        self.columns = Columns()
         self.rows: Rows = {}
         self._made = time.monotonic()
         self._taken: Counts = Counter()
@@ -81,11 +78,7 @@ class Drafter:
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Load the draft model as vLLM does, then the head; every rank holds the whole head."""
         super().load_model(target_model)  # type: ignore[misc]
-        token_ids = draft_vocab.read(self.speculative_config.draft_model_config)
-        if token_ids is not None:
-            num_ids = self.speculative_config.target_model_config.get_vocab_size()
-            self.columns = Columns(trim(self.model, token_ids[token_ids < num_ids]), num_ids)
-        vocabulary.fit_draft(self.model, self.speculative_config, trimmed=token_ids is not None)
+        vocabulary.fit_draft(self.model, self.speculative_config)
         if self.config.head is not None:
             self.head = AcceptanceHead.from_pretrained(
                 self.config.head,

@@ -176,19 +176,18 @@ def wrap_check(original: Callable[[Any], None]) -> Callable[[Any], None]:
     return verify
 
 
-def fit_draft(model: torch.nn.Module, speculative_config: Any, *, trimmed: bool) -> None:
+def fit_draft(model: torch.nn.Module, speculative_config: Any) -> None:
     """:func:`fit` for vLLM's configuration of a pair."""
     target, draft = speculative_config.target_model_config, speculative_config.draft_model_config
-    fit(model, target.get_vocab_size(), draft.get_vocab_size(), trimmed=trimmed)
+    fit(model, target.get_vocab_size(), draft.get_vocab_size())
 
 
-def fit(model: torch.nn.Module, num_target: int, num_draft: int, *, trimmed: bool = False) -> None:
+def fit(model: torch.nn.Module, num_target: int, num_draft: int) -> None:
     """Give a loaded draft model the target's width, both ways; does nothing where the sizes are equal.
 
     Args:
         model: whose ``compute_logits`` returns [num_tokens, num_draft], and [num_tokens, num_target] from now on.
         num_target, num_draft: rows of the two output layers.
-        trimmed: its logits are of some ids only, and are spread elsewhere (``engine.shared.output_layer``).
     """
     if num_target == num_draft:
         return
@@ -202,8 +201,7 @@ def fit(model: torch.nn.Module, num_target: int, num_draft: int, *, trimmed: boo
             return logits[:, :num_target].contiguous()
         return pad(logits, (0, num_target - num_draft), value=float("-inf"))  # [num_tokens, num_target]
 
-    if not trimmed:
-        model.compute_logits = compute_logits  # type: ignore[assignment]
+    model.compute_logits = compute_logits  # type: ignore[assignment]
     if num_draft < num_target:
 
         def read_what_it_has(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

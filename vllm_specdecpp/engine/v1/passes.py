@@ -85,7 +85,7 @@ class DraftPasses(Drafter, DraftModelProposer):
         return hidden_states[:num_tokens]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The draft's logits [num_rows, num_columns] from its hidden states [num_rows, hidden_size]."""
+        """The draft's logits [num_rows, vocab_size] from its hidden states [num_rows, hidden_size]."""
         num_rows = hidden_states.shape[0]
         if (width := padded(self.rows.get("logits", ()), num_rows)) > num_rows:
             padding = hidden_states.new_zeros(width - num_rows, hidden_states.shape[1])

@@ -243,7 +243,7 @@ class SpecDecPPProposer(DraftPasses):
     @cached_property
     def can_catch_up(self) -> bool:
         """Whether the draft model may leave a request's tokens for later; else it reads them in every round."""
-        return keeps_all_blocks(self.runner.kv_cache_config, self._draft_attn_layer_names)
+        return keeps_all_blocks(self.vllm_config, self.runner.kv_cache_config, self._draft_attn_layer_names)
 
     def _draft(
         self,
@@ -283,7 +283,7 @@ class SpecDecPPProposer(DraftPasses):
         while state.goes_on():
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
-            logits = self.compute_logits(hidden_states)  # [num_running, num_columns]
+            logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
             features = features_from_logits(
                 logits,
                 hidden_states,
@@ -295,10 +295,9 @@ class SpecDecPPProposer(DraftPasses):
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             # Drawing divides the logits by the temperature in place.
             raw_logits = logits.clone() if "drawn_logprob" in needs else None
-            token_ids, probs = self._sample_from_logits(logits, metadata)  # columns; [num_running, num_columns]
+            token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
             drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
-            token_ids = self.columns.token_ids(token_ids)
             column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
             submits = column[running] >= 0  # [num_running]
             if trace is not None:
@@ -306,7 +305,7 @@ class SpecDecPPProposer(DraftPasses):
                 trace.step(running[submits], features.select(submits), logprobs_of)
             drawn.append(column)
             if probs is not None:
-                probabilities.append(scatter(self.columns.spread(probs, 0.0), running, num_reqs, fill=0))
+                probabilities.append(scatter(probs, running, num_reqs, fill=0))
             if outruns and state.goes_on():
                 self.cost_aware.end_outrun(ragged(drawn, state.lengths))
             if not state.goes_on():

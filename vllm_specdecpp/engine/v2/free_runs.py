@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows, draft_seconds, take_rows
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
@@ -179,3 +180,13 @@ class DeviceFreeRuns:
         for matches, taken in self._found:
             columns += [matches, taken.lengths, taken.accepted]
         return torch.cat([column.float() for column in columns])
+
+
+def hold_tokens(req_states: Any) -> None:
+    """Keep the requests' tokens on the device, before anything else refers to them: they are searched in each round.
+
+    vLLM keeps them on the host, where a device reads them over the bus (``RequestState``, ``UvaBuffer``); for its own
+    ngram it does not. Takes 4 bytes for each of max_num_seqs × max_model_len.
+    """
+    shape = req_states.max_num_reqs, req_states.max_model_len
+    req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)

@@ -70,7 +70,8 @@ class DraftKVGaps:
         """Whether rounds may run without a draft pass: only if a request keeps all of its blocks, and each rank holds
         all positions of a block."""
         speculator = self._speculator
-        plain = keeps_all_blocks(speculator.kv_cache_config, speculator.draft_attn_layer_names)
+        names = speculator.draft_attn_layer_names
+        plain = keeps_all_blocks(speculator.vllm_config, speculator.kv_cache_config, names)
         return plain and speculator.block_tables.cp_size == 1 and speculator.pcp_manager is None
 
     def arrive(self, input_batch: Any, new: Collection[str]) -> None:

@@ -192,7 +192,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
 
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         """The draft's logits [num_reqs, vocab_size]; the rule scores them here, before anything is drawn from them."""
-        self._logits = self.columns.spread(super().compute_draft_logits(hidden_states, spec_step_idx), -torch.inf)
+        self._logits = super().compute_draft_logits(hidden_states, spec_step_idx)
         self.round.observe_pass(self._step, self._logits, hidden_states)
         return self._logits
 

@@ -95,6 +95,9 @@ class SpecDecPPSpeculator(CapturedRounds):
         super().start_cost_aware()
         if self.cost_aware is not None:
             self.cost_aware.in_flight = self.log.in_flight
+            if self.runs is not None and not self.gaps.can_catch_up:
+                logger.warning("specdecpp: free runs are off, as the draft model must read every token at once: it has "
+                               "a sliding window, or there is context parallelism or a KV connector")  # fmt: skip
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
