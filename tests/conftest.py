@@ -106,9 +106,10 @@ def reference(tiny):
 
 @pytest.fixture(autouse=True)
 def logs_reach_caplog(request, monkeypatch):
-    """Once vLLM is imported, its loggers, of which ours is a child, keep to a level and a handler of their own."""
-    if "unit" not in request.path.parts:
-        import vllm  # noqa: F401  before them: it sets them up
+    """Once vLLM has started an engine, its loggers, of which ours is a child, keep to a level and a handler of their
+    own."""
+    if "unit" not in request.path.parts:  # an engine that the test starts
+        monkeypatch.setattr("vllm.logger._configure_vllm_root_logger", lambda config: None)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     ours = logging.getLogger("vllm.specdecpp")
     level = ours.level
