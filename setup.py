@@ -32,12 +32,12 @@ setup(
         # would also install the companions that break it.
         "cpu": ["accelerate", "gguf", "transformers"],
         # ray[data] only for `collect --ray`: it is large, so it stays the user's own choice.
-        "train": ["accelerate", "datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
+        "train": ["datasets", "matplotlib", "scikit-learn", "scipy>=1.15", "tqdm", "transformers"],
         "bench": ["matplotlib", "pyyaml", "scipy>=1.15"],
         "docs": ["mkdocs>=1.6,<2"],
         "dev": [
             "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
-            "ray[data]", "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",
+            "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",
         ],
     },
     entry_points={

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cost_aware_tail, logits_summary, one_hot_rows, suffix_match, threshold_tail
+from . import cost_aware_tail, logits_summary, one_hot_rows, runs, suffix_match, threshold_tail
 
 # Pointers from torch's allocator are 16-byte aligned, and Triton's run time tells the compiler so.
 _ALIGNED = [["tt.divisibility", 16]]
@@ -113,6 +113,29 @@ def _runs() -> Iterator[Variant]:
     for states in ("i32", "i64"):
         types = pointers | {"states_ptr": f"*{states}"}
         yield Variant(f"suffix_match, {states} states", kernel, types, suffix_match.SIZES, suffix_match.OPTIONS)
+    real = (
+        "run_odds_ptr", "run_shifts_ptr", "survival_ptr", "chances_ptr", "reach_ptr", "chance_ptr", "accept_ptr",
+        "verify_seconds_ptr", "accepted_ptr", "expected_ptr", "scores_log_ptr", "slopes_ptr", "this_ptr", "means_ptr",
+        "step_seconds_ptr", "first_seconds_ptr", "spent_ptr",
+    )  # fmt: skip
+    whole = (
+        "run_ptr", "drafts_ptr", "drafted_ptr", "rows_ptr", "lengths_ptr", "max_lengths_ptr", "widths_ptr", "base_ptr",
+    )  # fmt: skip
+    long = "stop_token_ids_ptr", "order_ptr", "candidates_ptr", "draft_tokens_ptr", "ends_ptr"
+    types = pointers | dict.fromkeys(real, "*fp32") | dict.fromkeys(whole, "*i32") | dict.fromkeys(long, "*i64")
+    types |= {"states_ptr": "*i32"}
+    for max_length in (10, 20):
+        steps, blocks = runs.steps_of(max_length), runs.BLOCKS
+        for behind, sums in ((False, "*fp32"), (True, "*fp64")):
+            flags, name = {"BEHIND": behind, **steps}, f"{max_length} candidates{', behind' if behind else ''}"
+            stop = {"BLOCK_STOP": blocks["BLOCK_STOP"]}
+            yield Variant(f"run_chances, {name}", runs._run_chances_kernel, types, flags | stop, runs.OPTIONS)
+            sizes = {"BLOCK_RANK": runs.BLOCK_RANK, "BLOCK_REQS": blocks["BLOCK_REQS"]}
+            ours = types | {"tokens_ptr": sums}
+            yield Variant(f"take_runs, {name}", runs._take_runs_kernel, ours, flags | sizes, runs.OPTIONS)
+        ours = types | {"emitted_ptr": "*fp64"}
+        name = f"behind_drafts, {max_length} candidates"
+        yield Variant(name, runs._behind_drafts_kernel, ours, blocks | steps, runs.OPTIONS)
     for dtype, pointer in _DTYPES.items():
         types = {"logits_ptr": pointer, "states_ptr": "*i32", "candidates_ptr": "*i64"}
         kernel, constants = one_hot_rows._one_hot_rows_kernel, one_hot_rows.BLOCKS

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.data.prompts import Prompt, digest
+from vllm_specdecpp.data.prompts import Prompt, PromptName, digest
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
+from vllm_specdecpp.training.fit.held_out import prompt_lists
 
 HIDDEN, K, W_REJ = 8, 3, 6.0
 
@@ -30,15 +31,14 @@ def make_dataset(
     draft: str = "org/draft",
     target: str = "org/target",
     hidden_size: int = HIDDEN,
-    digest_of: Sequence[str] | None = None,
 ) -> Path:
     """Rounds whose candidates are accepted with log-odds 1 + 1.5 h + shift; h is the first number of the state that a
     head of this lag reads. The top-1 probability knows h but for noise."""
-    prompts_digest = digest([Prompt(each, "", "") for each in digest_of or ids])
+    prompts_digest = digest([Prompt(each, "", "") for each in ids])
     prompts = [Prompt(prompt_id, sets[i % len(sets)], "") for i, prompt_id in enumerate(ids)]
     generator = torch.Generator().manual_seed(seed)
     manifest = Manifest(
-        kind="rounds", target=target, draft=draft, hidden_size=hidden_size, source="on-policy",
+        target=target, draft=draft, hidden_size=hidden_size, source="on-policy",
         sampling={"temperature": 0.0}, num_candidates=K, prompts_digest=prompts_digest,
         num_prompts=len(prompts), unit_size=len(prompts), versions={},
     )  # fmt: skip
@@ -77,10 +77,9 @@ def make_head(folder: Path, *, lag: int = 0, **metadata: Any) -> Path:
     return folder
 
 
-def write_provenance(head: Path, data: Sequence[Path], validation: float = 0.3, seed: int = 5) -> None:
-    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in data]
-    entries = [{"folder": folder.name, "manifest": each} for folder, each in zip(data, manifests, strict=True)]
-    (head / "provenance.json").write_text(json.dumps({"seed": seed, "validation": validation, "data": entries}))
+def write_provenance(head: Path, prompts: Sequence[PromptName], validation: float = 0.3, seed: int = 5) -> None:
+    """As ``train`` writes it, of these prompts."""
+    (head / "provenance.json").write_text(json.dumps({"prompts": prompt_lists(prompts, validation, seed)}))
 
 
 def ids(prefix: str, num: int = 30) -> list[str]:

@@ -22,7 +22,7 @@ from vllm_specdecpp.data.shards import (
 
 HIDDEN_SIZE = 5
 SETTINGS: dict[str, Any] = {
-    "kind": "rounds", "target": "org/target", "draft": "org/draft", "target_revision": None, "draft_revision": "abc",
+    "target": "org/target", "draft": "org/draft", "target_revision": None, "draft_revision": "abc",
     "hidden_size": HIDDEN_SIZE, "source": "on-policy", "sampling": {"temperature": 0.0, "top_k": 0},
     "num_candidates": 6, "prompts_digest": "d", "num_prompts": 7, "unit_size": 2, "versions": {"torch": "1"},
     "git": "g", "command": "c", "created": "t",

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from vllm_specdecpp.files import read_json
 
 BUILT_IN_FILE = Path(__file__).with_name("pairs.json")
 DEFAULT_USER_FILE = Path("~/.config/vllm-specdecpp/pairs.json")
@@ -24,8 +26,8 @@ class Pair(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    target: str = Field(min_length=1)
-    """Hub id or folder of the target model."""
+    target: str = ""
+    """Hub id or folder of the target model: the entry's name in the file."""
 
     draft: str = Field(min_length=1)
     """Hub id or folder of the draft model."""
@@ -49,18 +51,17 @@ class Pair(BaseModel):
         return shape == list(self.like[:3]) and isinstance(num_rows, int) and abs(num_rows / self.like[3] - 1) <= 0.02
 
 
-def known_pairs(user_file: Path | None = None) -> dict[str, Pair]:
+def known_pairs() -> dict[str, Pair]:
     """The built-in pairs and the user's, by target; the user's win, whatever the case of the name.
 
-    Args:
-        user_file: a JSON object ``{target: {"draft": ..., "head": ..., "note": ...}}``; by default the file named by
-            the environment variable ``SPECDECPP_PAIRS``, else ``~/.config/vllm-specdecpp/pairs.json`` if there is one.
+    The user's file is a JSON object ``{target: {"draft": ..., "head": ..., "note": ...}}``: the one that the variable
+    ``SPECDECPP_PAIRS`` names, else ``~/.config/vllm-specdecpp/pairs.json`` if there is one.
 
     Raises:
         ValueError: one line naming the file: it was asked for and is missing, or it is malformed.
     """
     pairs = _read(BUILT_IN_FILE)
-    path, asked_for = _user_file(user_file)
+    path, asked_for = _user_file()
     if asked_for or path.exists():
         own = _read(path)
         overridden = {target.lower() for target in own}
@@ -103,7 +104,7 @@ def find_pair(target: str) -> Pair:
     entry = json.dumps({target: {"draft": "DRAFT", "head": None}})
     raise ValueError(
         f"specdecpp: no draft is known for target {target!r}; {len(pairs)} are, the nearest {', '.join(near)}; name "
-        f"one with --speculative-config '{option}', or write {entry} to {_user_file(None)[0]}"
+        f"one with --speculative-config '{option}', or write {entry} to {_user_file()[0]}"
     )
 
 
@@ -150,41 +151,16 @@ def _beside(target: Path, draft: str) -> str:
     return draft
 
 
-def _user_file(user_file: Path | None) -> tuple[Path, bool]:
+def _user_file() -> tuple[Path, bool]:
     """The user's file, and whether it was named explicitly."""
-    if user_file is not None:
-        return Path(user_file).expanduser(), True
     if named := os.environ.get(USER_FILE_VARIABLE):
         return Path(named).expanduser(), True
     return DEFAULT_USER_FILE.expanduser(), False
 
 
 def _read(path: Path) -> dict[str, Pair]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"specdecpp: pairs file {path} cannot be read ({error.strerror}); create it or unset {USER_FILE_VARIABLE}"
-        ) from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"specdecpp: pairs file {path} is not valid JSON ({error}); mend or remove it") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f'specdecpp: pairs file {path} must hold one JSON object {{"TARGET": {{"draft": "DRAFT"}}}}')
-    pairs = {}
-    for target, fields in entries.items():
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f'specdecpp: pairs file {path}: the entry of {target!r} must be an object like {{"draft": "DRAFT"}}, '
-                f"not {fields!r}"
-            )
-        try:
-            pairs[target] = Pair.model_validate({"target": target, **fields})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            allowed = "draft (required), head, like, note"
-            raise ValueError(
-                f"specdecpp: pairs file {path}: the entry of {target!r} is wrong at {where!r} ({first['msg']}); "
-                f"its keys are {allowed}"
-            ) from None
-    return pairs
+    mend = f'mend it ({{"TARGET": {{"draft": "DRAFT", "head": null}}}}), or set {USER_FILE_VARIABLE} to another one'
+    return {target: pair.model_copy(update={"target": target}) for target, pair in read_json(path, _FILE, mend).items()}
+
+
+_FILE: TypeAdapter[dict[str, Pair]] = TypeAdapter(dict[str, Pair])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.records import RawFile
-from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.files import write_whole
 
 Row = dict[str, Any]
 ESTIMATORS = {
@@ -56,7 +56,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         first = members[0]
         for name in first["sets"]:
             line: Row = {"factor": factor, "value": value, "set": name, "seeds": len(members)}
-            line |= {key: first[key] for key in ("labels", "lag", "changes", "num_parameters")}
+            line |= {key: first[key] for key in ("lag", "changes", "num_parameters")}
             line["rows"] = round(_mean([member["rows"] for member in members]))
             line["epochs"] = round(_mean([member["best_epoch"] for member in members]), 1)
             line["seconds"] = round(_mean([member["seconds"] for member in members]), 1)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train heads over one factor at a time around a centre, and judge each beside what needs no hidden state.
 
-    python -m benchmarks.heads.sweep --train data/train --evaluate data/eval --paper data/train_paper --seeds 3 \
-        --out benchmarks/results/X.jsonl
+    python -m benchmarks.heads.sweep --train data/train --evaluate data/eval --seeds 3 --out benchmarks/results/X.jsonl
 
 Each run trains, calibrates and judges with the package's own functions. A row a run is appended to X.raw.jsonl: the
 same command goes on after an interruption, and with more ``--seeds`` or ``--factors`` it measures what is missing.
@@ -35,7 +34,7 @@ from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.fit.calibration import fit_by_prompts, fit_regression
 from vllm_specdecpp.training.fit.estimates import Estimate, Scored, by_set, fit_estimates, judge, score_rows
 from vllm_specdecpp.training.fit.fitting import targets
-from vllm_specdecpp.training.fit.held_out import refuse_seen
+from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen
 from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
 from vllm_specdecpp.training.options import CommandOptions
 
@@ -65,19 +64,16 @@ class HeadSweepOptions(CommandOptions):
     """Train heads over one factor at a time around a centre, and judge each beside what needs no hidden state."""
 
     train: list[Path] = Field(min_length=1)
-    """Datasets of collect, on-policy, to train and calibrate on."""
+    """Datasets of collect to train and calibrate on."""
 
     evaluate: list[Path] = Field(min_length=1)
     """Datasets to judge on, with other prompts."""
-
-    paper: list[Path] = []
-    """Datasets of collect --source paper, of some prompts of the training data: for the factor recipe."""
 
     out: Path
     """X.jsonl; also writes X.raw.jsonl, X.md, X.png."""
 
     factors: list[Factor] = list(FACTORS)
-    """What to vary around the centre; recipe needs --paper."""
+    """What to vary around the centre."""
 
     shares: list[float] = [0.125, 0.25, 0.5]
     """Of the training labels, for the learning curve (factor labels); the centre has them all."""
@@ -108,10 +104,7 @@ class Config:
     factor: str
     value: str
     changes: dict[str, Any] = field(default_factory=dict, hash=False)
-    labels: Literal["on-policy", "paper"] = "on-policy"
     share: float = 1.0
-    papers_prompts: bool = False
-    """Whether only prompts that the paper's labels are of are trained on."""
 
 
 def grid(factors: Sequence[str], shares: Sequence[float]) -> list[Config]:
@@ -137,9 +130,7 @@ def grid(factors: Sequence[str], shares: Sequence[float]) -> list[Config]:
     ]  # fmt: skip
     if "recipe" in factors:
         longer = {name: PAPERS[name] for name in ("lag", "width", "layers", "tied", "features", "w_rej")}
-        for labels in ("on-policy", "paper"):
-            for head, change in (("centre", {}), ("paper's", PAPERS), ("paper's, trained as the centre", longer)):
-                found.append(Config("recipe", f"{labels} labels, head {head}", change, labels, papers_prompts=True))
+        found += [Config("recipe", "paper's", PAPERS), Config("recipe", "paper's, trained as the centre", longer)]
     return found
 
 
@@ -148,29 +139,26 @@ class Data:
 
     def __init__(self, options: HeadSweepOptions) -> None:
         self._options = options
-        trained, paper, judged = (open_datasets(part) if part else [] for part in _folders(options))
-        open_datasets([folder for part in _folders(options) for folder in part])  # of one pair?
-        refuse_seen([*trained, *paper], judged, None)
-        manifests = [dataset.manifest for dataset in [*trained, *judged]]
+        datasets = open_datasets([*options.train, *options.evaluate])
+        num = len(options.train)
+        refuse_seen(datasets[num:], datasets[:num], TrainingData(), "train")
+        manifests = [dataset.manifest for dataset in datasets]
         self.pair = tuple(str(name).rpartition("/")[2] for name in (manifests[0].draft, manifests[0].target))
         self.sampling = [manifest.sampling for manifest in manifests]
         self.rows, self.without_head = cache(self._rows), cache(self._without_head)
 
     def _rows(self, source: str, lag: int) -> LabelRows:
-        folders = {"on-policy": self._options.train, "paper": self._options.paper, "judged": self._options.evaluate}
-        return load_rows(folders[source], lag)
+        return load_rows(self._options.train if source == "on-policy" else self._options.evaluate, lag)
 
-    def split(self, source: str, lag: int, seed: int, papers_prompts: bool) -> tuple[LabelRows, LabelRows]:
-        """Rows to train on, and those of the prompts held out; the same prompts whatever the source."""
-        rows = self.rows(source, lag)
-        known = set(self.rows("paper", 1).prompts) if papers_prompts else None
-        held = torch.tensor([split_by_id(each, self._options.validation, seed) for each in rows.ids])[rows.prompt]
-        wanted = torch.tensor([known is None or each in known for each in rows.prompts])[rows.prompt]
-        return rows.select(wanted & ~held), rows.select(wanted & held)
+    def split(self, lag: int, seed: int) -> tuple[LabelRows, LabelRows]:
+        """Rows to train on, and those of the prompts held out."""
+        rows = self.rows("on-policy", lag)
+        held = torch.tensor([split_by_id(name, self._options.validation, seed) for name, _ in rows.prompts])
+        return rows.select(~held[rows.prompt]), rows.select(held[rows.prompt])
 
-    def _without_head(self, lag: int, seed: int, share: float, papers_prompts: bool) -> dict[str, Estimate]:
-        """Fitted to the on-policy labels of the training prompts and of those held out."""
-        rows, held_out = self.split("on-policy", lag, seed, papers_prompts)
+    def _without_head(self, lag: int, seed: int, share: float) -> dict[str, Estimate]:
+        """Fitted to the labels of the training prompts and of those held out."""
+        rows, held_out = self.split(lag, seed)
         rows = rows if share == 1 else some_prompts(rows, int(share * len(rows)), seed)
         return without_head(LabelRows.concat([rows, held_out]), lag)
 
@@ -188,27 +176,25 @@ def train_options_of(config: Config, seed: int, options: HeadSweepOptions) -> Tr
 def run_one(config: Config, seed: int, data: Data, options: HeadSweepOptions) -> Row:
     """Train, calibrate and judge one head.
 
-    All heads are calibrated on the on-policy labels of the held-out prompts; the estimates without a head are fitted to
-    the on-policy labels of both the training and the held-out prompts.
+    All heads are calibrated on the labels of the held-out prompts; the estimates without a head are fitted to those of
+    both the training and the held-out prompts.
     """
     started = time.perf_counter()
     train_options = train_options_of(config, seed, options)
     lag = train_options.lag
-    rows, val_rows = data.split(config.labels, lag, seed, config.papers_prompts)
+    rows, held_out = data.split(lag, seed)
     if config.share < 1:
         rows = some_prompts(rows, int(config.share * len(rows)), seed)
-    head, history = train_head(rows, val_rows, train_options)
+    head, history = train_head(rows, held_out, train_options)
     seconds = time.perf_counter() - started
-    _, held_out = data.split("on-policy", lag, seed, config.papers_prompts)
     estimates = {
-        **data.without_head(lag, seed, config.share, config.papers_prompts),
+        **data.without_head(lag, seed, config.share),
         **with_head(score_rows(head, held_out), float(torch.tensor(train_options.w_rej).log())),
     }
     scored = score_rows(head, data.rows("judged", lag))
     return {
-        "factor": config.factor, "value": config.value, "seed": seed, "labels": config.labels, "share": config.share,
+        "factor": config.factor, "value": config.value, "seed": seed, "share": config.share,
         "changes": config.changes, "rows": len(rows), "held_out_rows": len(held_out), "lag": lag,
-        "paper_rows": len(data.rows("paper", 1)) if config.papers_prompts else None,
         "trained_prompts": len(rows.prompt.unique()), "num_parameters": head.num_parameters,
         "best_epoch": next(row["epoch"] for row in reversed(history) if row["best"]), "epochs": history[-1]["epoch"],
         "seconds": round(seconds, 2),
@@ -283,8 +269,6 @@ def run(options: HeadSweepOptions, command: str, say: Callable[[str], None] = pr
     started = time.monotonic()
     plots.check_installed()
     configs = grid(options.factors, options.shares)
-    if not options.paper:
-        configs = [config for config in configs if config.factor != "recipe"]
     raw_path = head_sweep_report.check_paths(options.out, options.force)
     for config in configs:
         train_options_of(config, 0, options)
@@ -295,13 +279,6 @@ def run(options: HeadSweepOptions, command: str, say: Callable[[str], None] = pr
         "rows": {source: len(data.rows(source, 0)) for source in ("on-policy", "judged")},
         "validation": options.validation, "bootstrap": options.bootstrap,
     }  # fmt: skip
-    paper_rows = len(data.rows("paper", 1)) if options.paper else None
-    for row in raw.rows:
-        if paper_rows is not None and row["paper_rows"] not in (None, paper_rows):
-            raise ValueError(
-                f"{raw_path} was measured with {row['paper_rows']} of the paper's labels, not {paper_rows}; "
-                "use another --out, or the same --paper to go on"
-            )
     raw.start_run(shared, {
         "command": command, "versions": versions(), "git": git_state(), "sampling": data.sampling,
     })  # fmt: skip
@@ -323,10 +300,6 @@ def run(options: HeadSweepOptions, command: str, say: Callable[[str], None] = pr
         )
     say(json.dumps(head_sweep_report.write(raw, options.out)))
     return 0
-
-
-def _folders(options: HeadSweepOptions) -> tuple[list[Path], list[Path], list[Path]]:
-    return options.train, options.paper, options.evaluate
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def play(folder: Path, setting: str, seed: int) -> Iterator[Told]:
     Raises:
         ValueError: the folder holds no answers.
     """
-    answers = [row for path in sorted((folder / "responses").glob("*.jsonl")) for row in read_responses(path)]
+    answers = list(read_responses(folder))
     if not answers:
         raise ValueError(f"--record {folder}: no answers; make it with vllm-specdecpp collect")
     costs, sources = true_costs(SETTINGS[setting]), make_sources(list(RUN_SOURCES))

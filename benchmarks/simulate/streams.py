@@ -171,10 +171,7 @@ def recorded(folder: Path, n: int, seed: int, which: str | None = None) -> Strea
 
 def _recorded(folder: Path, which: str | None) -> Iterator[tuple[Array, Counts, int]]:
     """Scores, runs and prompt length of each request; both of one row a position."""
-    responses = {
-        (row["set"], row["id"]): row for path in sorted((folder / "responses").glob("*.jsonl"))
-        for row in read_responses(path)
-    }  # fmt: skip
+    responses = {(row["set"], row["id"]): row for row in read_responses(folder)}
     for shard in open_dataset(folder).shards():
         rounds: dict[int, list[tuple[list[float], int]]] = {}  # prompt -> (scores, accepted)
         top1, starts = shard.top1_prob.tolist(), shard.round_starts.tolist()

@@ -77,10 +77,7 @@ def recorded_texts(folder: Path) -> Iterator[Text]:
     sampling = dataset.manifest.sampling
     if sampling["temperature"] != 0:
         raise ValueError(f"--record {folder}: recorded at temperature {sampling['temperature']}; give one of 0")
-    answers = {
-        (row["set"], row["id"]): row for path in sorted((folder / "responses").glob("*.jsonl"))
-        for row in read_responses(path)
-    }  # fmt: skip
+    answers = {(row["set"], row["id"]): row for row in read_responses(folder)}
     for shard in dataset.shards():
         rounds: dict[int, list[tuple[list[int], list[float], int]]] = {}  # prompt -> candidates, scores, accepted
         ids, top1, starts = shard.token_ids.tolist(), shard.top1_prob.tolist(), shard.round_starts.tolist()

@@ -45,6 +45,7 @@ class _Scripted:
 
     def __init__(self, plan: Any, seed: int) -> None:
         self._plan, self._random = plan, random.Random(seed)
+        self.steps: list[dict[str, Any]] = []
 
     def begin(self, batch: Any, outcomes: Any, stop_token_ids: Any, *times: Any) -> Any:
         limits = [s.limit if s.limit > 0 and self._plan(s.request_id) else 0 for s in batch]
@@ -61,8 +62,8 @@ class _Scripted:
     def follow(self, drafted: Any) -> list[list[int]]:
         return self.free_runs(len(drafted))
 
-    def timed(self, step: Any) -> None:
-        pass
+    def timed(self, step: dict[str, Any]) -> None:
+        self.steps.append(step)
 
     def _tail(self, scores: Any, token_ids: Any, step: int, **state: Any) -> None:
         """Submits and goes on as far as the limits and chance allow."""
@@ -100,10 +101,10 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
     A prompt is read when its request is first drafted for, in several passes; some come from the prefix cache.
     """
     llm.reset_prefix_cache()
-    monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(PLANS[plan](random.Random(5)), seed=6))
+    scripted = _Scripted(PLANS[plan](random.Random(5)), seed=6)
+    monkeypatch.setattr(harness.proposer(llm), "cost_aware", scripted)
     draft = reference("draft_good")
     harness.take_rounds(llm)
-    llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
     checked = lengths = 0
     for _ in range(2):  # the second time with cached prompts
         outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
@@ -122,7 +123,7 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
                 emitted += accepted + 1
                 assert emitted > len(tokens) or tokens[emitted - 1] == next_token
     assert checked > 100 and bin(lengths).count("1") >= 5
-    read = [step["read"] for step in llm.collective_rpc("specdecpp_step_times")[0] if step.get("read")]
+    read = [step["read"] for step in scripted.steps if step.get("read")]
     assert max(map(len, read)) > 1  # more than one pass can read
 
 
@@ -135,13 +136,13 @@ def test_a_prompt_is_read_when_its_request_is_first_drafted_for(llm, reference, 
         seen.append(request_id)
         return len(seen) >= 3
 
-    monkeypatch.setattr(harness.proposer(llm), "cost_aware", _Scripted(from_the_third_round_on, seed=1))
+    scripted = _Scripted(from_the_third_round_on, seed=1)
+    monkeypatch.setattr(harness.proposer(llm), "cost_aware", scripted)
     draft, tokens = reference("draft_good"), answer(reference("target"), prompt, 24)
     harness.take_rounds(llm)
-    llm.collective_rpc("specdecpp_step_times", kwargs={"clear": True})
     outputs = harness.generate(llm, [prompt], max_tokens=24, ignore_eos=True)
     assert harness.token_ids(outputs) == [tokens]
-    steps = llm.collective_rpc("specdecpp_step_times")[0]
+    steps = scripted.steps
     first = next(i for i, step in enumerate(steps) if step["passes"])
     assert first == -(-len(prompt) // 24) + 1 and steps[first]["read"][:-1] == [24] * (len(steps[first]["read"]) - 1)
     assert sum(steps[first]["read"]) == len(prompt) + 3  # and what it has emitted

@@ -7,19 +7,19 @@ import errno
 import json
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_specdecpp.data.prompts import load_prompts
-from vllm_specdecpp.data.shards import RoundRecord, open_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.prompts import encode, load_prompts
+from vllm_specdecpp.data.shards import Dataset, RoundRecord, open_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.training.collect import command as collect
 from vllm_specdecpp.training.collect.command import make_manifest, run
+from vllm_specdecpp.training.collect.on_policy import UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
-from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
 
 NUM_PROMPTS, UNIT = 7, 2
 
@@ -41,8 +41,8 @@ class FakeCollector:
     num_closed = 0
     before_unit: dict[int, Any] = {}
 
-    def __init__(self, options: CollectOptions, manifest: Any) -> None:
-        self.options, self.manifest = options, manifest
+    def __init__(self, options: CollectOptions, dataset: Dataset) -> None:
+        self.dataset, self.manifest = dataset, dataset.manifest
 
     def collect(self, unit_index: int, prompts: list[Any]) -> UnitSummary:
         FakeCollector.calls.append(unit_index)
@@ -58,12 +58,8 @@ class FakeCollector:
             for p in prompts
         ]  # fmt: skip
         shard = shard_from_rounds(rounds, {p.id: {"id": p.id, "set": p.set} for p in prompts})
-        write_shard(shard_path(self.options.out, unit_index), shard, self.manifest)
-        num = len(prompts)
-        return UnitSummary(
-            unit=unit_index, prompts=num, skipped=0, tokens=num, rounds=num, steps=num, observed=num, accepted=num,
-            seconds=0.0,
-        )  # fmt: skip
+        write_shard(self.dataset.shard_path(unit_index), shard, self.manifest)
+        return UnitSummary(skipped=0, tokens=len(prompts), observed=len(prompts), seconds=0.1)
 
     def close(self) -> None:
         FakeCollector.num_closed += 1
@@ -71,7 +67,7 @@ class FakeCollector:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(collect, "_collector_class", lambda source: FakeCollector)
+    monkeypatch.setattr(collect, "OnPolicyCollector", FakeCollector)
     FakeCollector.calls, FakeCollector.num_closed, FakeCollector.before_unit = [], 0, {}
     return FakeCollector
 
@@ -86,8 +82,8 @@ def test_every_prompt_once(options, fake, capsys):
 
 def test_going_on_does_what_is_missing(options, fake):
     run(options)
-    shard_path(options.out, 1).unlink()
-    damaged = shard_path(options.out, 2)
+    open_dataset(options.out).shard_path(1).unlink()
+    damaged = open_dataset(options.out).shard_path(2)
     damaged.write_bytes(damaged.read_bytes()[:-8])
     fake.calls.clear()
     assert run(options) == 0
@@ -116,7 +112,7 @@ def test_a_signal_in_the_last_unit_interrupts_nothing(options, fake):
     """But whoever has more to do is told."""
     fake.before_unit = {3: lambda: os.kill(os.getpid(), signal.SIGINT)}
     assert run(options) == 0
-    shard_path(options.out, 3).unlink()
+    open_dataset(options.out).shard_path(3).unlink()
     assert collect.collect(options) and not collect.collect(options)
 
 
@@ -172,12 +168,9 @@ def test_other_settings_do_not_mix(options, fake, change):
 def test_the_manifest_tells_what_was_asked(options):
     prompts = load_prompts(options.prompts, None)
     made = make_manifest(options, prompts)
-    assert (made.kind, made.source, made.num_prompts, made.unit_size) == ("rounds", "on-policy", NUM_PROMPTS, UNIT)
+    assert (made.source, made.num_prompts, made.unit_size) == ("on-policy", NUM_PROMPTS, UNIT)
     assert made.target.endswith("/target") and made.draft.endswith("/draft_good")
     assert made.hidden_size == 64 and made.sampling["temperature"] == 0.0
-    assert "mixing" not in made.sampling
-    paper = make_manifest(options.model_copy(update={"source": "paper"}), prompts)
-    assert (paper.kind, paper.source, paper.sampling["mixing"]) == ("positions", "paper", 0.15)
     assert make_manifest(options, prompts[1:]).prompts_digest != made.prompts_digest
 
 
@@ -199,11 +192,8 @@ def test_a_model_that_is_not_there(options, fake, field):
         ({"batch": 0}, "batch"),
         ({"unit": 0}, "unit"),
         ({"limit": 0}, "limit"),
-        ({"mixing": 1.5}, "mixing"),
         ({"ray": 0}, "ray"),
-        ({"source": "dream"}, "source"),
         ({"target": ""}, "target"),
-        ({"responses": "folder"}, "responses='folder' goes with source=paper"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )
@@ -258,7 +248,3 @@ def test_signals_are_left_as_they_were():
         seen.append(stop.requested)
     assert seen == [False, True]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_shards_are_named_by_their_unit():
-    assert shard_path(Path("d"), 12) == Path("d/shards/00012.safetensors")

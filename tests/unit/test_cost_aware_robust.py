@@ -189,7 +189,7 @@ def test_costs_come_back_after_clock_jumps_and_stalls(jump, rounds, during, with
     def play(num_rounds: int, jump: float = 0.0) -> None:
         nonlocal last
         for _ in range(num_rounds):
-            with log.step(2, 2) as step:
+            with log.step() as step:
                 if last:
                     past, verified, accepted, before = last
                     rule.finish(past, verified, accepted, before["draft_seconds"], step["since_last_seconds"])

@@ -107,12 +107,12 @@ def _edited(**changes: Any) -> str:
 
 MANIFESTS = {
     "cut": (_edited()[:100], "is damaged"),
-    "format": (_edited(format=2), "format=2 is not 1"),
-    "list": ("[]", "format=None"),
-    "kind": (_edited(kind="tokens"), "'kind'"),
-    "type": (_edited(hidden_size="5"), "'hidden_size'"),
-    "unknown": (_edited(surprise=1), "'surprise'"),
-    "missing": (json.dumps({"format": 1, "kind": "rounds"}), "'target'"),
+    "format": (_edited(format=2), "format=2: Input should be 1"),
+    "list": ("[]", "is damaged"),
+    "source": (_edited(source="tokens"), "source='tokens': Input"),
+    "type": (_edited(hidden_size="5"), "hidden_size='5': Input"),
+    "unknown": (_edited(surprise=1), "surprise=1: "),
+    "missing": (json.dumps({"format": 1}), "target: Field required"),
 }
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
-from vllm_specdecpp.head.model import AcceptanceHead, update_config
+from vllm_specdecpp.head.files import update_config
+from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN, WIDTH, ROWS = 8, 5, 6
 TOLERANCE = 1e-5  # the same float32 operations in another order
@@ -132,13 +133,6 @@ class TestCalibration:
         expected = torch.sigmoid(self.SLOPE * head.logit(hidden).double() + shift)
         torch.testing.assert_close(head.probability(hidden, None, position).double(), expected, atol=1e-6, rtol=1e-6)
 
-    def test_a_position_a_row(self) -> None:
-        head = self.head()
-        hidden, _ = inputs(head)
-        positions = torch.tensor([3, 1, 9, 2, 1, 4])
-        each = [head.probability(hidden[i : i + 1], None, int(k)) for i, k in enumerate(positions)]
-        torch.testing.assert_close(head.probability(hidden, None, positions), torch.cat(each), atol=1e-6, rtol=1e-6)
-
     def test_the_logit_stays_uncalibrated_and_none_removes_it(self) -> None:
         head, plain = self.head(), make_head()
         hidden, _ = inputs(head)
@@ -153,19 +147,18 @@ class TestCalibration:
          {"slope": "1", "intercepts": [0.0]}, {"slope": 1.0, "intercepts": [math.inf]}, [1.0],
          {"slope": True, "intercepts": [0.0]}, {"slope": 1.0, "intercepts": 0.0}],
     )  # fmt: skip
-    def test_what_cannot_be_applied(self, bad: Any) -> None:
-        with pytest.raises(ValueError, match=r"^specdecpp: calibration=.* must be .*; calibrate the head again$"):
-            make_head().calibration = bad
+    def test_what_cannot_be_applied(self, tmp_path: Path, bad: Any) -> None:
+        make_head().save_pretrained(tmp_path)
+        before = (tmp_path / "config.json").read_bytes()
+        with pytest.raises(ValueError, match=r"^specdecpp: [^\n]*config.json is damaged \(calibration[^\n]*$"):
+            update_config(tmp_path, calibration=bad)
+        assert (tmp_path / "config.json").read_bytes() == before
 
 
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"num_layers": -1}, "num_layers=-1 must be a whole number, 0 or more"),
-            ({"hidden_size": 0}, "hidden_size=0 must be a whole number, 1 or more"),
-            ({"width": 0}, "width=0 must be a whole number, 1 or more"),
-            ({"lag": 2}, "lag=2 must be 1"),
             ({"features": ["top_1"]}, "features='top_1' is unknown; choose among"),
             ({"features": ["drawn_logprob"], "lag": 0}, "is not lossless; leave it out, or use lag=1"),
         ],
@@ -185,14 +178,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"width": 0}, "width=0 must be a whole number > 0, or null"),
-            ({"width": True}, "width=True must be"),
-            ({"features": "margin"}, "features='margin' must be a list of names"),
+            ({"width": 0}, "width=0: Input should be greater than 0"),
+            ({"width": True}, "width=True: Input should be a valid integer"),
+            ({"features": "margin"}, "features='margin': Input should be a valid array"),
             ({"features": ["margins"]}, "features='margins' is unknown"),
-            ({"lag": 2}, "lag=2 must be 0 or 1"),
+            ({"lag": 2}, "lag=2: Input should be 0 or 1"),
             ({"lag": 0, "features": ["drawn_logprob"]}, "is not lossless"),
-            ({"standardize": 1}, "standardize=1 must be true or false"),
-            ({"calibration": {"slope": 1}}, "calibration={'slope': 1} must be"),
+            ({"standardize": 1}, "standardize=1: Input should be a valid boolean"),
+            ({"calibration": {"slope": 1}}, "calibration.intercepts: Field required"),
             ({"standardize": True}, "lacks mean, scale; fetch or train the head again"),
             ({"width": 4}, "lacks project.weight, project.bias"),
             ({"features": ["margin"]}, "has shape [8, 8], but config.json (hidden_size 8) wants [9, 9]"),
@@ -205,7 +198,7 @@ class TestErrors:
         with pytest.raises(ValueError) as caught:
             AcceptanceHead.from_pretrained(tmp_path)
         assert message in str(caught.value) and str(path.parent) in str(caught.value)
-        assert str(caught.value).startswith("specdecpp: head") and "\n" not in str(caught.value)
+        assert str(caught.value).startswith("specdecpp: ") and "\n" not in str(caught.value)
 
     def test_a_projection_that_the_config_does_not_know(self, tmp_path: Path) -> None:
         make_head(width=WIDTH).save_pretrained(tmp_path)
@@ -261,19 +254,11 @@ class TestUpdateConfig:
         loaded = AcceptanceHead.from_pretrained(tmp_path)
         assert loaded.metadata == {"draft": "d", "note": "mine", "rule": {"rule": "fixed"}}
         assert loaded.calibration == {"slope": 1.5, "intercepts": [0.5]} and loaded.features == tuple(FEATURES)
-        update_config(tmp_path, calibration=None, note=None)
-        assert AcceptanceHead.from_pretrained(tmp_path).metadata == {"draft": "d", "rule": {"rule": "fixed"}}
+        update_config(tmp_path, calibration=None)
         assert AcceptanceHead.from_pretrained(tmp_path).calibration is None
         assert (tmp_path / "model.safetensors").read_bytes() == weights
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
-    def test_a_change_that_would_not_load_changes_nothing(self, tmp_path: Path) -> None:
-        make_head().save_pretrained(tmp_path)
-        before = (tmp_path / "config.json").read_bytes()
-        with pytest.raises(ValueError, match="calibration=7 must be"):
-            update_config(tmp_path, calibration=7)
-        assert (tmp_path / "config.json").read_bytes() == before
-
     def test_no_head_there(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="has no readable config.json"):
+        with pytest.raises(ValueError, match="config.json cannot be read"):
             update_config(tmp_path, rule={})

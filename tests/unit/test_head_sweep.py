@@ -27,56 +27,52 @@ HIDDEN, K = 8, 3
 QUICK = {"width": None, "lr": 3e-3, "epochs": 6, "dropout": 0.0, "weight_decay": 0.0, "batch_size": 64}
 
 
-def make_data(folder: Path, ids: Sequence[str], seed: int, *, noise: float = 2.0, paper: bool = False) -> Path:
+def make_data(folder: Path, ids: Sequence[str], seed: int) -> Path:
     """Candidates are accepted with log-odds 1 + 2 h; h is the first number of the hidden state of the pass before the
     draw, the second of the pass after it. The top-1 probability knows h but for noise."""
     generator = torch.Generator().manual_seed(seed)
     manifest = Manifest(
-        kind="positions" if paper else "rounds", target="org/large", draft="org/small", hidden_size=HIDDEN,
-        source="paper" if paper else "on-policy", sampling={"temperature": 0.0}, num_candidates=1 if paper else K,
+        target="org/large", draft="org/small", hidden_size=HIDDEN,
+        source="on-policy", sampling={"temperature": 0.0}, num_candidates=K,
         prompts_digest=digest([Prompt(each, "", str(seed)) for each in ids]), num_prompts=len(ids),
         unit_size=len(ids), versions={},
     )  # fmt: skip
-    length = 1 if paper else K
     records = []
     for prompt_id in ids:
-        for at in range(90 // length):
-            hidden = torch.randn(length + 1, HIDDEN, generator=generator)
+        for at in range(90 // K):
+            hidden = torch.randn(K + 1, HIDDEN, generator=generator)
             hidden[1:, 1] = hidden[:-1, 0]
-            logit = 1 + 2 * hidden[:length, 0]
+            logit = 1 + 2 * hidden[:K, 0]
             accepted = torch.bernoulli(logit.sigmoid(), generator=generator).tolist()
-            guess = (logit + noise * torch.randn(length, generator=generator)).sigmoid()
+            guess = (logit + 2 * torch.randn(K, generator=generator)).sigmoid()
             records.append(
                 RoundRecord(
-                    request_id=prompt_id, hidden_states=hidden[:length], token_ids=[1] * length, top1_prob=guess,
+                    request_id=prompt_id, hidden_states=hidden[:K], token_ids=[1] * K, top1_prob=guess,
                     entropy=3 * (1 - guess), margin=guess * 4, drawn_logprob=guess.log(),
-                    soft_label=torch.full((length,), math.nan), num_accepted=([*accepted, 0.0]).index(0.0),
-                    num_verified=length, emitted=at, temperature=0.0,
+                    soft_label=torch.full((K,), math.nan), num_accepted=([*accepted, 0.0]).index(0.0),
+                    num_verified=K, emitted=at, temperature=0.0,
                 )
             )  # fmt: skip
     shard = shard_from_rounds(records, {i: {"id": i, "set": "ab"[int(i[1:]) % 2]} for i in ids})
-    if paper:
-        shard = replace(shard, read_hidden_states=shard.hidden_states[:, [1, 0, *range(2, HIDDEN)]])
     dataset = create_dataset(folder, manifest, force=False)
     write_shard(dataset.shard_path(0), shard, manifest)
     return folder
 
 
-TRAIN, PAPER = [f"t{i}" for i in range(40)], [f"t{i}" for i in range(0, 40, 2)]
+TRAIN = [f"t{i}" for i in range(40)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sweep")
     make_data(path / "train", TRAIN, 0)
-    make_data(path / "paper", PAPER, 1, paper=True)
     make_data(path / "eval", [f"e{i}" for i in range(30)], 2)
     return path
 
 
 def options(folder: Path, out: Path, **changes: Any) -> HeadSweepOptions:
     given: dict[str, Any] = {
-        "train": [folder / "train"], "evaluate": [folder / "eval"], "paper": [folder / "paper"], "out": out, "seeds": 1,
+        "train": [folder / "train"], "evaluate": [folder / "eval"], "out": out, "seeds": 1,
         "bootstrap": 20, "validation": 0.3, "centre": json.dumps(QUICK),
     }  # fmt: skip
     return HeadSweepOptions(**{**given, **changes})
@@ -92,27 +88,22 @@ class TestGrid:
         assert {config.changes["layers"] for config in configs if config.factor == "depth"} == {0, 2, 3, 4}
         assert {config.changes["w_rej"] for config in configs if config.factor == "w_rej"} == {3.0, 6.0}
         recipes = [config for config in configs if config.factor == "recipe"]
-        assert {config.labels for config in recipes} == {"on-policy", "paper"}
-        assert all(config.papers_prompts for config in recipes)
-        papers = next(config for config in recipes if config.value == "paper labels, head paper's")
+        papers = next(config for config in recipes if config.value == "paper's")
         assert (papers.changes["layers"], papers.changes["w_rej"], papers.changes["lag"]) == (3, 6.0, 1)
         assert [config.factor for config in grid(["depth"], [0.5])] == ["centre"] + ["depth"] * 4
 
 
 class TestData:
-    def test_held_out_prompts_are_the_same_whatever_the_labels(self, folder: Path, tmp_path: Path) -> None:
+    def test_held_out_prompts_are_the_same_at_both_lags(self, folder: Path, tmp_path: Path) -> None:
         data = Data(options(folder, tmp_path / "x.jsonl"))
-        splits = [data.split(source, 1, 3, True) for source in ("on-policy", "paper")]
-        ids = [[{part.ids[i] for i in part.prompt.tolist()} for part in split] for split in splits]
-        assert ids[0] == ids[1]
-        fitted, held_out = ids[0]
-        assert fitted | held_out == set(PAPER) and held_out == {each for each in PAPER if split_by_id(each, 0.3, 3)}
-        every = data.split("on-policy", 0, 3, False)
-        assert {part.ids[i] for part in every for i in part.prompt.tolist()} == set(TRAIN)
+        for lag in (0, 1):
+            split = data.split(lag, 3)
+            fitted, held_out = ({part.prompts[i][0] for i in part.prompt.tolist()} for part in split)
+            assert fitted | held_out == set(TRAIN) and held_out == {each for each in TRAIN if split_by_id(each, 0.3, 3)}
 
     def test_prompts_in_both(self, folder: Path, tmp_path: Path) -> None:
         mixed = make_data(tmp_path / "mixed", ["n1", "t4", "n2"], 10)
-        with pytest.raises(ValueError, match=r"evaluate=.*mixed shares 1 prompts with fit \(e\.g\. 't4' of 'a'\)"):
+        with pytest.raises(ValueError, match=r"evaluate=.*mixed shares 1 prompts with --train \(e\.g\. 't4' of 'a'\)"):
             Data(options(folder, tmp_path / "x.jsonl", evaluate=[mixed]))
 
 
@@ -127,7 +118,7 @@ class TestRuns:
         assert whole["head"]["auc"] > whole["logit_features"]["auc"] + 0.02
         assert whole["head"]["log_loss_over_logit_features_high"] < 0
         assert whole["head"]["ece"] < 0.05 < whole["confidence"]["ece"]  # the planted noise makes it overconfident
-        fitted, held_out = data.split("on-policy", 0, 0, False)
+        fitted, held_out = data.split(0, 0)
         assert (row["rows"], row["held_out_rows"]) == (len(fitted), len(held_out))
 
     def test_the_figures_are_those_of_the_metrics(self, folder: Path, tmp_path: Path) -> None:
@@ -136,7 +127,7 @@ class TestRuns:
         data = Data(chosen)
         config = Config("w_rej", "6", {"w_rej": 6.0})
         row = run_one(config, 1, data, chosen)
-        fitted, held_out = data.split("on-policy", 0, 1, False)
+        fitted, held_out = data.split(0, 1)
         settings = {**head_sweep.CENTRE, **QUICK, "w_rej": 6.0, "seed": 1}
         head, _ = train_head(fitted, held_out, head_sweep.TrainOptions(data=[Path("d")], out=Path("o"), **settings))
         scored = score_rows(head, data.rows("judged", 0))
@@ -166,17 +157,6 @@ class TestRuns:
         assert whole["held_out_rows"] == part["held_out_rows"]
         assert [len(rows) for rows in seen] == [row["rows"] + row["held_out_rows"] for row in (whole, part)]
 
-    def test_the_papers_labels(self, folder: Path, tmp_path: Path) -> None:
-        chosen = options(folder, tmp_path / "x.jsonl")
-        data = Data(chosen)
-        changes = {"lag": 1, "features": ["none"]}
-        row = run_one(Config("recipe", "p", changes, "paper", papers_prompts=True), 0, data, chosen)
-        fitted, _ = data.split("paper", 1, 0, True)
-        _, held_out = data.split("on-policy", 1, 0, True)
-        assert (row["rows"], row["held_out_rows"], row["paper_rows"]) == (len(fitted), len(held_out), 90 * len(PAPER))
-        assert row["sets"]["all"]["head"]["auc"] > 0.75  # its state says at lag 1 what the other says at lag 0
-        assert row["sets"]["all"]["num"] == len(data.rows("judged", 1)) < len(data.rows("judged", 0))
-
     def test_the_estimates_without_a_head(self, folder: Path, tmp_path: Path) -> None:
         """At lag 1 the drawn token's probability is one of the scalars, at lag 0 it is not there."""
         data = Data(options(folder, tmp_path / "x.jsonl"))
@@ -196,7 +176,7 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
 class TestReport:
     def command(self, folder: Path, out: Path, *more: str) -> list[str]:
         return [
-            "--train", str(folder / "train"), "--evaluate", str(folder / "eval"), "--paper", str(folder / "paper"),
+            "--train", str(folder / "train"), "--evaluate", str(folder / "eval"),
             "--out", str(out), "--bootstrap", "10", "--validation", "0.3",
             "--centre", json.dumps({**QUICK, "epochs": 2}), *more,
         ]  # fmt: skip
@@ -246,13 +226,6 @@ class TestReport:
         capsys.readouterr()
         assert main([*short, "--bootstrap", "11"]) == 2
         assert "was measured with bootstrap=10, not 11" in capsys.readouterr().err
-        fewer = make_data(tmp_path / "fewer", PAPER[:10], 1, paper=True)
-        raw = out.with_suffix(".raw.jsonl")
-        recipe = {"factor": "recipe", "value": "paper labels, head centre", "seed": 0, "paper_rows": 90 * len(PAPER)}
-        raw.write_text(raw.read_text() + json.dumps(recipe) + "\n")
-        assert main([*short, "--paper", str(fewer)]) == 2  # --paper twice: more labels than before
-        error = capsys.readouterr().err
-        assert "given twice" in error or "of the paper's labels, not" in error
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -283,7 +256,7 @@ class TestReport:
             found |= {"head": {**plain, "log_loss": head, **over}, "num": 10, "prompts": 2, "accept_rate": 0.8}
             return {
                 "factor": "centre" if share == 1 else "labels", "value": f"{share}", "share": share, "seed": seed,
-                "labels": "on-policy", "lag": 0, "changes": {}, "num_parameters": 1, "rows": 100 * share,
+                "lag": 0, "changes": {}, "num_parameters": 1, "rows": 100 * share,
                 "best_epoch": 1, "seconds": 1.0, "sets": {"all": found},
             }  # fmt: skip
 

@@ -59,56 +59,23 @@ class _Clock:
         return self.now
 
 
-def _step(log: RoundLog, clock: _Clock, start: float, end: float, passes: int, **kwargs: int) -> None:
-    clock.now = start
-    with log.step(kwargs.get("num_reqs", 1), kwargs.get("num_rows", 3)) as step:
-        step["num_new"] = kwargs.get("num_new", 0)
-        for _ in range(passes):
-            log.draft_pass()
-        clock.now = end
-
-
-def test_step_times():
+def test_a_step_is_timed():
     clock = _Clock()
-    log = RoundLog(8, clock)
+    log = RoundLog(clock=clock)
     log.draft_pass()  # of no step, as in a warm-up
-    _step(log, clock, 10.0, 10.5, passes=3, num_reqs=2, num_rows=7, num_new=1)
-    log.stats(reset=True)
-    _step(log, clock, 12.0, 12.0, passes=0)
-    assert log.step_times(clear=True) == [
-        {"num_reqs": 2, "rows": 7, "num_new": 1, "passes": 3, "draft_seconds": 0.5, "since_last_seconds": None},
-        {"num_reqs": 1, "rows": 3, "num_new": 0, "passes": 0, "draft_seconds": 0.0, "since_last_seconds": 1.5},
+    found = []
+    for start, end, passes in ((10.0, 10.5, 3), (12.0, 12.0, 0)):
+        clock.now = start
+        with log.step() as step:
+            for _ in range(passes):
+                log.draft_pass()
+            clock.now = end
+        log.stats(reset=True)
+        found.append(step)
+    assert found == [
+        {"passes": 3, "draft_seconds": 0.5, "since_last_seconds": None},
+        {"passes": 0, "draft_seconds": 0.0, "since_last_seconds": 1.5},
     ]
-    assert log.step_times() == []
-
-
-def test_step_times_are_bounded_and_off_by_default():
-    clock = _Clock()
-    for trace_rounds, kept in ((0, []), (2, [3.0, 4.0])):
-        log = RoundLog(trace_rounds, clock)
-        for i in range(5):
-            _step(log, clock, float(i), 2.0 * i, passes=1)
-        assert [step["draft_seconds"] for step in log.step_times()] == kept
-
-
-def test_time_since_the_last_step_is_right_after_a_resize():
-    clock = _Clock()
-    log = RoundLog(0, clock)
-    _step(log, clock, 1.0, 2.0, passes=1)
-    log.resize(4)
-    _step(log, clock, 5.0, 6.0, passes=1)
-    log.resize(1)
-    assert [step["since_last_seconds"] for step in log.step_times()] == [3.0]
-
-
-def test_a_failed_step_is_not_timed():
-    log = RoundLog(4)
-    try:
-        with log.step(1, 1):
-            raise RuntimeError
-    except RuntimeError:
-        pass
-    assert log.step_times() == []
 
 
 @pytest.mark.asks(17)

@@ -134,48 +134,37 @@ def test_the_users_entries_win_in_any_case(user_file: Path) -> None:
     assert CODER not in known_pairs() and "Qwen/Qwen3-14B" in known_pairs()
 
 
-def test_the_file_named_by_the_environment_or_the_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = write(tmp_path / "named.json", '{"a/b": {"draft": "c/d"}}')
-    assert known_pairs(named)["a/b"].draft == "c/d"
     monkeypatch.setenv(pairs.USER_FILE_VARIABLE, str(named))
     assert find_pair("a/b").draft == "c/d"
 
 
 def test_a_file_that_was_asked_for_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = tmp_path / "missing.json"
-    with pytest.raises(ValueError, match="pairs file .*missing.json cannot be read"):
-        known_pairs(missing)
     monkeypatch.setenv(pairs.USER_FILE_VARIABLE, str(missing))
-    with pytest.raises(ValueError, match="pairs file .*missing.json cannot be read"):
+    with pytest.raises(ValueError, match="missing.json cannot be read"):
         find_pair(CODER)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid JSON"),
-        ("", "is not valid JSON"),
-        ("[]", "must hold one JSON object"),
-        ('{"t": "d"}', "the entry of 't' must be an object like"),
-        ('{"t": {}}', "the entry of 't' is wrong at 'draft'"),
-        ('{"t": {"draft": 3}}', "wrong at 'draft'"),
-        ('{"t": {"draft": "d", "hed": "h"}}', "wrong at 'hed'"),
-        ('{"": {"draft": "d"}}', "wrong at 'target'"),
+        ("{", "Invalid JSON"),
+        ("", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ('{"t": "d"}', "t='d': Input should be an object"),
+        ('{"t": {}}', "t.draft: Field required"),
+        ('{"t": {"draft": 3}}', "t.draft=3: Input should be a valid string"),
+        ('{"t": {"draft": "d", "hed": "h"}}', "t.hed='h': Extra inputs are not permitted"),
     ],
 )
 def test_a_malformed_file_is_named_in_one_line(user_file: Path, text: str, message: str) -> None:
     write(user_file, text)
     with pytest.raises(ValueError) as caught:
         find_pair(CODER)
-    assert str(caught.value).startswith(f"specdecpp: pairs file {user_file}")
+    assert str(caught.value).startswith(f"specdecpp: {user_file} is damaged")
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_not_text_is_named(user_file: Path) -> None:
-    write(user_file, "")
-    user_file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not valid JSON"):
-        known_pairs()
 
 
 def config(folder: Path, **fields: Any) -> str:

@@ -124,45 +124,8 @@ def test_groups_differ_in_colour_and_marker(tmp_path: Path, drawn: list[Any]) ->
     assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 7
 
 
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([], "needs points, but got none"),
-        ([{"label": "a", "group": "b", "discard_rate": 1.0}], "lacks 'verification_rate'"),
-        ([pareto_point("a", "b", float("nan"), 1.0)], "discard_rate=nan; it must be a finite number"),
-        ([pareto_point("a", "b", 1.0, "0.5")], "verification_rate='0.5'"),  # type: ignore[arg-type]
-    ],
-    ids=["none", "missing", "NaN", "text"],
-)
-def test_points_that_cannot_be_drawn_are_named(tmp_path: Path, points: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        plots.plot_pareto(points, tmp_path / "p.png")
-    assert str(error.value).startswith("specdecpp: ") and "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_panels(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs a set and an estimator"):
-        plots.plot_reliability({}, tmp_path / "r.png", "t")
-
-
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install '.\[train\]'"):
         plots.plot_pareto([pareto_point("a", "b", 1.0, 1.0)], tmp_path / "p.png")
-
-
-def test_a_plot_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    (tmp_path / "p.png").write_bytes(b"old")
-
-    def fails(self: Figure, path: Path, **kwargs: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", fails)
-    with pytest.raises(OSError, match="No space left"):
-        plots.plot_pareto([pareto_point("a", "b", 1.0, 1.0)], tmp_path / "p.png")
-    assert [f.name for f in tmp_path.iterdir()] == ["p.png"] and (tmp_path / "p.png").read_bytes() == b"old"

@@ -157,9 +157,3 @@ def test_the_split_is_stable_fair_and_nested():
 
 
 FIXED_SPLIT = [6, 7, 22]
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.1])
-def test_a_share_that_is_none(fraction):
-    with _refused("must be from 0 to 1"):
-        split_by_id("a", fraction, 0)

@@ -19,10 +19,10 @@ from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
 from vllm_specdecpp.training.replay.replay import (
     Lengths,
+    RecordedEstimator,
     fixed_lengths,
     oracle_lengths,
     run_rule,
-    step_source,
     survivals,
     threshold_lengths,
     walk,
@@ -68,7 +68,7 @@ def recorded(num_candidates: int = RECORDED) -> Any:
 
 def lengths_of(chains: Chains, name: str, threshold: float, max_length: int) -> Lengths:
     rule, head = policy(name)
-    survival = survivals(chains, step_source(rule, chains, head), max_length)
+    survival = survivals(chains, RecordedEstimator(rule, chains, head), max_length)
     return threshold_lengths(chains, survival, threshold, max_length)
 
 
@@ -145,11 +145,11 @@ class TestOneLoop:
         """Lengths from survivals computed once are those of DraftRound, for each threshold and bound."""
         rule, head = policy(name)
         chains = chains_of(recorded(num_candidates), num_candidates, head)
-        source = step_source(rule, chains, head)
-        survival = survivals(chains, source, 12)
+        estimator = RecordedEstimator(rule, chains, head)
+        survival = survivals(chains, estimator, 12)
         for threshold in THRESHOLDS:
             for max_length in (1, 3, 12):
-                expected, _ = run_rule(chains, ThresholdRule(source.estimator, threshold), source, max_length)
+                expected, _ = run_rule(chains, ThresholdRule(estimator, threshold), max_length)
                 found = threshold_lengths(chains, survival, threshold, max_length)
                 assert torch.equal(found.candidates, expected.candidates)
                 assert torch.equal(found.cut, expected.cut)
@@ -330,14 +330,14 @@ class TestPolicies:
 
     def test_the_threshold_rule_needs_a_head(self) -> None:
         with pytest.raises(ValueError, match="^specdecpp: rule='threshold' needs a head"):
-            step_source("threshold", chains_of(recorded(), RECORDED), None)
+            RecordedEstimator("threshold", chains_of(recorded(), RECORDED), None)
 
     def test_a_broken_head_drafts_one_candidate_or_two(self) -> None:
         head = make_head(lag=1)
         chains = chains_of(recorded(), RECORDED, head)
         assert chains.head_logits is not None
         chains.head_logits.fill_(torch.nan)
-        found = threshold_lengths(chains, survivals(chains, step_source("threshold", chains, head), 8), 0.5, 8)
+        found = threshold_lengths(chains, survivals(chains, RecordedEstimator("threshold", chains, head), 8), 0.5, 8)
         assert torch.equal(found.candidates, chains.available.clamp(max=2))
 
 

@@ -17,7 +17,7 @@ from vllm_specdecpp.decision.rules import NEVER, FixedRule, ThresholdRule, tail_
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.rule_registry import RULES, RuleEntry, find_rule, register
 from vllm_specdecpp.training.replay import tune
-from vllm_specdecpp.training.replay.replay import step_source
+from vllm_specdecpp.training.replay.replay import RecordedEstimator
 
 
 def test_an_unknown_rule_is_an_error_wherever_rules_are_made():
@@ -27,13 +27,13 @@ def test_an_unknown_rule_is_an_error_wherever_rules_are_made():
     with pytest.raises(ValueError, match="^specdecpp: rule='nonsense' must be one of"):
         make_rule(cast(Any, SimpleNamespace(resolved_rule="nonsense", resolved_threshold=0.5, threshold=None)), None)
     with pytest.raises(ValueError, match="^specdecpp: rule='nonsense' must be one of"):
-        step_source("nonsense", cast(Any, None), None)
+        RecordedEstimator("nonsense", cast(Any, None), None)
 
 
 @pytest.mark.parametrize("name", ["fixed"])
 def test_a_rule_without_estimates_cannot_be_replayed(name):
     with pytest.raises(ValueError, match=f"rule='{name}' makes no estimates"):
-        step_source(name, cast(Any, None), None)
+        RecordedEstimator(name, cast(Any, None), None)
 
 
 def test_every_entry_makes_its_rule_and_the_device_decides_as_it_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -240,10 +241,10 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, capsys, monkeypatch, when):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 0))
     else:
         full = OSError(28, "No space left on device")
-        monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(full))
+        monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(full))
     assert shrink(tiny.draft_good, "--out", tmp_path / "out", "--scheme", "int8") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert ("0.0 GB are free" if when == "before" else "No space left on device") in line
+    assert ("0.0 GB are free" if when == "before" else "the disk is full") in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,9 +252,9 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, capsys, monkeypatch, when):
 def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number):
     program = (
         "import sys, time\nfrom vllm_specdecpp import cli\nfrom vllm_specdecpp.shrink import checkpoint\n"
-        "real = checkpoint.save_file\n"
+        "real = checkpoint.write_whole\n"
         "def slow(*a):\n real(*a)\n print('half', flush=True)\n time.sleep(3600)\n"
-        "checkpoint.save_file = slow\nsys.exit(cli.main(sys.argv[1:]))"
+        "checkpoint.write_whole = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "shrink", tiny.draft_good, "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -18,7 +18,7 @@ from benchmarks.simulate.texts import WRONG, Text, least_seconds, recorded_texts
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
-from vllm_specdecpp.training.collect.units import write_responses
+from vllm_specdecpp.training.collect.responses import write_responses
 
 FLAT = Setting(lambda b: 2.0, lambda b: 1.0, lambda n: 10.0, 1, per_read=0.5)
 ROWS = Setting(lambda b: 2.0, lambda b: 1.0, lambda n: 9.0 + n, 1, per_read=0.5)
@@ -34,7 +34,7 @@ def text(drafts: bool = True) -> Text:
 
 def record(folder: Path, rounds: dict[str, list[tuple[list[int], int]]], answer: list[int], **sampling: float) -> Path:
     manifest = Manifest(
-        kind="rounds", target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
+        target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
         source="on-policy", sampling={"temperature": 0.0, "max_tokens": 40} | sampling, num_candidates=16,
         prompts_digest="", num_prompts=1, unit_size=1, versions={}, git="", command="", created="",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from benchmarks.simulate import play as simulate
 from benchmarks.simulate.streams import make, recorded
 from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.training.collect.units import write_responses
+from vllm_specdecpp.training.collect.responses import write_responses
 
 
 def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float) -> list[RoundRecord]:
@@ -30,7 +30,7 @@ def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float
 @pytest.fixture
 def record(tmp_path):
     manifest = Manifest(
-        kind="rounds", target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
+        target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
         source="on-policy", sampling={}, num_candidates=5, prompts_digest="", num_prompts=2, unit_size=2, versions={},
         git="", command="", created="",
     )  # fmt: skip

@@ -126,7 +126,7 @@ class TestLearning:
     def test_a_head_without_scalars_keeps_its_random_start(self) -> None:
         head = AcceptanceHead(HIDDEN, 1)
         before = [parameter.clone() for parameter in head.parameters()]
-        fitting.start_at_scalars(head, [planted(100)], 1.0, True)
+        fitting.start_at_scalars(head, planted(100), 1.0, True)
         assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
 
     @pytest.mark.parametrize("w", [1.0, 3.0, 6.0])
@@ -193,8 +193,7 @@ class TestReproducibility:
 
     def test_each_epoch_has_an_order_of_its_own(self) -> None:
         rows = planted(130)
-        source = fitting.MemoryRows(rows, 50, seed=4)
-        epochs = [[batch.hidden for batch in source(epoch)] for epoch in (1, 1, 2)]
+        epochs = [[batch.hidden for batch in fitting.batches(rows, 50, 4, epoch)] for epoch in (1, 1, 2)]
         assert [len(batch) for batch in epochs[0]] == [50, 50, 30]
         first, again, second = (torch.cat(epoch) for epoch in epochs)
         assert torch.equal(first, again) and not torch.equal(first, second)
@@ -221,7 +220,7 @@ class TestRegularisation:
         settings = {"epochs": 4, "standardize": False, "lr": 1e-3}
         light, _ = train_head(rows, None, options(**settings))
         heavy, _ = train_head(rows, None, options(**settings, weight_decay=30.0))
-        assert heavy.output.weight.norm() < 0.6 * light.output.weight.norm()
+        assert heavy.output.weight.norm() < 0.65 * light.output.weight.norm()
         assert heavy.output.bias.norm() > 0.8 * light.output.bias.norm()
 
     def test_the_best_epoch_is_kept_and_training_ends_early(self) -> None:
@@ -231,7 +230,7 @@ class TestRegularisation:
         rows, val_rows = (
             replace(part, accepted=(torch.rand(60, generator=generator) < 0.5).float()) for part in (rows, val_rows)
         )
-        settings = options(epochs=200, patience=30, lr=0.02, layers=2, schedule="constant")
+        settings = options(epochs=200, patience=30, lr=0.02, layers=2)
         head, history = train_head(rows, val_rows, settings)
         losses = [row["val_log_loss"] for row in history]
         best = losses.index(min(losses))
@@ -245,38 +244,25 @@ class TestRegularisation:
         _, history = train_head(planted(100), None, options(epochs=5, patience=1))
         assert len(history) == 5 and history[-1]["best"] == 1 and "val_log_loss" not in history[-1]
 
-    def test_the_schedule(self) -> None:
-        def factors(num_steps: int, warmup: float, schedule: str = "cosine") -> list[float]:
-            return [fitting.learning_rate_factor(i, num_steps, warmup, schedule) for i in range(num_steps)]
-
-        found = factors(100, 0.03)
-        assert found[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
-        assert found[3 + 97 // 2] == pytest.approx(0.5, abs=0.01) and 0 < found[-1] < 1e-3
-        assert all(a >= b for a, b in zip(found[3:], found[4:], strict=False))
-        assert factors(4, 0.0, "constant") == [1, 1, 1, 1]
-        assert factors(1, 0.03) == [1.0]  # one step of warm-up, no cosine left
-        assert fitting.learning_rate_factor(140, 100, 0.03, "cosine") == 0  # more steps than foreseen
-
 
 class TestStandardisation:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_against_float64(self, dtype: torch.dtype) -> None:
         rows = planted(777, shift=30.0)
         rows = replace(rows, hidden=rows.hidden.to(dtype))
-        found = fitting.statistics(fitting.MemoryRows(rows, 50, 0)(0))
+        head = AcceptanceHead(HIDDEN, 1, standardize=True)
+        fitting.standardize(head, rows.hidden)
         expected = rows.hidden.double()
-        torch.testing.assert_close(found.mean.double(), expected.mean(0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(1 / found.scale.double(), expected.std(0, unbiased=False), rtol=1e-4, atol=0)
-        assert found.num_rows == 777 and found.accept_rate == pytest.approx(float(rows.accepted.mean()))
+        torch.testing.assert_close(head.mean.double(), expected.mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(1 / head.scale.double(), expected.std(0, unbiased=False), rtol=1e-4, atol=0)
 
     def test_a_constant_dimension_is_left_out(self) -> None:
         rows = planted(100)
         rows.hidden[:, 3] = 1000.0
         rows.hidden[:, 4] = 0.0
         rows.hidden[:, 5] = 1000.0 + 1e-3 * torch.randn(100)
-        scale = fitting.statistics(fitting.MemoryRows(rows, 7, 0)(0)).scale
-        assert (scale == 0).nonzero().squeeze(1).tolist() == [3, 4, 5]
         head, _ = train_head(rows, None, options(epochs=1))
+        assert (head.scale == 0).nonzero().squeeze(1).tolist() == [3, 4, 5]
         other = rows.hidden.clone()
         other[:, 3:6] += 1e4
         assert torch.equal(head(other), head(rows.hidden))
@@ -303,19 +289,6 @@ class TestMaxRows:
 
 
 class TestErrors:
-    @pytest.mark.parametrize(("value", "missing"), [(0.0, "accepted"), (1.0, "rejected")])
-    def test_nothing_to_tell_apart(self, value: float, missing: str) -> None:
-        rows = replace(planted(50), accepted=torch.full((50,), value))
-        with pytest.raises(ValueError, match=f"^specdecpp: the data has no {missing} token in 50 training rows, so"):
-            train_head(rows, None, options())
-
-    def test_no_rows(self) -> None:
-        empty = planted(50).select(torch.arange(0))
-        with pytest.raises(ValueError, match=r"^specdecpp: there are no training rows"):
-            train_head(empty, None, options())
-        with pytest.raises(ValueError, match=r"^specdecpp: there are no validation rows"):
-            train_head(planted(50), empty, options())
-
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_data_that_are_no_numbers(self, bad: float) -> None:
         rows = planted(50)

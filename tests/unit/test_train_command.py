@@ -31,7 +31,7 @@ ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_deca
 
 def make_manifest(**changes: Any) -> Manifest:
     made: dict[str, Any] = {
-        "kind": "rounds", "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
+        "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
         "sampling": {"temperature": 0.0}, "num_candidates": NUM_CANDIDATES, "prompts_digest": "0", "num_prompts": 40,
         "unit_size": PROMPTS_A_UNIT, "versions": {},
     }  # fmt: skip
@@ -105,10 +105,7 @@ class TestRun:
         assert {"command", "git", "versions", "created", "features", "metrics"} < made.keys()
         assert str(tmp_path) not in json.dumps(made)  # no machine paths
 
-        def held_out(prompt_id: str) -> bool:
-            return split_by_id(prompt_id, 0.25, 3)
-
-        val_rows = load_rows([data], 0, prompts_where=held_out)
+        val_rows = load_rows([data], 0, prompts_where=lambda prompt: split_by_id(prompt[0], 0.25, 3))
         head = AcceptanceHead.from_pretrained(tmp_path / "head")
         metrics = made["metrics"]
         assert metrics["num_validation_rows"] == len(val_rows)
@@ -134,22 +131,9 @@ class TestRun:
 
         monkeypatch.setattr(train, "train_head", spy)
         run(options(data, tmp_path / "head", epochs=1))
-        trained_on, held_out = ({rows.ids[i] for i in rows.prompt.tolist()} for rows in seen)
+        trained_on, held_out = ({rows.prompts[i][0] for i in rows.prompt.tolist()} for rows in seen)
         assert trained_on and held_out and not trained_on & held_out
         assert trained_on | held_out == {f"0-{i}" for i in range(40)}
-
-    def test_streaming(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(train, "BUFFER_ROWS", 100)
-        for name in ("first", "again"):
-            run(options(data, tmp_path / name, stream=True, **ENOUGH))
-        run(options(data, tmp_path / "memory", **ENOUGH))
-        heads = [AcceptanceHead.from_pretrained(tmp_path / name) for name in ("first", "again", "memory")]
-        states = [head.state_dict() for head in heads]
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-        torch.testing.assert_close(states[0]["mean"], states[2]["mean"], rtol=1e-5, atol=1e-6)  # of the same rows
-        metrics = [json.loads((tmp_path / n / "provenance.json").read_text())["metrics"] for n in ("first", "memory")]
-        assert metrics[0]["num_rows"] == metrics[1]["num_rows"]
-        assert metrics[0]["val_auc"] > 0.95
 
     def test_same_seed_same_bytes(self, data: Path, tmp_path: Path) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -276,7 +260,6 @@ class TestRefusals:
             (["--w-rej", "0"], "--w-rej 0: input should be greater than 0"),
             (["--dropout", "1"], "--dropout 1: input should be less than 1"),
             (["--validation", "1"], "--validation 1: input should be less than 1"),
-            (["--stream", "--max-rows", "5"], "max_rows=5 needs the rows in memory; leave out stream"),
             (["--layer", "1"], "unknown option --layer; did you mean --layers?"),
         ],
     )
@@ -291,7 +274,7 @@ class TestRefusals:
         AcceptanceHead(HIDDEN).save_pretrained(out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         text = refused(data, "--out", out, capsys=capsys)
-        assert "holds a head already (config.json, model.safetensors); name another folder, or add --force" in text
+        assert "holds config.json, model.safetensors already; add --force to replace them" in text
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
         assert cli.main(["train", str(data), "--out", str(out), "--epochs", "1", "--force"]) == 0
         assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
@@ -301,13 +284,12 @@ class TestRefusals:
         assert "is a file; name a folder" in refused(data, "--out", tmp_path / "head", capsys=capsys)
         assert (tmp_path / "head").read_text() == "mine"
 
-    @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
     @pytest.mark.parametrize(("all_of", "missing"), [(0, "accepted"), (NUM_CANDIDATES, "rejected")])
     def test_nothing_to_tell_apart(
-        self, tmp_path: Path, all_of: int, missing: str, stream: str, capsys: pytest.CaptureFixture[str]
+        self, tmp_path: Path, all_of: int, missing: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder = make_dataset(tmp_path / "data", all_of=all_of)
-        text = refused(folder, "--out", tmp_path / "head", "--lag", "0", stream, capsys=capsys)
+        text = refused(folder, "--out", tmp_path / "head", "--lag", "0", capsys=capsys)
         assert f"no {missing} candidate among" in text and str(folder) in text
         assert not (tmp_path / "head").exists()
 

@@ -13,11 +13,11 @@ from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Dataset, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
 from vllm_specdecpp.training.fit.held_out import (
+    TrainingData,
     name_digest,
     prompt_lists,
     prompts_of,
     refuse_seen,
-    refuse_trained_on,
     training_data,
 )
 from vllm_specdecpp.training.fit.train import TrainOptions
@@ -53,36 +53,32 @@ def head(tmp_path: Path) -> Path:
     return tmp_path / "head"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_train_writes(tmp_path: Path, stream: bool) -> None:
+def test_what_train_writes(tmp_path: Path) -> None:
     make_dataset(tmp_path / "one", IDS[:15], "one")
     make_dataset(tmp_path / "two", IDS[10:], "two")
     folders = [tmp_path / "one", tmp_path / "two"]
-    train(
-        TrainOptions(data=folders, out=tmp_path / "h", layers=0, epochs=1, validation=VALIDATION, lag=0, stream=stream)
-    )
+    train(TrainOptions(data=folders, out=tmp_path / "h", layers=0, epochs=1, validation=VALIDATION, lag=0))
     made = json.loads((tmp_path / "h" / "provenance.json").read_text())["prompts"]
     assert made == {
         "fitted": [name_digest((each, "a")) for each in sorted(FITTED)],
         "held_out": [name_digest((each, "a")) for each in sorted(HELD_OUT)],
     }
     found = training_data(tmp_path / "h")
-    assert found is not None and found.knows((FITTED[0], "a")) and found.knows((HELD_OUT[0], "a"))
+    assert found.knows((FITTED[0], "a")) and found.knows((HELD_OUT[0], "a"))
     assert not found.knows((FITTED[0], "b")) and not found.knows(("new", "a"))
 
 
 def test_single_prompts_in_another_dataset_are_told(tmp_path: Path, head: Path) -> None:
     trained = training_data(head)
-    assert trained is not None
     for name, ids in (("fitted", FITTED), ("held", HELD_OUT)):
         mixed = make_dataset(tmp_path / name, ["new", ids[0]], name)
         match = rf"evaluate=.*{name} shares 1 prompts with what the head was trained on \(e\.g\. '{ids[0]}' of 'a'\)"
         with pytest.raises(ValueError, match=match) as error:
-            refuse_trained_on([mixed], trained)
+            refuse_seen([mixed], [], trained, "fit")
         assert "\n" not in str(error.value)
     other = make_dataset(tmp_path / "other", [FITTED[0]], "other", in_set="b")  # the same id in another set
-    refuse_seen([], [other], trained)
-    refuse_trained_on([mixed], None)
+    refuse_seen([other], [], trained, "fit")
+    refuse_seen([mixed], [], TrainingData(), "fit")
 
 
 def test_calibrate_leaves_them_out_and_refuses_to_judge_by_them(tmp_path: Path, head: Path) -> None:
@@ -101,30 +97,6 @@ def test_calibrate_leaves_them_out_and_refuses_to_judge_by_them(tmp_path: Path, 
     assert run(options("mixed")) == 0
     config = json.loads((head / "config.json").read_text())
     assert f" {len(HELD_OUT) + 2} prompts of mixed" in config["calibration"]["fitted_on"]
-
-
-def test_a_head_of_before_the_list(tmp_path: Path, head: Path) -> None:
-    path = head / "provenance.json"
-    made = json.loads(path.read_text())
-    del made["prompts"]
-    path.write_text(json.dumps(made))
-    found = training_data(head)
-    assert found is not None and not found.fitted and not found.held_out
-    again = make_dataset(tmp_path / "again", IDS, "train")
-    assert found.covers(again.manifest)
-    name = (FITTED[0], "a")
-    assert found.was_fitted_to(again.manifest, name) and not found.was_fitted_to(again.manifest, (HELD_OUT[0], "a"))
-    mixed = make_dataset(tmp_path / "mixed", ["new", FITTED[0]], "mixed")
-    assert not found.was_fitted_to(mixed.manifest, name)
-    refuse_trained_on([mixed], found)  # it cannot know
-
-
-@pytest.mark.parametrize("prompts", [[], {"fitted": 3}, {"fitted": [3]}, {"held_out": None}])
-def test_a_damaged_list(head: Path, prompts: object) -> None:
-    path = head / "provenance.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": prompts}))
-    with pytest.raises(ValueError, match=r"does not say what the head was trained on[^\n]*$"):
-        training_data(head)
 
 
 def test_lists(tmp_path: Path) -> None:

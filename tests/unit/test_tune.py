@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.calibrate_files import write_provenance
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.collect.units import write_responses
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.replay.chains import load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.replay import oracle_lengths, step_source, survivals, threshold_lengths, walk
+from vllm_specdecpp.training.replay.replay import RecordedEstimator, oracle_lengths, survivals, threshold_lengths, walk
 from vllm_specdecpp.training.replay.tune import TuneOptions, choose, run
 from vllm_specdecpp.training.replay.tune_report import markdown, table_rows, warnings
 
@@ -30,7 +31,7 @@ CURVES = {
 }  # fmt: skip
 COSTS = CostModel(**CURVES, max_reqs=1, max_tokens=64)
 MANIFEST = Manifest(
-    kind="rounds", target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
+    target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
     sampling={"temperature": 0.0}, num_candidates=16, prompts_digest="train", num_prompts=8, unit_size=4, versions={},
 )  # fmt: skip
 
@@ -133,7 +134,7 @@ class TestRun:
             rates = {}
             for bound in (4, 16):
                 for h in (0.2, 0.5, 0.8):
-                    survival = survivals(chains, step_source("threshold", chains, head), bound)
+                    survival = survivals(chains, RecordedEstimator("threshold", chains, head), bound)
                     found = walk(chains, threshold_lengths(chains, survival, h, bound), COSTS)
                     rates[h, bound] = found.tokens_per_second()
             best = max(rates, key=lambda key: rates[key])
@@ -181,27 +182,13 @@ class TestRun:
         run(files.options(write=False))
         assert files.config() == before
 
-    def test_only_some_rules(self, files: Files) -> None:
-        before = files.config()
-        run(files.options(rules=["confidence"]))
-        policies = {"fixed", "confidence", "cost_aware", "cost_aware with the head", "oracle"}
-        assert {row["policy"] for row in files.rows()} == policies
-        assert files.config() == before  # the head's own rule was not tuned
-
     def test_without_an_evaluation_it_says_so(self, files: Files) -> None:
-        run(files.options(evaluate=[], sets=["b"]))
-        assert {row["set"] for row in files.rows()} == {"b", "all"}
+        run(files.options(evaluate=[]))
         assert "the same ones, which favours the rules" in (files.out / "tune.md").read_text()
-
-    def test_sets_are_those_of_the_report(self, files: Files) -> None:
-        run(files.options(sets=["b"]))
-        assert {row["set"] for row in files.rows()} == {"b", "all"}
-        assert "Tuned on 8 prompts; judged on 4 others" in (files.out / "tune.md").read_text()
 
     def test_all_of_the_data_is_tuned_on_but_what_the_head_saw(self, files: Files) -> None:
         """Of the training data only the prompts held out in training count."""
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0.5, "seed": 3}
-        (files.head / "provenance.json").write_text(json.dumps(made))
+        write_provenance(files.head, load_chains([files.train]).prompts, 0.5, 3)
         run(files.options())
         ids = [p[0] for p in load_chains([files.train]).prompts]
         num = sum(split_by_id(i, 0.5, 3) for i in ids)
@@ -261,22 +248,8 @@ class TestRefusals:
 
     def test_evaluation_among_the_data(self, files: Files) -> None:
         again = write_dataset(files.root / "again", seed=7, prefix="t")
-        self.refused(files, "--evaluate shares 8 prompts with --data (e.g. 't0p0' of 'a')", evaluate=[again])
+        self.refused(files, "again shares 8 prompts with --data (e.g. 't0p0' of 'a')", evaluate=[again])
         self.refused(files, "given twice", evaluate=[files.train])
-
-    def test_evaluation_among_the_data_that_the_head_saw(self, files: Files) -> None:
-        """Prompts that are left out of the data, since the head was trained on them, are no others either."""
-
-        def num_held_out(unit: int, seed: int) -> int:
-            return sum(split_by_id(f"t{unit}p{i}", 0.5, seed) for i in range(4))
-
-        seed = next(seed for seed in range(999) if num_held_out(0, seed) == 0 and num_held_out(1, seed) > 0)
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0.5, "seed": seed}
-        (files.head / "provenance.json").write_text(json.dumps(made))
-        some = write_dataset(
-            files.root / "some", seed=7, prefix="t", num_units=1, manifest=replace(MANIFEST, prompts_digest="some")
-        )
-        self.refused(files, "--evaluate shares 4 prompts with --data", evaluate=[some])
 
     def test_evaluation_has_the_datas_texts_under_other_ids(self, files: Files) -> None:
         write_answers(files.train, {"t0p1": [5, 6], "t1p2": [7]}, "a")
@@ -286,17 +259,15 @@ class TestRefusals:
         run(files.options())
 
     def test_evaluation_that_the_head_was_trained_on(self, files: Files) -> None:
-        made = {"data": [{"manifest": {"prompts_digest": "held out"}}], "validation": 0.1, "seed": 0}
-        (files.head / "provenance.json").write_text(json.dumps(made))
-        self.refused(files, "held-out has the prompts that the head was trained on")
+        write_provenance(files.head, load_chains([files.held_out]).prompts)
+        self.refused(files, "held-out shares 8 prompts with what the head was trained on")
 
     def test_unreadable_provenance(self, files: Files) -> None:
         (files.head / "provenance.json").write_text("{}")
         self.refused(files, "does not say what the head was trained on")
 
     def test_nothing_is_left_of_the_training_data(self, files: Files) -> None:
-        made = {"data": [{"manifest": {"prompts_digest": "train"}}], "validation": 0, "seed": 0}
-        (files.head / "provenance.json").write_text(json.dumps(made))
+        write_provenance(files.head, load_chains([files.train]).prompts, 0.0)
         self.refused(files, "no recorded rounds of prompts that the head was not trained on")
 
     def test_results_are_there(self, files: Files) -> None:
@@ -320,26 +291,20 @@ class TestRefusals:
     def test_head_of_another_draft(self, files: Files) -> None:
         self.refused(files, "org/other", head=write_head(files.root / "other", draft="org/other"))
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"head": None, "rules": ["threshold"]}, "rules=threshold needs a head"),
-            *(({"thresholds": [0.5, h]}, f"thresholds={h}") for h in (0.0, 1.0, -1.0, float("nan"))),
-            ({"thresholds": []}, "thresholds= is empty"),
-            ({"lengths": [4, 20]}, "lengths=20 exceeds the 16 candidates"),
-            ({"lengths": [0]}, "lengths=0"),
-            ({"sets": ["a", "c"]}, "sets=c is not in"),
-            ({"head": Path("nowhere")}, "is no folder"),
-            ({"costs": Path("none.json")}, "cannot be read"),
-        ],
-    )
-    def test_options(self, files: Files, changes: dict[str, Any], message: str) -> None:
-        self.refused(files, message, **changes)
+    def test_what_is_not_there(self, files: Files) -> None:
+        self.refused(files, "is no folder", head=files.root / "nowhere")
+        self.refused(files, "cannot be read", costs=files.root / "none.json")
 
-    def test_positions_are_no_rounds(self, files: Files) -> None:
-        manifest = replace(MANIFEST, kind="positions", source="paper")
-        create_dataset(files.root / "positions", manifest, force=False)
-        self.refused(files, "holds 'positions'", data=[files.root / "positions"])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("thresholds", [0.5, value]) for value in (0.0, 1.0, -1.0, float("nan"))]
+        + [("thresholds", []), ("lengths", [0])],
+    )  # fmt: skip
+    def test_out_of_range(self, files: Files, name: str, value: list[float]) -> None:
+        with pytest.raises(ValueError, match=f"{name}.*"):
+            files.options(**{name: value})
+
+    def test_longer_than_recorded(self, files: Files) -> None:
+        self.refused(files, "lengths=20 exceeds the 16 candidates", lengths=[4, 20])
 
     def test_mixed_pairs(self, files: Files) -> None:
         other = write_dataset(files.root / "other", seed=9, prefix="o", manifest=replace(MANIFEST, draft="org/else"))
@@ -359,7 +324,7 @@ class TestReport:
     def rows(self, files: Files, costs: CostModel = COSTS, max_length: int = 16) -> tuple[list[dict[str, Any]], Any]:
         chains = load_chains([files.train])
         choice = choose(chains, costs, "confidence", None, [0.9], [max_length])
-        survival = survivals(chains, step_source("confidence", chains, None), max_length)
+        survival = survivals(chains, RecordedEstimator("confidence", chains, None), max_length)
         walks = {
             ("fixed", 0.0, 3): walk(chains, threshold_lengths(chains, survival, 0.5, 3), costs),
             ("confidence", 0.9, max_length): walk(chains, threshold_lengths(chains, survival, 0.9, max_length), costs),

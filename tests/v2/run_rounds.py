@@ -13,6 +13,7 @@ import torch
 
 from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, attach_script, scripted
 from tests.v2.oracle import STOP_TOKEN, VOCAB, predict
+from vllm_specdecpp.decision.cost_aware import device_runs
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.sources import propose
 from vllm_specdecpp.decision.sources.suffix import longest_match
@@ -159,6 +160,7 @@ def with_runs(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tu
     speculator.model.predict = echo
     # Quicker than the interpreted kernels, which have tests of their own.
     speculator.runs.match, speculator.runs.make_certain = suffix_match_torch, one_hot_rows_torch
+    speculator.runs.take, speculator.runs.behind = device_runs.take_runs, device_runs.behind_drafts
     rule = attach_script(speculator, seed, leads=leads, **CURVES)
     if rule is not None:
         rule.chance = 0.5

@@ -14,7 +14,6 @@ import torch
 from tests.planted_bugs import Bugs, after, change_arguments, change_result
 from tests.v2.cost_rounds import late_copies
 from tests.v2.run_rounds import RunsPlay, with_runs
-from vllm_specdecpp.engine.v2 import free_runs
 
 
 @pytest.mark.parametrize(("late", "books"), [(0, False), (1, False), (2, True)])
@@ -69,7 +68,7 @@ def _(monkeypatch, s):
 
 @mutation("runs go beyond their limit")
 def _(monkeypatch, s):
-    change_arguments(monkeypatch, free_runs, "take_rows", lambda m, limits, *rest: (m, limits + 1, *rest))
+    change_arguments(monkeypatch, s.runs, "take", lambda *args: (*args[:5], args[5] + 1, *args[6:]))
 
 
 @mutation("a request that drafts takes a run beside its draft")
@@ -97,10 +96,9 @@ def _(monkeypatch, s):
 
 @mutation("matches of other rows are reported")
 def _(monkeypatch, s):
-    def swapped(report: torch.Tensor) -> torch.Tensor:
-        columns = report.view(-1, s.runs._batch.num_reqs)
+    def swapped(columns: list[torch.Tensor]) -> list[torch.Tensor]:
         columns[1] = columns[1].flip(0)
-        return columns.flatten()
+        return columns
 
     change_result(monkeypatch, s.runs, "report", swapped)
 

@@ -93,7 +93,7 @@ class _Event:
 
 def _step(log: DeferredRounds, request: str, numbers: list[int], *, prefill: bool = False) -> None:
     num_candidates = sum(number >= 0 for number in numbers[3:])
-    log.step([request], [prefill], [], torch.tensor([[*numbers[:3], 9, 0, *numbers[3:]]]), max(1, num_candidates))
+    log.step([request], [prefill], [], torch.tensor([[*numbers[:2], 9, 0, 0, *numbers[2:]]]), max(1, num_candidates))
 
 
 def test_rounds_are_put_together_from_two_steps():
@@ -146,5 +146,18 @@ def test_nothing_waits_until_it_is_asked_for():
 def test_finished_requests_are_forgotten():
     log = DeferredRounds()
     _step(log, "a", [1, 0, 50, 11, -1, -1])
-    log.step(["b"], [False], ["a"], torch.tensor([[1, 0, 60, -1, -1, -1]]), 1)
+    log.step(["b"], [False], ["a"], torch.tensor([[1, 0, -1, -1, 0, 60, -1]]), 1)
     assert list(log._candidates) == ["b"]
+
+
+def test_a_table_is_made_anew_only_if_something_changed():
+    requests = BatchRequests()
+    requests.add("a", 10, _params(max_tokens=5))
+    table = requests.table(["a", "b"], 8, 100)
+    assert requests.table(["a", "b"], 8, 100) is table
+    for other in ((["b", "a"], 8, 100), (["a", "b"], 7, 100), (["a", "b"], 8, 99)):
+        assert requests.table(*other) is not table
+    requests.add("b", 10, _params(max_tokens=6))
+    assert requests.table(["a", "b"], 8, 100)[:, 1].tolist() == [15, 16]
+    requests.update(SimpleNamespace(finished_req_ids=["a"], scheduled_new_reqs=[]))
+    assert requests.table(["a", "b"], 8, 100)[0, 1] == 100

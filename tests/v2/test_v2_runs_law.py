@@ -13,6 +13,7 @@ import torch
 
 from tests.exact_law import p_value
 from tests.v2.test_v2_lossless import FAILS_BELOW, LENGTH, VOCAB, _Given, _law
+from vllm_specdecpp.decision.cost_aware import device_runs
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.sources.suffix import longest_match
 from vllm_specdecpp.engine.v2.free_runs import DeviceFreeRuns
@@ -42,6 +43,7 @@ class Batch:
         self.runs = DeviceFreeRuns(self.speculator)
         # Quicker than the interpreted kernels, which have tests of their own.
         self.runs.match, self.runs.make_certain = suffix_match_torch, one_hot_rows_torch
+        self.runs.take, self.runs.behind = device_runs.take_runs, device_runs.behind_drafts
         if plant is not None:
             plant(self.runs)
         given: Any = _Given()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured round waits for no device: ``propose`` and its passes on tensors that are not on the host.
+"""A captured round waits for no device, and queues little beside its graphs: ``propose`` and its passes on tensors that
+are not on the host.
 
 ``FakeTensorMode`` has no numbers, so whatever asks for one (``bool``, ``.item()``, a mask) raises; a dispatch mode adds
 the copies to the host. Launches of Triton kernels, the models and vLLM's own metadata and tables are left out.
@@ -50,6 +51,22 @@ class NoWaits(TorchDispatchMode):
         )
         if crosses and not given.get("non_blocking", False):
             raise HostWait(f"{func}: a blocking copy from {source.device} to {result.device}")
+        return result
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given one by one: aten calls that are no views and no allocations."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        alias = func._schema.returns[0].alias_info if func._schema.returns else None
+        is_view = alias is not None and not alias.is_write
+        name = func.name().split("::")[1].split(".")[0]
+        if name == "to":  # another type or device is a copy
+            is_view = result is args[0]
+        self.num += not (is_view or name in ("device", "scalar_tensor", "empty", "empty_like", "new_empty"))
         return result
 
 
@@ -213,16 +230,21 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def _let(speculator: Any, draft: bool) -> None:
+    """Under the cost-aware rule everybody drafts, or nobody does."""
+    if speculator.cost_aware is None:
+        return
+    if speculator.runs is not None:  # who took a run: waits for the round before, ahead of a target's pass
+        speculator.log.ran = lambda: dict.fromkeys(speculator.runs._names, 0)
+    speculator.cost_aware.rule._random = types.SimpleNamespace(
+        integers=lambda low, high, size: np.full(size, K * draft), random=lambda size=None: np.zeros(size or 1)
+    )
+
+
 @pytest.mark.parametrize("options", RULES, ids=lambda o: o["rule"])
 def test_waits_for_nothing(on_device, options):
     speculator = on_device(**options)
-    if speculator.cost_aware is not None:  # whoever drafts nothing has to be read up later
-        if speculator.runs is not None:  # who took a run: waits for the round before, ahead of a target's pass
-            speculator.log.ran = lambda: dict.fromkeys(speculator.runs._names, 0)
-        plans = speculator.cost_aware.rule
-        plans._random = types.SimpleNamespace(
-            integers=lambda low, high, size: np.full(size, K), random=lambda size=None: np.zeros(size or 1)
-        )
+    _let(speculator, draft=True)  # whoever drafts nothing has to be read up later
     _play(speculator)
     assert {kind for kind, _ in speculator.graphs._backend.epochs.replayed} == {"draft"}
 
@@ -233,6 +255,31 @@ def test_waits_are_needed_without_graphs(on_device):
     speculator.graphs = None
     with pytest.raises(WAITS):
         _propose(speculator, _batch(2))
+
+
+DRAFT_MODEL = {"rule": "cost_aware", "sources": ["draft_model"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "drafts", "most"),
+    [({"rule": "fixed"}, True, 43), ({"rule": "cost_aware"}, True, 74), ({"rule": "cost_aware"}, False, 67),
+     (DRAFT_MODEL, True, 51), (DRAFT_MODEL, False, 40)],
+    ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else str(x),
+)  # fmt: skip
+def test_launches_outside_the_graphs(on_device, monkeypatch, options, drafts, most):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    kernels: list[Any] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, **__: kernels.append(self))
+    speculator = on_device(**options)
+    speculator.graphs.capture()
+    _let(speculator, drafts)
+    for _ in range(2):
+        _propose(speculator, _batch(3))
+    kernels.clear()
+    with Launches() as launches:
+        _propose(speculator, _batch(3))
+    assert launches.num + len(kernels) <= most
 
 
 def _mask(speculator: Any) -> None:

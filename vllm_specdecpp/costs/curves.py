@@ -16,8 +16,8 @@ _MEMORY = 24.0
 _USED = 0.8 * _MEMORY
 """A curve with such a width is in use; a new level begins with half of :data:`_MEMORY`."""
 _SHRINK = 2.0
-"""Weight of a prior, in steps: a width with 2 steps of its own lies half-way between them and its neighbours' estimate;
-neighbours with 2 steps lie half-way between those and the drift of all widths."""
+"""Weight of each prior, in steps: a width's own steps are shrunk towards its neighbours' estimate, and that towards the
+common drift."""
 _FADE = 0.998
 """Factor on all weights at each step: a width that was not seen for long returns to the common drift."""
 _REST = 16
@@ -32,8 +32,8 @@ _REACH = 0.15
 _OUTLIER = 0.5
 """A step whose log of real over expected seconds exceeds this is an outlier: compilation, another process's burst."""
 _SHIFT = 10
-"""This many outliers in a row, all too slow or all too fast, are the new level: in a row of all steps, that of all
-widths; in a row of one width's steps, that of this width."""
+"""So many outliers in a row, all too slow or all too fast, are a new level: of all widths if no step between them was
+normal, else, counted among the steps of one width alone, of that width."""
 _FURTHEST = 6.0
 """Log-ratio to the start's that a broken clock can bring about at most."""
 _TINY = 1e-12

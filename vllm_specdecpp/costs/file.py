@@ -8,60 +8,67 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from vllm_specdecpp.costs.curves import Curve
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, field_validator
+
 from vllm_specdecpp.costs.model import CURVES, Points
-from vllm_specdecpp.costs.widths import Rows, checked
-from vllm_specdecpp.data.manifest import write_whole
+from vllm_specdecpp.costs.widths import MAX_ROWS, PASSES, Rows
+from vllm_specdecpp.files import read_json, write_whole
 
 logger = logging.getLogger("vllm.specdecpp")
 
-FORMAT = 3
+_Curve = Annotated[
+    dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)
+]
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+class KeptCosts(BaseModel):
+    """What a file of costs holds."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-@dataclass(frozen=True)
-class KeptCosts:
-    """What a file of costs holds.
+    format: Literal[3] = 3
 
-    Raises:
-        ValueError: a curve is missing, has no width, or a bad time; a bad width; or there is no date.
-    """
-
-    setting: Mapping[str, str]
+    setting: dict[str, str]
     """What the times depend on: models, dtype, hardware, versions, tensor-parallel size, ..."""
 
-    curves: Points
+    curves: dict[str, _Curve]
     """Name of each curve of :class:`CostModel` -> width -> seconds."""
 
-    learnt: Mapping[str, Any] = field(default_factory=dict)
+    learnt: dict[str, Any] = {}
     """What the rule learnt while it served, as JSON."""
 
-    rows: Rows = field(default_factory=dict)
+    rows: dict[str, list[StrictInt]] = {}
     """At what widths the passes of these curves run; see :mod:`vllm_specdecpp.costs.widths`."""
 
-    written: str = field(default_factory=_now)
-    """When, in ISO 8601 with a time zone."""
+    written: AwareDatetime = Field(default_factory=lambda: datetime.now(timezone.utc))
 
-    def __post_init__(self) -> None:
-        if self.curves.keys() != set(CURVES):
-            raise ValueError(f"has the curves {', '.join(self.curves)} instead of {', '.join(CURVES)}")
-        for curve in self.curves.values():
-            Curve(curve, 1)
-        checked(self.rows)
-        self.age_seconds  # noqa: B018  raises for what is no date
+    @field_validator("curves")
+    @classmethod
+    def _all_there(cls, curves: dict[str, _Curve]) -> dict[str, _Curve]:
+        if curves.keys() != set(CURVES):
+            raise ValueError(f"has the curves {', '.join(curves)} instead of {', '.join(CURVES)}")
+        return curves
+
+    @field_validator("rows")
+    @classmethod
+    def _wide_enough(cls, rows: dict[str, list[int]]) -> dict[str, list[int]]:
+        for name, widths in rows.items():
+            fits = len(widths) == MAX_ROWS and all(n <= width <= MAX_ROWS for n, width in enumerate(widths, 1))
+            if name not in PASSES or not fits:
+                raise ValueError(f"has the widths {widths} of {name}")
+        return rows
 
     @property
     def age_seconds(self) -> float:
         """Since it was written; 0 if the clock was set back."""
-        return max((datetime.now(timezone.utc) - datetime.fromisoformat(self.written)).total_seconds(), 0.0)
+        return max((datetime.now(timezone.utc) - self.written).total_seconds(), 0.0)
+
+
+_ADAPTER = TypeAdapter(KeptCosts)
 
 
 def read(path: Path) -> KeptCosts:
@@ -70,23 +77,7 @@ def read(path: Path) -> KeptCosts:
     Raises:
         ValueError: one line: it cannot be read, is damaged, or is of another version.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("format") != FORMAT:
-            raise ValueError("of another version")
-        data["curves"] = {name: {int(w): float(s) for w, s in curve.items()} for name, curve in data["curves"].items()}
-        data["setting"] = {str(name): str(value) for name, value in data["setting"].items()}
-        data["learnt"] = dict(data["learnt"])
-        data["rows"] = checked(data["rows"])
-        return KeptCosts(**data)
-    except OSError as error:
-        raise ValueError(f"specdecpp: costs file {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).removeprefix("specdecpp: ")
-        raise ValueError(
-            f"specdecpp: {path} is no costs file of format {FORMAT}, or is damaged ({reason!r}); an engine of the pair "
-            "whose rule is cost_aware measures anew"
-        ) from None
+    return read_json(path, _ADAPTER, "an engine of the pair whose rule is cost_aware measures anew")
 
 
 class CostFile:
@@ -125,9 +116,10 @@ class CostFile:
             curves: of :meth:`CostModel.points`.
             learnt: values of JSON.
         """
-        kept = KeptCosts(self.setting, curves, learnt or {}, self.rows)
+        fields: dict[str, Any] = {"curves": curves, "learnt": learnt or {}, "rows": self.rows}
+        kept = KeptCosts(setting=self.setting, **fields)
         try:
-            write_whole(self.path, (json.dumps({"format": FORMAT, **asdict(kept)}, indent=1) + "\n").encode())
+            write_whole(self.path, (kept.model_dump_json(indent=1) + "\n").encode())
         except ValueError as error:
             logger.warning("%s", error)
             return False

@@ -24,8 +24,8 @@ MAX_TOKENS = 4096
 MAX_WIDTH = 256
 """Widest pass that is timed; the curves go on with their slope."""
 SHARE, LEAST, MOST = 0.06, 1.0, 8.0
-"""Of the seconds that the start has taken so far, as many are spent here, within these bounds (seconds). What is not
-timed is left to the line through what was; real rounds put it right."""
+"""This share of the start's time so far is spent on timing, at least and at most so many seconds. Widths that are not
+timed lie on the line through those that are, until real rounds correct them."""
 ALWAYS = 4
 """Widths of a curve that are timed whatever they take: 1, 4, 16 and 64 rows. Fewer leave the price of a wide
 verification to a line through narrow ones, and rounds that cost twice as much are outliers, which teach slowly."""

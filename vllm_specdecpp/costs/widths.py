@@ -43,16 +43,3 @@ def padded(rows: Sequence[int], num_rows: int) -> int:
 def padded_times(times: Mapping[int, float], rows: Sequence[int]) -> dict[int, float]:
     """Rows -> seconds once passes run at the width that ``rows`` gives."""
     return {num: times[padded(rows, num)] for num in times}
-
-
-def checked(rows: Mapping[str, Sequence[int]]) -> Rows:
-    """``rows``, as they were kept.
-
-    Raises:
-        ValueError: an unknown pass, or a width that is no number of rows from the wanted one to :data:`MAX_ROWS`.
-    """
-    for name, widths in rows.items():
-        right = name in PASSES and len(widths) == MAX_ROWS
-        if not right or not all(isinstance(width, int) and n <= width <= MAX_ROWS for n, width in enumerate(widths, 1)):
-            raise ValueError(f"has the widths {list(widths)} of {name}")
-    return {name: list(widths) for name, widths in rows.items()}

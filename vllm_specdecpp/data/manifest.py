@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dataset folder says about itself, and how its files are written: whole or not at all."""
+"""What a dataset folder says about itself."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-FORMAT = 1
+from vllm_specdecpp.files import read_json, write_whole
+
+FORMAT: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 _NO_SETTINGS = ("versions", "git", "command", "created")
 """May differ between the runs that fill one folder."""
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +26,11 @@ class Manifest:
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     """Version of the folder's layout."""
 
-    kind: Literal["rounds", "positions"]
-    """``rounds``: what the engine drafted and verified. ``positions``: each position its own round (the paper)."""
+    kind: Literal["rounds"] = "rounds"
+    """What the engine drafted and verified, round by round."""
 
     target: str
     """Label of the target model (``provenance.model_label``)."""
@@ -48,7 +47,7 @@ class Manifest:
     hidden_size: int
     """Of the draft model."""
 
-    source: Literal["on-policy", "paper", "server"]
+    source: Literal["on-policy", "server"]
     """What made the labels."""
 
     sampling: Mapping[str, Any]
@@ -105,67 +104,16 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: one line: there is none, or it cannot be read, or it is of another format.
     """
     path = folder / MANIFEST_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise ValueError(
             f"specdecpp: {folder} is no dataset: it has no {MANIFEST_FILE}; name a folder that collect has made"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"specdecpp: {path} cannot be read ({error.strerror}); check its permissions") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"specdecpp: {path} is damaged ({error}); restore it, or collect with --force") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ValueError(
-            f"specdecpp: {path}: format={found!r} is not {FORMAT}, which this version reads; use the one that wrote it"
         )
-    try:
-        return _ADAPTER.validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"specdecpp: {path} is wrong at {where!r} ({first['msg']}); restore it, or collect with --force"
-        ) from None
+    return read_json(path, _ADAPTER, "restore it, or collect with --force")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a dataset folder; see :func:`write_whole` for what it raises."""
     write_whole(folder / MANIFEST_FILE, (json.dumps(_plain(manifest), indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, it holds either all of ``content`` or what it held before.
-
-    Raises:
-        ValueError: one line: the disk is full, or the file cannot be written; nothing is left behind.
-    """
-    # The process's own: a lost worker's twin may write the same file.
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise ValueError(
-                f"specdecpp: {path} cannot be written: the disk is full; free space and run the same command again, "
-                "which goes on from the files that are there"
-            ) from error
-        raise ValueError(
-            f"specdecpp: {path} cannot be written ({error.strerror or error}); check the folder and its permissions"
-        ) from error
-    for stale in path.parent.glob(f"{path.name}.*.part"):
-        stale.unlink(missing_ok=True)
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:

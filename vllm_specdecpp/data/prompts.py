@@ -14,6 +14,8 @@ from typing import Any
 
 COLUMNS = ("prompt", "instruction", "question", "text")
 """Where the prompt stands if nobody says, the first that is there."""
+PromptName = tuple[str, str]
+"""(id, set)."""
 _FILES = (".jsonl", ".txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?")
 
@@ -63,6 +65,15 @@ def load_prompts(
     return prompts
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a user's message in the model's chat template; of the plain text if it has none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return list(tokenizer.encode(text))
+    message = [{"role": "user", "content": text}]
+    templated = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(templated, add_special_tokens=False))
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
     """The same for the same prompts in the same order."""
     return hashlib.sha256(json.dumps([astuple(prompt) for prompt in prompts]).encode()).hexdigest()
@@ -75,12 +86,7 @@ def split_by_id(prompt_id: str, fraction: float, seed: int) -> bool:
         prompt_id: of the prompt.
         fraction: of all prompts, that is held out: 0 to 1.
         seed: another one holds out others.
-
-    Raises:
-        ValueError: the fraction is none.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"specdecpp: fraction={fraction} of held-out prompts must be from 0 to 1")
     digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vllm_specdecpp.data.manifest import FORMAT, Manifest, write_whole
+from vllm_specdecpp.data.manifest import FORMAT, Manifest
+from vllm_specdecpp.files import write_whole
 
 ACCEPTED, REJECTED, NOT_OBSERVED = 1, 0, -1
 """Values of ``Shard.outcome``."""
@@ -97,9 +97,6 @@ class Shard:
     prompts: list[dict[str, str]]
     """``{"id", "set"}`` of each request."""
 
-    read_hidden_states: Tensor | None = None
-    """[num_steps, hidden_size] of the pass that has read the candidate: kind "positions" only."""
-
     @property
     def num_steps(self) -> int:
         return self.outcome.shape[0]
@@ -124,7 +121,6 @@ _DTYPES = {
     "drawn_logprob": torch.float32, "outcome": torch.int8, "soft_label": torch.float32, "round_starts": torch.int64,
     "num_accepted": torch.int32, "prompt_index": torch.int32, "emitted": torch.int32, "temperature": torch.float32,
 }  # fmt: skip
-_PER_ROUND = ("num_accepted", "prompt_index", "emitted", "temperature")
 _TENSORS = tuple(field.name for field in fields(Shard) if field.name != "prompts")
 
 
@@ -147,17 +143,11 @@ def shard_from_rounds(rounds: Sequence[RoundRecord], prompts_by_request: Mapping
         prompts_by_request: request id to ``{"id", "set"}``; rounds of other requests are left out.
 
     Raises:
-        ValueError: one line: no rounds are left, or one that accepts more than was verified.
+        ValueError: one line: no rounds are left.
     """
     rounds = [r for r in rounds if r.num_verified > 0 and r.request_id in prompts_by_request]
     if not rounds:
         raise ValueError("specdecpp: no verified round was recorded; write an empty_shard for this unit")
-    for r in rounds:
-        if not 0 <= r.num_accepted <= r.num_verified <= len(r.token_ids):
-            raise ValueError(
-                f"specdecpp: a round of request {r.request_id!r} has num_accepted={r.num_accepted}, num_verified="
-                f"{r.num_verified} and {len(r.token_ids)} candidates; they must not decrease in this order"
-            )
     requests = list(dict.fromkeys(r.request_id for r in rounds))
     index = {request_id: i for i, request_id in enumerate(requests)}
 
@@ -183,11 +173,9 @@ def shard_from_rounds(rounds: Sequence[RoundRecord], prompts_by_request: Mapping
 
 def empty_shard(manifest: Manifest, prompts: Sequence[Mapping[str, str]] = ()) -> Shard:
     """A shard without rounds: of a unit whose responses were too short to draft anything, so that it counts as done."""
-    hidden_states = torch.zeros(0, manifest.hidden_size)
     columns = {name: torch.zeros(1 if name == "round_starts" else 0, dtype=dtype) for name, dtype in _DTYPES.items()}
     return Shard(
-        hidden_states=hidden_states,
-        read_hidden_states=hidden_states.clone() if manifest.kind == "positions" else None,
+        hidden_states=torch.zeros(0, manifest.hidden_size),
         prompts=[{key: prompt[key] for key in ("id", "set")} for prompt in prompts],
         **columns,
     )
@@ -197,12 +185,10 @@ def write_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
     """Write a shard, in place of one that is there.
 
     Raises:
-        ValueError: one line: the tensors do not fit together or to the manifest; the disk is full, or the file cannot
-            be written, and then nothing is left behind and a shard that was there is untouched.
+        ValueError: one line: the disk is full, or the file cannot be written; then nothing is left behind and a shard
+            that was there is untouched.
     """
-    if fault := _fault(shard, manifest):
-        raise ValueError(f"specdecpp: shard {path} would be wrong: {fault}; this is a bug of what recorded it")
-    tensors = {name: value for name in _TENSORS if (value := getattr(shard, name)) is not None}
+    tensors: dict[str, Tensor] = {name: getattr(shard, name) for name in _TENSORS}
     # The library refuses tensors of one storage.
     tensors = {name: (t if _owns_memory(t) else t.clone()).detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -214,15 +200,13 @@ def write_shard(path: Path, shard: Shard, manifest: Manifest) -> None:
 
 
 def read_shard(path: Path, manifest: Manifest) -> Shard:
-    """Read and check a shard. The tensors are views of the file until they are copied.
+    """Read a shard. The tensors are views of the file until they are copied.
 
     Raises:
-        ValueError: one line naming the file: missing, empty, truncated, of other models, or inconsistent.
+        ValueError: one line naming the file: missing, truncated, or of other models.
     """
     mend = "remove it and run the same collect command again, which makes this unit anew"
     try:
-        if path.stat().st_size == 0:
-            raise ValueError(f"specdecpp: shard {path} is empty; {mend}")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -232,21 +216,7 @@ def read_shard(path: Path, manifest: Manifest) -> Shard:
         raise ValueError(f"specdecpp: shard {path} is truncated or damaged ({error}); {mend}") from None
     if metadata.get("fingerprint") != manifest.fingerprint:
         raise ValueError(f"specdecpp: shard {path} {_foreign(metadata, manifest)}")
-    missing = [name for name in _required(manifest) if name not in tensors]
-    if missing:
-        raise ValueError(f"specdecpp: shard {path} has no tensor {missing[0]!r}; {mend}")
-    try:
-        columns: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
-        shard = Shard(prompts=json.loads(metadata["prompts"]), **columns)
-    except (KeyError, ValueError):
-        raise ValueError(f"specdecpp: shard {path} has no readable list of prompts; {mend}") from None
-    if fault := _fault(shard, manifest):
-        raise ValueError(f"specdecpp: shard {path} is inconsistent: {fault}; {mend}")
-    return shard
-
-
-def _required(manifest: Manifest) -> tuple[str, ...]:
-    return tuple(name for name in _TENSORS if name != "read_hidden_states" or manifest.kind == "positions")
+    return Shard(prompts=json.loads(metadata["prompts"]), **{name: tensors[name] for name in _TENSORS})
 
 
 def _foreign(metadata: Mapping[str, str], manifest: Manifest) -> str:
@@ -255,50 +225,9 @@ def _foreign(metadata: Mapping[str, str], manifest: Manifest) -> str:
         return "was not written by this package; move it out of the dataset"
     pair, ours = f"{metadata['target']} / {metadata['draft']}", f"{manifest.target} / {manifest.draft}"
     if pair == ours:
-        return f"is not of its dataset's kind ({manifest.kind}) and hidden size ({manifest.hidden_size}); move it out"
+        return f"is not of its dataset's hidden size ({manifest.hidden_size}); move it out"
     return f"is of the pair {pair}, but its dataset of {ours}; move it out of the dataset"
-
-
-def _fault(shard: Shard, manifest: Manifest) -> str | None:
-    """What is wrong with a shard; None if nothing is."""
-    num_steps, num_rounds = shard.num_steps, shard.num_rounds
-    for name, dtype in _DTYPES.items():
-        tensor = getattr(shard, name)
-        length = num_rounds + 1 if name == "round_starts" else num_rounds if name in _PER_ROUND else num_steps
-        if list(tensor.shape) != [length] or tensor.dtype != dtype:
-            return f"{name} is {_shown(tensor)}, not {_shape(length)} {dtype}"
-    states: list[tuple[str, Any]] = [("hidden_states", shard.hidden_states)]
-    if manifest.kind == "positions" or shard.read_hidden_states is not None:
-        states.append(("read_hidden_states", shard.read_hidden_states))
-    for name, tensor in states:
-        if tensor is None or list(tensor.shape) != [num_steps, manifest.hidden_size]:
-            shown = "missing" if tensor is None else _shown(tensor)
-            return f"{name} is {shown}, not [{num_steps}, {manifest.hidden_size}]"
-    lengths = shard.round_starts.diff()
-    if int(shard.round_starts[0]) != 0 or int(shard.round_starts[-1]) != num_steps or bool((lengths < 1).any()):
-        return f"round_starts do not rise from 0 to {num_steps}"
-    if manifest.kind == "positions" and num_steps != num_rounds:
-        return f"kind 'positions' has rounds of length 1, but there are {num_steps} steps in {num_rounds} rounds"
-    if bool(((shard.num_accepted < 0) | (shard.num_accepted > lengths)).any()):
-        return "num_accepted is not between 0 and the round's length"
-    if not torch.equal(shard.outcome, outcomes(shard.num_accepted, shard.round_starts)):
-        return "outcome and num_accepted disagree"
-    if bool(((shard.prompt_index < 0) | (shard.prompt_index >= len(shard.prompts))).any()):
-        return f"prompt_index points outside of {len(shard.prompts)} prompts"
-    if any(
-        not isinstance(p, dict) or not all(isinstance(p.get(key), str) for key in ("id", "set")) for p in shard.prompts
-    ):
-        return 'prompts are not all {"id", "set"}'
-    return None
 
 
 def _owns_memory(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype}"
-
-
-def _shape(length: int) -> str:
-    return f"[{length}]"

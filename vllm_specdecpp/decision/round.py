@@ -105,7 +105,7 @@ class DraftRound:
         """A round begins; ``max_lengths`` are set."""
         self.lengths.zero_()
         self.survival.fill_(1.0)
-        self.running.copy_(self.max_lengths > 0)
+        torch.gt(self.max_lengths, 0, out=self.running)
         self.num_drawn, self._scored = 0, None
         self._known.clear()
 

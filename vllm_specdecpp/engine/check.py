@@ -189,7 +189,7 @@ def _gain(vllm_config: Any, longest: int, drafts: bool) -> dict[str, str]:
     most = vllm_config.scheduler_config.max_num_seqs
     costs = CostModel(**kept.curves, max_reqs=most, max_tokens=most * (longest + 1))
     basis = f"of {records.known:.0f} candidates" if records.known else "guessed"
-    found = {"costs": f"measured {kept.written}", "acceptance": f"{accept:.2f}, {basis}"}
+    found = {"costs": f"measured {kept.written:%Y-%m-%d %H:%M} UTC", "acceptance": f"{accept:.2f}, {basis}"}
     for num_reqs in (n for n in BATCHES if n <= most):
         seconds = costs.fixed_seconds(num_reqs, longest)
         tokens = [sum(accept**k for k in range(length + 1)) for length in range(longest + 1)]

@@ -163,10 +163,7 @@ class SpecDecPPWorkerMixin:
     @property
     def _proposer(self) -> SpecDecPPProposer:
         if self._speculator is not None:
-            raise ValueError(
-                "specdecpp: recording rounds and timing steps need Model Runner V1; start with "
-                "VLLM_USE_V2_MODEL_RUNNER=0"
-            )
+            raise ValueError("specdecpp: recording rounds needs Model Runner V1; start with VLLM_USE_V2_MODEL_RUNNER=0")
         return self.model_runner.drafter
 
     @property
@@ -189,11 +186,6 @@ class SpecDecPPWorkerMixin:
     def specdecpp_rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last ``trace_rounds`` verified rounds, oldest first."""
         return self._drafter.log.rounds(clear=clear)
-
-    def specdecpp_step_times(self, clear: bool = False) -> list[dict[str, Any]]:
-        """Times of the last ``trace_rounds`` steps, oldest first; see
-        :meth:`vllm_specdecpp.engine.shared.round_log.RoundLog.step_times`."""
-        return self._proposer.log.step_times(clear=clear)
 
     def specdecpp_flush_records(
         self, path: str | None = None, prompts: dict[str, dict[str, str]] | None = None

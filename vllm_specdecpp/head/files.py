@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of an acceptance head: where they are, what they hold, and how they are replaced."""
+"""Files of an acceptance head: where they are, and what they hold."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vllm_specdecpp.decision.features import check_features
+from vllm_specdecpp.files import parse_json, read_json, write_whole
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -25,21 +25,39 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 _STANDARDISATION = ("mean", "scale")
 
 
-@dataclass(frozen=True)
-class HeadConfig:
+class Calibration(BaseModel):
+    """P(accepted) = sigmoid(slope * logit + intercept of the candidate's position)."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    slope: float
+    intercepts: list[float] = Field(min_length=1)
+    """Of position 1, 2, ...; the last one is that of all positions beyond."""
+
+
+class HeadConfig(BaseModel):
     """A checked ``config.json``."""
 
-    hidden_size: int
-    num_layers: int
-    may_share: bool
-    """Whether one stored block may stand for all; False if our own file says that the blocks are untied."""
-    width: int | None
-    features: tuple[str, ...]
-    lag: int
-    standardize: bool
-    calibration: dict[str, Any] | None
-    metadata: dict[str, Any]
-    """Every other key."""
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(ge=0)
+    tied: bool | None = None
+    """False if our own file says that the blocks are untied; else one stored block may stand for all."""
+    width: int | None = Field(default=None, gt=0)
+    features: list[str] = []
+    lag: Literal[0, 1] = 1
+    standardize: bool = False
+    calibration: Calibration | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> HeadConfig:
+        check_features(self.features, self.lag)
+        return self
+
+
+_ADAPTER = TypeAdapter(HeadConfig)
+_MEND = "fetch or train the head again"
 
 
 def find(source: str | os.PathLike[str], revision: str | None) -> Path:
@@ -78,100 +96,31 @@ def _fetch(name: str, revision: str | None) -> Path:
     return folder
 
 
-def read_json(folder: Path) -> Any:
-    """What ``config.json`` holds, unchecked."""
-    path = folder / CONFIG_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"specdecpp: head={str(folder)!r} has no readable {CONFIG_FILE} ({error.strerror}); write "
-            '{"hidden_size": ..., "num_layers": ...} beside the weights'
-        ) from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"specdecpp: head file {path} is not valid JSON ({error}); fetch the head again") from None
-
-
 def read_config(folder: Path) -> HeadConfig:
     """The checked config.
 
     Raises:
         ValueError: one line: it cannot be read, or a field is missing or not what it must be.
     """
-    return parse_config(read_json(folder), folder / CONFIG_FILE)
+    return read_json(folder / CONFIG_FILE, _ADAPTER, _MEND)
 
 
-def parse_config(config: Any, path: Path) -> HeadConfig:
-    """``config`` as read from ``path``, checked."""
-    sizes: list[Any] = [config.get(key) for key in ("hidden_size", "num_layers")] if isinstance(config, dict) else []
-    if not (len(sizes) == 2 and all(type(size) is int for size in sizes) and sizes[0] > 0 and sizes[1] >= 0):
-        raise ValueError(
-            f'specdecpp: head file {path} must hold {{"hidden_size": N, "num_layers": L}} with whole numbers N > 0, '
-            "L >= 0; write them as the head was trained"
-        )
-    rest = {key: value for key, value in config.items() if key not in ("hidden_size", "num_layers", "tied")}
-    width, features, lag = rest.pop("width", None), rest.pop("features", []), rest.pop("lag", 1)
-    standardize, calibration = rest.pop("standardize", False), rest.pop("calibration", None)
-
-    def refuse(key: str, value: object, must: str) -> ValueError:
-        return ValueError(f"specdecpp: head file {path}: {key}={value!r} must be {must}; fetch or train the head again")
-
-    if width is not None and not (type(width) is int and width > 0):
-        raise refuse("width", width, "a whole number > 0, or null")
-    if type(lag) is not int or lag not in (0, 1):
-        raise refuse("lag", lag, "0 or 1")
-    if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
-        raise refuse("features", features, "a list of names")
-    if type(standardize) is not bool:
-        raise refuse("standardize", standardize, "true or false")
-    try:
-        check_features(features, lag)
-        if calibration is not None:
-            check_calibration(calibration)
-    except ValueError as error:
-        raise ValueError(f"specdecpp: head file {path}: {str(error).removeprefix('specdecpp: ')}") from None
-    return HeadConfig(
-        sizes[0], sizes[1], config.get("tied") is not False, width, tuple(features), lag, standardize, calibration, rest
-    )
-
-
-def check_calibration(calibration: Any) -> None:
-    """Refuse a ``calibration`` that :meth:`AcceptanceHead.probability` could not apply.
-
-    Raises:
-        ValueError: one line.
-    """
-    slope = calibration.get("slope") if isinstance(calibration, Mapping) else None
-    intercepts = calibration.get("intercepts") if isinstance(calibration, Mapping) else None
-    if not (_is_finite(slope) and isinstance(intercepts, list) and intercepts and all(map(_is_finite, intercepts))):
-        raise ValueError(
-            f'specdecpp: calibration={calibration!r} must be {{"slope": a, "intercepts": [b1, ...]}} with finite '
-            "numbers; calibrate the head again"
-        )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def update_config(folder: str | os.PathLike[str], **changes: Any) -> None:
-    """Rewrite some keys of a saved head's ``config.json`` in one move; a value of None removes the key.
+def update_config(folder: Path, **changes: Any) -> None:
+    """Rewrite some keys of a saved head's ``config.json`` in one move.
 
     Raises:
         ValueError: one line: no head there, or the changed config would not load.
     """
-    path = Path(folder)
-    read_config(path)
-    config = {**read_json(path), **changes}
-    config = {key: value for key, value in config.items() if not (key in changes and value is None)}
-    parse_config(config, path / CONFIG_FILE)
-    write_config(path, config)
+    read_config(folder)
+    path = folder / CONFIG_FILE
+    write_config(folder, json.loads(path.read_text(encoding="utf-8")) | changes)
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.json`` into an existing folder."""
-    text = json.dumps(config, indent=2) + "\n"
-    replace(folder / CONFIG_FILE, lambda to: to.write_text(text, encoding="utf-8"))
+    """Write ``config.json``, if it can be read again; else ValueError."""
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    parse_json(text, _ADAPTER, folder / CONFIG_FILE, _MEND)
+    write_whole(folder / CONFIG_FILE, text)
 
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -224,7 +173,7 @@ def named(tensors: dict[str, Tensor], config: HeadConfig, path: Path) -> tuple[d
     missing = [f"model.{num_layers}.{name}" for name in ("weight", "bias") if f"output.{name}" not in found]
     missing += [key for key in extra if key not in found]
     # One stored block stands for all: a writer that knows shared tensors drops the repeats.
-    expected = blocks if len(blocks) == 1 and config.may_share else range(num_layers)
+    expected = blocks if len(blocks) == 1 and config.tied is not False else range(num_layers)
     for i in expected:
         missing += [f"model.{i}.linear.{name}" for name in ("weight", "bias") if name not in blocks.get(i, {})]
     if missing:
@@ -246,16 +195,3 @@ def _short_name(label: str) -> str:
     # In the hub's cache the name is a part of its own: models--ORG--NAME/snapshots/COMMIT.
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
     return (cached or parts or [""])[-1].lower()
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path`` and move it there, so that a reader never meets half a file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # safetensors writes for its owner alone, and a server may run as somebody else
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

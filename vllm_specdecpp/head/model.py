@@ -9,20 +9,19 @@ the hidden state, project it down, and read scalar features beside it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vllm_specdecpp.decision.features import check_features, num_inputs
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head import files as head_files
-from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, update_config
+from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.provenance import model_label, shrinking
-
-__all__ = ["AcceptanceHead", "ResidualBlock", "update_config"]
 
 
 class ResidualBlock(nn.Module):
@@ -52,11 +51,12 @@ class AcceptanceHead(nn.Module):
         standardize: whether ``(hidden_state - mean) * scale`` comes first; ``mean`` and ``scale`` are buffers.
 
     Attributes:
+        calibration: ``{"slope": a, "intercepts": [b of position 1, ..., of all beyond], "fitted_on": text}``, or None.
         metadata: the config's other keys: ``draft``, ``target``, ``w_rej``, ``soft``, ``rule``.
         dropout: of the hidden state and of the blocks' updates, in training mode only.
 
     Raises:
-        ValueError: one line: a size, a lag or a feature that cannot be.
+        ValueError: one line: a feature that is unknown, or not known before the draw.
     """
 
     mean: Tensor  # [hidden_size]
@@ -74,11 +74,6 @@ class AcceptanceHead(nn.Module):
         standardize: bool = False,
     ) -> None:
         super().__init__()
-        for name, size, least in (("hidden_size", hidden_size, 1), ("num_layers", num_layers, 0), ("width", width, 1)):
-            if size is not None and size < least:
-                raise ValueError(f"specdecpp: {name}={size} must be a whole number, {least} or more")
-        if lag not in (0, 1):
-            raise ValueError(f"specdecpp: lag={lag} must be 1 (the pass that read the candidate) or 0 (look-ahead)")
         check_features(features, lag)
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -89,7 +84,7 @@ class AcceptanceHead(nn.Module):
         self.standardize = standardize
         self.metadata: dict[str, Any] = {}
         self.dropout = 0.0
-        self._calibration: dict[str, Any] | None = None
+        self.calibration: dict[str, Any] | None = None
         if standardize:
             self.register_buffer("mean", torch.zeros(hidden_size))
             self.register_buffer("scale", torch.ones(hidden_size))
@@ -136,39 +131,25 @@ class AcceptanceHead(nn.Module):
         rejected, accepted = self(hidden_states, scalars).float().unbind(-1)
         return accepted - rejected
 
-    def probability(self, hidden_states: Tensor, scalars: Tensor | None = None, position: int | Tensor = 1) -> Tensor:
+    def probability(self, hidden_states: Tensor, scalars: Tensor | None = None, position: int = 1) -> Tensor:
         """P(accepted): sigmoid(logit), or sigmoid(slope * logit + intercept of the position) if calibrated.
 
         Args:
             hidden_states: [num_reqs, hidden_size].
             scalars: as in :meth:`forward`.
-            position: 1-based index in the round of the candidate that is scored; one, or [num_reqs].
+            position: 1-based index in the round of the candidate that is scored.
 
         Returns:
             [num_reqs] float32.
         """
-        logit = self.logit(hidden_states, scalars)  # [num_reqs]
-        if self._calibration is not None:
-            intercepts = self._calibration["intercepts"]
-            shift: float | Tensor
-            if isinstance(position, Tensor):
-                table = torch.tensor(intercepts, dtype=torch.float32, device=logit.device)
-                shift = table[(position.long() - 1).clamp(0, len(intercepts) - 1)]  # [num_reqs]
-            else:
-                shift = intercepts[min(max(position, 1), len(intercepts)) - 1]
-            logit = self._calibration["slope"] * logit + shift
+        return self.calibrated(self.logit(hidden_states, scalars), position)
+
+    def calibrated(self, logit: Tensor, position: int) -> Tensor:
+        """:meth:`probability` of uncalibrated logits [num_reqs]."""
+        if self.calibration is not None:
+            intercepts = self.calibration["intercepts"]
+            logit = self.calibration["slope"] * logit + intercepts[min(position, len(intercepts)) - 1]
         return logit.sigmoid()
-
-    @property
-    def calibration(self) -> dict[str, Any] | None:
-        """``{"slope": a, "intercepts": [b of position 1, ..., of all beyond], "fitted_on": text}``, or None."""
-        return self._calibration
-
-    @calibration.setter
-    def calibration(self, calibration: Mapping[str, Any] | None) -> None:
-        if calibration is not None:
-            head_files.check_calibration(calibration)
-        self._calibration = None if calibration is None else dict(calibration)
 
     @property
     def num_parameters(self) -> int:
@@ -191,9 +172,8 @@ class AcceptanceHead(nn.Module):
             key.replace("blocks.", "model.").replace("output.", f"model.{self.num_layers}."): p
             for key, p in self.state_dict().items()
         }
-        path.mkdir(parents=True, exist_ok=True)
         tensors = {key: p.detach().contiguous().cpu() for key, p in tensors.items()}
-        head_files.replace(path / SAFETENSORS_FILE, lambda to: save_file(tensors, to, metadata={"format": "pt"}))
+        write_whole(path / SAFETENSORS_FILE, save(tensors, {"format": "pt"}))
         head_files.write_config(path, self.config())
 
     def config(self) -> dict[str, Any]:
@@ -202,7 +182,7 @@ class AcceptanceHead(nn.Module):
         ours = {"width": self.width, "features": list(self.features), "standardize": self.standardize}
         config |= {key: value for key, value in ours.items() if value}
         config |= {} if self.lag == 1 else {"lag": self.lag}
-        config |= {} if self._calibration is None else {"calibration": self._calibration}
+        config |= {} if self.calibration is None else {"calibration": self.calibration}
         return config | {key: value for key, value in self.metadata.items() if key not in config}
 
     @classmethod
@@ -240,7 +220,7 @@ class AcceptanceHead(nn.Module):
                 f"specdecpp: head={str(source)!r} is for hidden size {config.hidden_size}, but the draft model has "
                 f"{expected_hidden_size}; use the head that was trained for this draft"
             )
-        draft = config.metadata.get("draft")
+        draft = (config.model_extra or {}).get("draft")
         labels = [model_label(expected_draft), shrinking(expected_draft).get("source", "")] if expected_draft else []
         if labels and isinstance(draft, str) and draft and not any(head_files.same_model(draft, x) for x in labels):
             raise ValueError(
@@ -253,7 +233,8 @@ class AcceptanceHead(nn.Module):
             config.hidden_size, config.num_layers, tied,
             width=config.width, features=config.features, lag=config.lag, standardize=config.standardize,
         )  # fmt: skip
-        head.metadata, head.calibration = config.metadata, config.calibration
+        head.metadata = dict(config.model_extra or {})
+        head.calibration = None if config.calibration is None else config.calibration.model_dump()
         for key, parameter in head.state_dict().items():
             found = tensors[key]
             if found.shape != parameter.shape:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
+from vllm_specdecpp.training.engine import start_engine
 
 if TYPE_CHECKING:
     from vllm_specdecpp.shrink.options import ShrinkOptions
@@ -91,15 +92,13 @@ def read_prompts(options: ShrinkOptions) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     from vllm_specdecpp.data.manifest import MANIFEST_FILE
-    from vllm_specdecpp.data.prompts import load_prompts
+    from vllm_specdecpp.data.prompts import encode, load_prompts
     from vllm_specdecpp.training.collect.responses import read_responses
-    from vllm_specdecpp.training.collect.units import encode
 
     assert options.prompts is not None and options.target is not None
     folder = Path(options.prompts).expanduser()
     if (folder / MANIFEST_FILE).is_file():
-        paths = sorted((folder / "responses").glob("*.jsonl"))
-        found = [row["prompt_token_ids"] for path in paths for row in read_responses(path)]
+        found = [row["prompt_token_ids"] for row in read_responses(folder)]
     else:
         tokenizer = AutoTokenizer.from_pretrained(options.target)
         found = [encode(tokenizer, prompt.text) for prompt in load_prompts(options.prompts)]
@@ -118,26 +117,14 @@ def play(options: ShrinkOptions, draft: str, prompts: Sequence[Sequence[int]]) -
         ValueError: it does not start.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     print(f"specdecpp: starting an engine with the draft {draft} ...", file=sys.stderr)
-    speculative_config = {
-        "method": "specdecpp", "model": draft, "num_speculative_tokens": CANDIDATES,
-        "trace_rounds": len(prompts) * options.max_tokens,
+    config = {
+        "model": draft, "num_speculative_tokens": CANDIDATES, "trace_rounds": len(prompts) * options.max_tokens
     }  # fmt: skip
-    try:
-        llm = LLM(
-            model=str(options.target),
-            speculative_config=speculative_config,
-            max_model_len=max(map(len, prompts)) + max(options.max_tokens, _WARM_UP) + CANDIDATES + 1,
-            max_num_seqs=max(BATCHES),
-            kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
-            enforce_eager=options.eager,
-            tensor_parallel_size=options.tensor_parallel_size,
-            enable_prefix_caching=False,
-        )
-    except RuntimeError as error:  # the engine's own process has said more above
-        raise ValueError(f"specdecpp: the engine did not start ({str(error).splitlines()[-1]})") from error
+    longest = max(map(len, prompts)) + max(options.max_tokens, _WARM_UP) + CANDIDATES + 1
+    llm = start_engine(str(options.target), config, options, max_model_len=longest, max_num_seqs=max(BATCHES))
     try:
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
         params = SamplingParams(temperature=0.0, max_tokens=_WARM_UP, ignore_eos=True, detokenize=False)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from vllm_specdecpp.head.files import replace
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.training.collect.stop_signal import sigterm_interrupts
 
-FILE_BYTES = 2 << 30
+FILE_BYTES = 1 << 30
 """A file of the new folder is closed once it holds so much."""
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "BOOL": 1}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack", ".onnx")
@@ -167,7 +167,7 @@ def write_tensors(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], fil
     def write() -> None:
         if held:
             names.append(list(held))
-            replace(folder / f"{len(names)}.part.safetensors", lambda path: save_file(held, path, {"format": "pt"}))
+            write_whole(folder / f"{len(names)}.part.safetensors", save(held, {"format": "pt"}))
             held.clear()
 
     for name, tensor in tensors:

@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.options import POSITIONAL, EngineOptions
 
 
-class ShrinkOptions(CommandOptions):
+class ShrinkOptions(EngineOptions):
     """Write a cheaper copy of a draft model: a Hugging Face folder that vLLM loads as any other.
 
     The output's distribution stays the target's, whatever is done to the draft; only how many candidates are accepted
@@ -43,12 +43,3 @@ class ShrinkOptions(CommandOptions):
 
     max_tokens: int = Field(default=96, ge=8)
     """New tokens of each."""
-
-    kv_cache_mib: int | None = Field(default=None, ge=1)
-    """Memory of the KV cache of the engines that --check starts; by default vLLM decides."""
-
-    eager: bool = False
-    """Check without torch.compile and CUDA graphs: starts faster, passes are slower."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """Of the engines that --check starts."""

@@ -17,7 +17,6 @@ from pydantic import Field
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 
 MANIFEST_FILE = "manifest.json"
-PROVENANCE_FILE = "provenance.json"
 CALIBRATION_ROWS = Path("calibration") / "rows.jsonl"
 """Where ``calibrate`` puts its figures, unless it is told otherwise."""
 _SHOWN_ESTIMATORS = ("head", "head_uncalibrated", "confidence")
@@ -153,6 +152,8 @@ def _head(source: str) -> dict[str, Any]:
 
 def _training(folder: Path, known: dict[str, Any]) -> dict[str, Any]:
     """What the config's other keys and ``provenance.json`` say."""
+    from vllm_specdecpp.training.fit.held_out import PROVENANCE_FILE
+
     path = folder / PROVENANCE_FILE
     if not path.is_file():
         return known or {"state": "unknown: no provenance.json beside the weights"}
@@ -232,7 +233,7 @@ def _costs(path: Path) -> dict[str, Any]:
     return {
         "kind": COSTS,
         "where": str(path),
-        "written": kept.written,
+        "written": kept.written.isoformat(timespec="seconds"),
         "setting": dict(kept.setting),
         "seconds": {name: {str(w): s for w, s in sorted(kept.curves[curve].items())} for curve, name in named.items()},
         "learnt": dict(kept.learnt),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class CommandOptions(BaseModel):
@@ -15,6 +15,19 @@ class CommandOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class EngineOptions(CommandOptions):
+    """Of the engines that a command starts."""
+
+    kv_cache_mib: int | None = Field(default=None, ge=1)
+    """Memory of the engine's KV cache; by default vLLM decides."""
+
+    eager: bool = False
+    """Do not compile the models: a faster start, slower steps."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that the models are spread over."""
 
 
 POSITIONAL: dict[str, Any] = {"positional": True}

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_specdecpp.files import write_whole
 
 if TYPE_CHECKING:
     from vllm_specdecpp.training.statistics import Reliability
@@ -39,10 +41,8 @@ def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path
         title: names the pair and the number of rows.
 
     Raises:
-        ValueError: one line: nothing to draw, or matplotlib is not installed.
+        ValueError: one line: matplotlib is not installed.
     """
-    if not panels or not all(panels.values()):
-        raise ValueError("specdecpp: a reliability plot needs a set and an estimator; give --evaluate datasets")
     num_columns = min(len(panels), _PANELS_A_ROW)
     num_rows = math.ceil(len(panels) / num_columns)
     size = (max(3.9 * num_columns + 0.4, 5.0), 4.1 * num_rows + 1.2)
@@ -110,9 +110,8 @@ def plot_pareto(
         title: names the pair and the number of tokens.
 
     Raises:
-        ValueError: one line: nothing to draw, a point without its numbers, or matplotlib is not installed.
+        ValueError: one line: matplotlib is not installed.
     """
-    _check(points, ("group", "label", "discard_rate", "verification_rate"), "Pareto plot")
     figure, [[axes]] = _figure((7.6, 5.4), title)
     reach = [max(p[key] for p in points) - min(p[key] for p in points) or 1.0 for key in _RATES]
     labelled: list[tuple[float, float]] = []
@@ -185,20 +184,6 @@ def _groups(points: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return groups
 
 
-def _check(points: Sequence[Mapping[str, Any]], keys: Sequence[str], figure: str) -> None:
-    if not points:
-        raise ValueError(f"specdecpp: a {figure} needs points, but got none")
-    for point in points:
-        for key in keys:
-            if key not in point:
-                raise ValueError(f"specdecpp: a point of the {figure} lacks {key!r}: {dict(point)}")
-            value = point[key]
-            if key in ("group", "label"):
-                continue
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"specdecpp: a point of the {figure} has {key}={value!r}; it must be a finite number")
-
-
 def check_installed() -> None:
     """Say early that no figure can be drawn.
 
@@ -208,9 +193,7 @@ def check_installed() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(
-            "specdecpp: plots need matplotlib; in the clone: pip install '.[train]', or add --no-plots"
-        ) from None
+        raise ValueError("specdecpp: plots need matplotlib; in the clone: pip install '.[train]'") from None
 
 
 def _figure(size: tuple[float, float], title: str, num_rows: int = 1, num_columns: int = 1) -> tuple[Any, Any]:
@@ -239,10 +222,6 @@ def _halo() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     """Write the PNG in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(part, format="png", dpi=150)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(path, image.getvalue())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good an estimate of the acceptance probability is: AUC, log-loss, Brier score, ECE, and their uncertainty.
 
-Everything is computed in float64 on the CPU and is the same at every call.
+Rows are on the CPU; everything is computed in float64 and is the same at every call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, pad
 
@@ -59,73 +59,44 @@ def auc(scores: Tensor, accepted: Tensor) -> float:
 
     Returns:
         NaN if no row is accepted, or none rejected.
-
-    Raises:
-        ValueError: one line: no rows, unequal lengths, NaN, or labels outside [0, 1].
     """
-    scores, accepted = _checked(scores, accepted)
     if len(accepted.unique()) < 2:
         return math.nan
-    return float(roc_auc_score(accepted.numpy(), scores.nan_to_num().numpy()))  # infinities: the largest numbers
-
-
-def log_loss(probability: Tensor, accepted: Tensor) -> float:
-    """Mean of -log of the probability given to what happened, in nats.
-
-    Raises:
-        ValueError: as :func:`auc`, or a probability outside [0, 1].
-    """
-    return float(row_losses(probability, accepted).mean())
+    finite = scores.detach().double().nan_to_num()  # infinities: the largest numbers
+    return float(roc_auc_score(accepted.numpy(), finite.numpy()))
 
 
 def row_losses(probability: Tensor, accepted: Tensor) -> Tensor:
-    """Log-loss of each row: [num_rows] float64.
+    """[num_rows] float64, -log of the probability given to what happened, in nats."""
+    clipped = probability.double().clamp(EPSILON, 1 - EPSILON)
+    return binary_cross_entropy(clipped, accepted.double(), reduction="none")
 
-    Raises:
-        ValueError: as :func:`log_loss`.
-    """
-    return _losses(*_checked(probability, accepted, in_unit=True))
+
+def log_loss(probability: Tensor, accepted: Tensor) -> float:
+    """Mean of :func:`row_losses`."""
+    return float(row_losses(probability, accepted).mean())
 
 
 def brier(probability: Tensor, accepted: Tensor) -> float:
-    """Mean squared distance between estimate and outcome.
-
-    Raises:
-        ValueError: as :func:`log_loss`.
-    """
-    probability, accepted = _checked(probability, accepted, in_unit=True)
-    return float(brier_score_loss(accepted.numpy(), probability.numpy()))
+    """Mean squared distance between estimate and outcome."""
+    return float((probability.double() - accepted.double()).square().mean())
 
 
 def ece(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> float:
-    """Expected calibration error over ``bins`` bins of equal width.
-
-    Raises:
-        ValueError: as :func:`reliability`.
-    """
+    """Expected calibration error over ``bins`` bins of equal width."""
     return reliability(probability, accepted, bins).ece
 
 
-def chance_ece(probability: Tensor, seed: int, bins: int = NUM_BINS, draws: int = 50) -> float:
-    """Mean ECE of outcomes that are drawn from the estimate itself, each row by itself: what chance alone makes of it.
-
-    Raises:
-        ValueError: as :func:`reliability`.
-    """
+def chance_ece(probability: Tensor, seed: int, draws: int = 50) -> float:
+    """Mean ECE of outcomes that are drawn from the estimate itself, each row by itself: what chance alone makes."""
     generator = torch.Generator().manual_seed(seed)
-    p = probability.detach().double().cpu()
-    return sum(ece(p, torch.bernoulli(p, generator=generator), bins) for _ in range(draws)) / draws
+    p = probability.double()
+    return sum(ece(p, torch.bernoulli(p, generator=generator)) for _ in range(draws)) / draws
 
 
 def reliability(probability: Tensor, accepted: Tensor, bins: int = NUM_BINS) -> Reliability:
-    """Bin the rows by their estimate. A bin holds its lower edge; 1 belongs to the last one.
-
-    Raises:
-        ValueError: as :func:`log_loss`, or fewer than 1 bin.
-    """
-    if bins < 1:
-        raise ValueError(f"specdecpp: bins={bins} must be 1 or more")
-    probability, accepted = _checked(probability, accepted, in_unit=True)
+    """Bin the rows by their estimate. A bin holds its lower edge; 1 belongs to the last one."""
+    probability, accepted = probability.double(), accepted.double()
     index = (probability * bins).long().clamp(max=bins - 1)  # [num_rows]
     num = torch.bincount(index, minlength=bins).double()  # [bins]
     mean = torch.bincount(index, probability, minlength=bins) / num  # 0 / 0 is NaN
@@ -143,18 +114,11 @@ def resample(
         prompt: [num_rows] whole number, the row's prompt.
         resamples: replicates.
         seed: the same one gives the same draws of prompts, so that estimators can be compared replicate by replicate.
-
-    Raises:
-        ValueError: as :func:`log_loss`, or fewer than 1 replicate.
     """
-    if resamples < 1:
-        raise ValueError(f"specdecpp: resamples={resamples} must be 1 or more")
-    probability, accepted = _checked(probability, accepted, in_unit=True)
-    if len(prompt) != len(probability):
-        raise ValueError(f"specdecpp: {len(probability)} scores, but {len(prompt)} prompts; give one a row")
-    prompts, row_prompt = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
+    probability, accepted = probability.double(), accepted.double()
+    prompts, row_prompt = prompt.unique(return_inverse=True)  # [num_prompts], [num_rows]
     num_prompts = len(prompts)
-    loss_sums = torch.bincount(row_prompt, _losses(probability, accepted), minlength=num_prompts)  # [num_prompts]
+    loss_sums = torch.bincount(row_prompt, row_losses(probability, accepted), minlength=num_prompts)  # [num_prompts]
     num_rows = torch.bincount(row_prompt, minlength=num_prompts).double()  # [num_prompts]
     ordered, order = probability.sort()
     accepted, row_prompt = accepted[order], row_prompt[order]
@@ -173,35 +137,10 @@ def resample(
     return Resamples(torch.stack(aucs), torch.stack(losses))
 
 
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates, without the NaN ones; (NaN, NaN) if there is no other."""
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap replicates, without the NaN ones; (NaN, NaN) if there is no other."""
     values = values[~values.isnan()]  # [replicates]
     if not len(values):
         return math.nan, math.nan
-    low, high = torch.quantile(values, values.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
+    low, high = torch.quantile(values, values.new_tensor([0.025, 0.975])).tolist()
     return low, high
-
-
-def _checked(scores: Tensor, accepted: Tensor, in_unit: bool = False) -> tuple[Tensor, Tensor]:
-    """Both as [num_rows] float64 on the CPU."""
-    if scores.dim() != 1 or scores.shape != accepted.shape:
-        raise ValueError(
-            f"specdecpp: scores of shape {list(scores.shape)} and labels of shape {list(accepted.shape)} must be two "
-            "lists of one length"
-        )
-    if not len(scores):
-        raise ValueError("specdecpp: no rows to judge an estimate by; give a dataset with observed candidates")
-    scores, accepted = scores.detach().double().cpu(), accepted.detach().double().cpu()
-    if num_bad := int(scores.isnan().sum()):
-        raise ValueError(f"specdecpp: {num_bad} of {len(scores)} scores are NaN; collect the labels or train again")
-    if in_unit and not bool(((scores >= 0) & (scores <= 1)).all()):
-        low, high = float(scores.min()), float(scores.max())
-        raise ValueError(f"specdecpp: probabilities reach from {low:g} to {high:g}; they must be in [0, 1]")
-    if not bool(((accepted >= 0) & (accepted <= 1)).all()):
-        raise ValueError("specdecpp: labels must be in [0, 1]; collect them again")
-    return scores, accepted
-
-
-def _losses(probability: Tensor, accepted: Tensor) -> Tensor:
-    """[num_rows] log-loss of each row."""
-    return binary_cross_entropy(probability.clamp(EPSILON, 1 - EPSILON), accepted, reduction="none")

@@ -45,6 +45,11 @@ def _matches(mutant: ModuleType) -> None:
     runs_cases.check_matches(mutant.suffix_match)
 
 
+def _runs(mutant: ModuleType) -> None:
+    runs_cases.check_takes(mutant.take_runs)
+    runs_cases.check_behind(mutant.behind_drafts)
+
+
 def _rows(mutant: ModuleType) -> None:
     runs_cases.check_rows(mutant.one_hot_rows)
 
@@ -52,6 +57,7 @@ def _rows(mutant: ModuleType) -> None:
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "threshold_tail": _threshold, "cost_aware_tail": _cost_aware, "cost_aware_device": _device,
     "logits_summary": _logits, "suffix_match": _matches, "one_hot_rows": _rows,
+    "runs": _runs,
 }  # fmt: skip
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "threshold_tail": [
@@ -133,6 +139,32 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("num_sure += total", "num_sure = total"),
         ("latest = tl.max(tl.where(lengths == longest, where, -1), axis=0)", "latest = start"),
         ("longest > best", "longest >= best"),
+    ],
+    "runs": [
+        ("+ 1 - start, 1)", "- start, 1)"),
+        ("steps + 1, BLOCK_STEPS)", "steps, BLOCK_STEPS)"),
+        (" & (match > 0)", ""),
+        ("run_odds_ptr + 2 + steps", "run_odds_ptr + 1 + steps"),
+        ("odds += tl.load(run_shifts_ptr + req)", "odds += 0.0"),
+        ("reach *= tl.load(survival_ptr + req)", "reach *= 1.0"),
+        ("first + places + 1)", "first + places)"),
+        ("tl.where(speeds == top, places + 1, num)", "tl.where(speeds == top, places, num)"),
+        ("emitted += tl.sum(chance", "emitted += 0 * tl.sum(chance"),
+        ("(own + steps <= end)", "(own + steps < end)"),
+        ("(best > 0) & ", ""),
+        (" == BEHIND\n", " == 1\n"),
+        ("mask=inside)\n        tl.store(accept", "mask=there)\n        tl.store(accept"),
+        ("tl.where(steps == 0, tl.load", "tl.where(steps < 0, tl.load"),
+        ("this_ptr + 1 + steps", "this_ptr + steps"),
+        ("tl.load(widths_ptr + steps + lag,", "tl.load(widths_ptr + steps,"),
+        ("tl.where(drafts, 0.0, own)", "own"),
+        ("rows += tl.sum(length, axis=0)", "rows += 0"),
+        ("last[:, None] + 1 + steps", "last[:, None] + steps"),
+        ("drafts & ((ended == 0) | (end < 0))", "drafts"),
+        ("drafts & ((ended == 0) | (end < 0))", "drafts & (ended == 0)"),
+        ("(steps + lag).to", "steps.to"),
+        ("accept, means[None, :])", "accept, 1.0)"),
+        ("tl.where(drafted, accept, 1.0)", "accept"),
     ],
     "one_hot_rows": [
         ("token >= 0", "token > 0"),

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""suffix_match and one_hot_rows, and their twins."""
+"""suffix_match, take_runs, behind_drafts and one_hot_rows, and their twins."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.v2.kernels.runs_cases import check_matches, check_rows
+from tests.v2.kernels.runs_cases import check_behind, check_matches, check_rows, check_takes
+from vllm_specdecpp.decision.cost_aware import device_runs
+from vllm_specdecpp.kernels import runs
 from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows, one_hot_rows_torch
 from vllm_specdecpp.kernels.suffix_match import suffix_match, suffix_match_torch
 
@@ -14,6 +16,16 @@ from vllm_specdecpp.kernels.suffix_match import suffix_match, suffix_match_torch
 @pytest.mark.parametrize("launch", [suffix_match, suffix_match_torch], ids=["kernel", "twin"])
 def test_matches_are_those_of_model_runner_v1(launch) -> None:
     check_matches(launch)
+
+
+@pytest.mark.parametrize("launch", [runs.take_runs, device_runs.take_runs], ids=["kernel", "twin"])
+def test_a_device_takes_what_the_host_takes(launch) -> None:
+    check_takes(launch)
+
+
+@pytest.mark.parametrize("launch", [runs.behind_drafts, device_runs.behind_drafts], ids=["kernel", "twin"])
+def test_what_stands_in_front_of_runs_behind_drafts(launch) -> None:
+    check_behind(launch)
 
 
 @pytest.mark.parametrize("launch", [one_hot_rows, one_hot_rows_torch], ids=["kernel", "twin"])

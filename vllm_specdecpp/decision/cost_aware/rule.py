@@ -185,6 +185,8 @@ class CostAwareRule:
             costs.observe_draft(round_.widths, draft_seconds, read)
         if verify_seconds is not None:
             costs.verify.observe(num_tokens, verify_seconds)
+        for curve in (costs.first, costs.step, costs.verify):
+            curve.table()  # while a device drafts, not when the next round waits for it
 
     def _record(
         self, round_: CostAwareRound, known: Sequence[bool], lengths: Sequence[int], wins: Sequence[int]

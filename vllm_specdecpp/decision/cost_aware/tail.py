@@ -52,8 +52,9 @@ class CostAwareTail:
         self._packed = torch.zeros((WHOLE + 1 + max_length) * max_reqs + max_length, device=device)
         rows, widths = self._packed[:-max_length].view(-1, max_reqs), self._packed[-max_length:]
         self._limits, self._lengths, self.drafts = rows[:WHOLE].view(torch.int32)
-        self.expected, self._scores = rows[WHOLE], rows[WHOLE + 1 :]
+        self._scores, self.expected = rows[WHOLE:-1], rows[-1]
         self.widths = widths.view(torch.int32)
+        self._sums = self._packed[-max_length - max_reqs :]  # expected and widths
         self._launch = launch
 
     def open(self) -> None:
@@ -72,10 +73,8 @@ class CostAwareTail:
         rows = slice(len(max_lengths))
         limits = self.params.limits[rows]
         torch.minimum(limits, max_lengths, out=limits)
-        running.copy_(limits > 0)
-        self.drafts[rows] = running
-        self.widths.zero_()
-        self.expected.zero_()
+        self.drafts[rows] = torch.gt(limits, 0, out=running)
+        self._sums.zero_()
 
     def append(self, scores: torch.Tensor, token_ids: torch.Tensor, step: int, **state: torch.Tensor) -> None:
         """Decide about step k and take in its draw.
@@ -98,15 +97,24 @@ class CostAwareTail:
         """:func:`tails.reach` of the round."""
         return tails.reach(self._scores[:, : len(lengths)], self.widths, lengths, self.estimator.lag, self.params)
 
-    def report(self, lengths: torch.Tensor) -> torch.Tensor:
+    def left(self, num_reqs: int) -> dict[str, Any]:
+        """What the steps have left of the first requests, by the names of :func:`.device_runs.behind_drafts`."""
+        rows = slice(num_reqs)
+        return {
+            "drafts": self.drafts[rows], "expected": self.expected[rows], "scores_log": self._scores[:, rows],
+            "widths": self.widths, "params": self.params, "lag": self.estimator.lag,
+        }  # fmt: skip
+
+    def report(self, lengths: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         """What the host's round is filled with (:meth:`Report.of`): [size] float32, one tensor to copy.
 
         Args:
             lengths: [num_reqs] int32, candidates submitted.
+            more: float32, to be put behind it.
         """
         self._limits.copy_(self.params.limits)
         self._lengths[: len(lengths)] = lengths
-        return self._packed.clone()
+        return torch.cat((self._packed, *more))
 
 
 @dataclass(frozen=True)
@@ -127,4 +135,4 @@ class Report:
         widths = packed[-max_length:].view(np.int32)
         rows = packed[:-max_length].reshape(WHOLE + 1 + max_length, -1)[:, :num_reqs]
         limits, lengths, drafts = rows[:WHOLE].view(np.int32).astype(np.int64)
-        return cls(widths, limits, drafts, lengths, rows[WHOLE], rows[WHOLE + 1 :])
+        return cls(widths, limits, drafts, lengths, rows[-1], rows[WHOLE:-1])

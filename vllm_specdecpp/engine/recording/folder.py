@@ -21,7 +21,6 @@ def server_manifest(vllm_config: Any) -> Manifest:
     speculative = vllm_config.speculative_config
     target, draft = vllm_config.model_config.model, speculative.draft_model_config.model
     return Manifest(
-        kind="rounds",
         target=model_label(target),
         draft=model_label(draft),
         target_revision=model_revision(target),

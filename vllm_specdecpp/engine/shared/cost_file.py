@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
 
     import vllm
 
-    from vllm_specdecpp.provenance import model_label, shrinking
+    from vllm_specdecpp.provenance import cpu_name, model_label, shrinking
 
     target, speculative = vllm_config.model_config, vllm_config.speculative_config
     draft = speculative.draft_model_config
@@ -34,7 +33,7 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
         "draft": model_label(draft.model),
         "dtype": str(target.dtype),
         "quantization": f"{target.quantization}/{draft.quantization}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "tensor_parallel_size": str(vllm_config.parallel_config.tensor_parallel_size),
         "enforce_eager": str(target.enforce_eager),
@@ -45,12 +44,3 @@ def cost_file(vllm_config: Any, device: torch.device, **more: str) -> CostFile:
     if made := shrinking(draft.model):  # its folder may be made anew under the same name
         setting["shrunk"] = str(made.get("created"))
     return CostFile(cache_folder(), setting)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -45,13 +45,12 @@ class RoundLog:
     """Counters of verified rounds, and the last few rounds themselves.
 
     Args:
-        trace_rounds: rounds and steps that are kept for :meth:`rounds` and :meth:`step_times`; 0 keeps counters only.
+        trace_rounds: rounds that are kept for :meth:`rounds`; 0 keeps counters only.
         clock: seconds from any start.
     """
 
     def __init__(self, trace_rounds: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
         self._trace: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
-        self._step_times: deque[dict[str, Any]] = deque(maxlen=trace_rounds)
         self._clock = clock
         self._in_vain = 0  # candidates since one was accepted
         self._last_end: float | None = None
@@ -60,9 +59,8 @@ class RoundLog:
         self._requests: dict[str, str | None] = {}  # that are served: what became of their drafts, None: no round yet
 
     def resize(self, trace_rounds: int) -> None:
-        """Keep the last ``trace_rounds`` rounds and steps from now on."""
+        """Keep the last ``trace_rounds`` rounds from now on."""
         self._trace = deque(self._trace, maxlen=trace_rounds)
-        self._step_times = deque(self._step_times, maxlen=trace_rounds)
 
     def draft_pass(self) -> None:
         """One forward pass of the draft model, over any number of sequences."""
@@ -91,26 +89,19 @@ class RoundLog:
                 self.counts["requests", self._requests.pop(name) or "no_round"] += 1
 
     @contextmanager
-    def step(self, num_reqs: int, num_rows: int) -> Iterator[dict[str, Any]]:
+    def step(self) -> Iterator[dict[str, Any]]:
         """The time of one batch's drafting; the device must have been waited for at both ends.
 
-        Args:
-            num_reqs: requests in the batch.
-            num_rows: tokens that the target has just read, the last emitted token of each request among them.
-
         Yields:
-            The step as :meth:`step_times` shows it, so far without ``passes`` and ``draft_seconds``. The caller sets
-            ``num_new``: requests that came without a draft, prompts or chunks of them.
+            ``since_last_seconds``: from the end of the drafting before to the start of this one (scheduling, the
+            target's pass, sampling, idle time); None for the first. In the end also ``passes`` of the draft model and
+            ``draft_seconds``.
         """
         start, passes = self._clock(), self.counts["draft_passes", ""]
-        since = None if self._last_end is None else start - self._last_end
-        step = {"num_reqs": num_reqs, "rows": num_rows, "num_new": 0, "since_last_seconds": since}
+        step: dict[str, Any] = {"since_last_seconds": None if self._last_end is None else start - self._last_end}
         yield step
-        end = self._clock()
-        step |= {"passes": self.counts["draft_passes", ""] - passes, "draft_seconds": end - start}
-        if self._step_times.maxlen:
-            self._step_times.append(step)
-        self._last_end = end
+        self._last_end = self._clock()
+        step |= {"passes": self.counts["draft_passes", ""] - passes, "draft_seconds": self._last_end - start}
 
     def verified(
         self, request_id: str, candidates: list[int], accepted: int, next_token: int, stop: str = "rule",
@@ -173,17 +164,4 @@ class RoundLog:
         out = list(self._trace)
         if clear:
             self._trace.clear()
-        return out
-
-    def step_times(self, clear: bool = False) -> list[dict[str, Any]]:
-        """The last steps, oldest first.
-
-        Each has ``num_reqs``, ``rows`` and ``num_new`` (see :meth:`step`), ``passes`` (of the draft model),
-        ``draft_seconds`` (the drafting), and ``since_last_seconds`` from the end of the drafting before to the start of
-        this one: scheduling, the target's pass and sampling, and idle time if there was any; None for the first step.
-        A step with a first pass has ``read`` as well: tokens of each pass that read, if more than two a request.
-        """
-        out = list(self._step_times)
-        if clear:
-            self._step_times.clear()
         return out

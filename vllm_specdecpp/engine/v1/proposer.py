@@ -106,14 +106,13 @@ class SpecDecPPProposer(DraftPasses):
         self._last_draft_probs = None
         query_starts = common_attn_metadata.query_start_loc_cpu.tolist()  # [num_reqs + 1]
         num_reqs = common_attn_metadata.batch_size()
-        with self.log.step(num_reqs, query_starts[-1]) as step:
+        with self.log.step() as step:
             rejected = [0] * num_reqs if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu.tolist()
             rows = self.requests.rows(query_starts, rejected)
             if beyond := [row.request_id for row in rows if row.next_position >= self.draft_limit]:
                 warn_of_end(self.draft_limit)
                 self.log.beyond_draft(beyond)
             outcomes = self._log_verified(rows, query_starts, rejected, next_token_ids)
-            step["num_new"] = num_reqs - len(outcomes)
             block_table = common_attn_metadata.block_table_tensor
             blocks = [RowBlocks(block_table[i], self.block_size) for i in range(num_reqs)]
             bound = min(num_speculative_tokens, self.config.num_speculative_tokens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
 from vllm.config import VllmConfig
@@ -31,6 +32,7 @@ class CapturedRounds(DraftPasses):
         super().__init__(vllm_config, device, config)
         self.graphs: graphs.DraftGraphs | None = None
         self._full_graphs = False
+        self._loaded: np.ndarray | None = None  # what ``round.limits`` holds, if it is of a batch
         self._mode = graphs.EAGER, "vLLM captured no graphs"
         self.how_verified = "without CUDA graphs"
 
@@ -137,6 +139,7 @@ class CapturedRounds(DraftPasses):
         threshold rule leaves of them."""
         self.idx_mapping.fill_(-1)
         ones = torch.ones(size, dtype=torch.int32, device=self.device)
+        self._loaded = None
         self.round.limits[:size] = length
         self.round.limits[:size, 1] = self.max_model_len
         self.round.limits[:size, 2:] = -1

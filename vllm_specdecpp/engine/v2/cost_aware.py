@@ -177,8 +177,7 @@ class DeviceCostAware(CostAwareDrafting):
         last = self._last
         assert last is not None
         last.read, last.end = read, self._clock.mark()
-        report = self.tail.report(lengths[:num_reqs])
-        last.report = HostCopy(report if last.runs is None else torch.cat((report, last.runs.report())))
+        last.report = HostCopy(self.tail.report(lengths[:num_reqs], *(() if last.runs is None else last.runs.report())))
 
     def drop_round(self) -> None:
         """Another rule drafts from now on: what comes back is of no round that was begun here."""
@@ -202,13 +201,14 @@ class DeviceCostAware(CostAwareDrafting):
         if begun.runs is not None:
             columns = COLUMNS + BEHIND * bool(round_.drafts.any())
             packed, told = np.split(packed, [-columns * num_reqs])
-            late, *own = told.reshape(columns, num_reqs).astype(np.float64)
+            told = told.reshape(columns, num_reqs)
+            whole, expected = told.view(np.int32).astype(np.int64), told.astype(np.float64)
             names, source = round_.request_ids, self.rule.free_runs
-            begun.runs.gaps.told(dict(zip(names, late.astype(int).tolist(), strict=True)))
-            free = source.reported(names, own[0].astype(int), own[1].astype(int), own[2])
+            begun.runs.gaps.told(dict(zip(names, whole[0].tolist(), strict=True)))
+            free = source.reported(names, whole[1], whole[2], expected[3])
         round_.fill(Report.of(packed, num_reqs, len(self.tail.widths)))
         if begun.runs is not None:
-            behind = source.of_device(own[-3].astype(int), own[-2].astype(int), own[-1])
+            behind = source.of_device(whole[-3], whole[-2], expected[-1])
             round_.free = free.joined(behind, round_.drafts)
         step = {
             "draft_seconds": self._clock.seconds(begun.start, begun.end),

@@ -11,15 +11,17 @@ scores that the draft ended by, and of what was loaded before the round: of noth
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
-from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows, draft_seconds, take_rows
+from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows
+from vllm_specdecpp.kernels.runs import behind_drafts, take_runs
 from vllm_specdecpp.kernels.suffix_match import suffix_match
 
 COLUMNS, BEHIND = 4, 3
@@ -35,6 +37,8 @@ class DeviceFreeRuns:
     """
 
     match = staticmethod(suffix_match)
+    take = staticmethod(take_runs)
+    behind = staticmethod(behind_drafts)
     make_certain = staticmethod(one_hot_rows)
 
     def __init__(self, speculator: Any) -> None:
@@ -43,7 +47,7 @@ class DeviceFreeRuns:
         shape = num_reqs, speculator.num_speculative_steps
         self._ran = torch.zeros(num_reqs, dtype=torch.int32, device=device)  # by request state, in its last round
         self._candidates = torch.full(shape, -1, device=device)
-        self._accept: torch.Tensor  # [num_reqs, num_steps] float32, chance of each of them
+        self._accept = torch.zeros(shape, device=device)  # chance of each of them
         self._batch: Any = None  # of the round
         self._found: list[tuple[torch.Tensor, TakenRows]] = []  # matches [num_reqs]: of the round's tokens, its drafts
         self._may_have_run: set[str] = set()
@@ -51,14 +55,17 @@ class DeviceFreeRuns:
         self._last_ran: torch.Tensor  # [num_reqs] candidates of these runs
         self._num_sampled: torch.Tensor  # [>= num_reqs] in this step
 
-    def warm(self) -> None:
-        """Compile what a round launches: nothing is compiled in service."""
-        one, speculator = slice(1), self._speculator
-        tokens, states = speculator.runner.req_states.all_token_ids.gpu, speculator.idx_mapping[one]
+    def warm(self, tail: CostAwareTail) -> None:
+        """Compile what a round launches, between two rounds: nothing is compiled in service."""
+        speculator, rows = self._speculator, slice(1)
+        speculator.round.begin()  # nothing is drafted, so nothing is put down behind anybody's tokens
+        states = torch.zeros_like(speculator.idx_mapping[rows])
+        self._batch = SimpleNamespace(num_reqs=1, idx_mapping=states)
         last, limits = torch.zeros_like(states, dtype=torch.int64), torch.zeros_like(states, dtype=torch.int32)
-        self.match(tokens, states, last, limits, starts=torch.empty_like(last), matches=torch.empty_like(limits))
+        self._found = [self._search(last, limits, tail)]
+        self.follow(tail)
         if speculator.draft_logits is not None:
-            self.make_certain(speculator.draft_logits, states, torch.full_like(self._candidates[one], -1))
+            self.make_certain(speculator.draft_logits, states, torch.full_like(self._candidates[rows], -1))
 
     def verified(self, input_batch: Any, num_sampled: torch.Tensor) -> None:
         """A step begins: some of the runs of before were verified in it. No run is in this round so far."""
@@ -89,62 +96,36 @@ class DeviceFreeRuns:
     def find(self, input_batch: Any, tail: CostAwareTail) -> None:
         """Choose the runs of requests that do not draft; ``tail`` has begun the round."""
         self._batch, state, rows = input_batch, self._speculator.round, slice(input_batch.num_reqs)
-        run, matches, taken = self._search(state.next_positions[rows], state.max_lengths[rows], tail)
-        self._found, self._accept = [(matches, taken)], taken.accept
-        lengths = torch.where(tail.drafts[rows] > 0, 0, taken.lengths)
-        there = self._steps < lengths[:, None]
-        self._candidates[rows] = self._speculator.agree(torch.where(there, run, -1))
+        self._found = [self._search(state.next_positions[rows], state.max_lengths[rows], tail)]
         tail.params.base.add_((self._candidates[rows] >= 0).sum())
 
     def follow(self, tail: CostAwareTail) -> None:
         """Let runs go on behind the drafts, as far as their rows pay: :meth:`CostAwareRound.follow`."""
-        input_batch, speculator = self._batch, self._speculator
-        state, rows = speculator.round, slice(input_batch.num_reqs)
-        drafted, lengths, last = state.draft_tokens[rows], state.lengths[rows], state.next_positions[rows]
-        # vLLM reads no further than a request's last token, and writes before it does.
-        tokens, states = speculator.runner.req_states.all_token_ids.gpu, input_batch.idx_mapping[rows].long()[:, None]
-        at = (last[:, None] + 1 + self._steps).clamp(max=tokens.shape[1] - 1)  # [num_reqs, num_steps]
-        tokens[states, at] = torch.where(drafted >= 0, drafted.int(), tokens[states, at])
-        end = drafted.gather(1, (lengths[:, None] - 1).clamp(min=0).long())  # [num_reqs, 1]
-        has_ended = ((end == state.stop_token_ids[rows]) & (end >= 0)).any(dim=1)
-        drafts = tail.drafts[rows] > 0
-        limits = torch.where(drafts & ~has_ended, state.max_lengths[rows] - lengths, 0)
-        ((_, free),) = self._found
-        num_reqs, own = len(lengths), torch.where(drafts, 0.0, free.accepted)
-        emitted = num_reqs + (tail.expected[rows] + own).double().sum()
-        spent = draft_seconds(tail.widths, tail.params)
-        before = RowsBefore(tail.params.base + lengths.sum(), emitted, spent, tail.reach(lengths))
-        run, matches, taken = self._search(last + lengths, limits, tail, before)
-        self._found.append((matches, taken))
-        place = self._steps - lengths[:, None]  # in the run
-        there = (place >= 0) & (place < taken.lengths[:, None])
-        place = place.clamp(min=0)
-        self._accept = torch.where(there, taken.accept.gather(1, place), self._accept)
-        candidates = torch.where(there, run.gather(1, place), self._candidates[rows])
-        self._candidates[rows] = speculator.agree(candidates)
-
-    @property
-    def _steps(self) -> torch.Tensor:
-        """[num_steps] 0, 1, 2, ..."""
-        return torch.arange(self._candidates.shape[1], device=self._candidates.device)
+        speculator, rows = self._speculator, slice(self._batch.num_reqs)
+        state, ((_, free),) = speculator.round, self._found
+        last, limits, before = self.behind(
+            speculator.runner.req_states.all_token_ids.gpu, self._batch.idx_mapping[rows], state.next_positions[rows],
+            state.max_lengths[rows], state.lengths[rows], state.draft_tokens[rows], state.stop_token_ids[rows],
+            free.accepted, **tail.left(self._batch.num_reqs),
+        )  # fmt: skip
+        self._found.append(self._search(last, limits, tail, before))
 
     def _search(
         self, last: torch.Tensor, limits: torch.Tensor, tail: CostAwareTail, before: RowsBefore | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, TakenRows]:
-        """The runs that go on from position ``last`` [num_reqs]: [num_reqs, num_steps] tokens, as far as they go;
-        [num_reqs] int32 tokens that match; what is taken."""
-        rows, num_steps = slice(len(last)), self._candidates.shape[1]
-        tokens, states = self._speculator.runner.req_states.all_token_ids.gpu, self._batch.idx_mapping[rows]
-        starts, matches = torch.empty_like(last), torch.empty_like(limits)
+    ) -> tuple[torch.Tensor, TakenRows]:
+        """Put down the runs that go on from position ``last`` [num_reqs], as far as they pay: [num_reqs] int32 tokens
+        that match; what is taken."""
+        speculator, rows = self._speculator, slice(len(last))
+        tokens, states = speculator.runner.req_states.all_token_ids.gpu, self._batch.idx_mapping[rows]
+        starts, matches, candidates = torch.empty_like(last), torch.empty_like(limits), self._candidates[rows]
         self.match(tokens, states, last, limits, starts=starts, matches=matches)
-        # A run that comes to the last token goes on as a loop.
-        at = starts[:, None] + self._steps % (last + 1 - starts).clamp(min=1)[:, None]
-        run = tokens[states.long()[:, None], at.clamp(max=tokens.shape[1] - 1)].long()
-        # A stop token ends a run.
-        ends = self._speculator.round.stop_token_ids[rows]
-        stops = (run[:, :, None] == ends[:, None, :]).any(dim=2)  # [num_reqs, num_steps]
-        room = torch.where(stops.any(dim=1), stops.int().argmax(dim=1) + 1, num_steps).int()
-        return run, matches, take_rows(matches, torch.minimum(limits, room), num_steps, tail.params, before)
+        taken = self.take(
+            tokens, states, last, starts, matches, limits, speculator.round.stop_token_ids[rows], tail.drafts[rows],
+            speculator.round.lengths[rows], tail.params, before, candidates=candidates, accept=self._accept[rows],
+        )  # fmt: skip
+        if (agreed := speculator.agree(candidates)) is not candidates:
+            candidates.copy_(agreed)
+        return matches, taken
 
     def submit(self) -> None:
         """Put the runs beside and behind the drafts."""
@@ -152,9 +133,10 @@ class DeviceFreeRuns:
         speculator, rows = self._speculator, slice(input_batch.num_reqs)
         state, candidates = speculator.round, self._candidates[rows]
         there, states = candidates >= 0, input_batch.idx_mapping[rows]
-        lengths = there.sum(dim=1).int()
-        state.draft_tokens[rows] = torch.where(there, candidates, state.draft_tokens[rows])
-        state.lengths[rows] += lengths
+        lengths = there.sum(dim=1, dtype=torch.int32)
+        drafted = state.draft_tokens[rows]  # -1 where the runs are
+        torch.maximum(drafted, candidates, out=drafted)
+        state.lengths[rows].add_(lengths)
         if state.confidences is not None:
             state.confidences[rows] = torch.where(there, self._accept, state.confidences[rows])
         if speculator.draft_logits is not None:
@@ -172,14 +154,15 @@ class DeviceFreeRuns:
         gaps: DraftKVGaps = self._speculator.gaps
         return gaps
 
-    def report(self) -> torch.Tensor:
-        """What the host learns of the round: [COLUMNS * num_reqs] float32, or [(COLUMNS + BEHIND) * num_reqs]: for each
-        request the tokens that the draft model is behind; the tokens that matched, what was taken, or would have been
-        if it did not draft, and what was expected of that; and of runs behind drafts the same three."""
-        columns = [self.gaps.num_behind(self._batch, self._speculator.round.next_positions)]
+    def report(self) -> list[torch.Tensor]:
+        """What the host learns of the round: COLUMNS or COLUMNS + BEHIND of [num_reqs] float32, whole numbers as int32
+        in their bits: for each request the tokens that the draft model is behind; the tokens that matched, what was
+        taken, or would have been if it did not draft, and what was expected of that; and of runs behind drafts the same
+        three."""
+        columns = [self.gaps.num_behind(self._batch, self._speculator.round.next_positions).int()]
         for matches, taken in self._found:
             columns += [matches, taken.lengths, taken.accepted]
-        return torch.cat([column.float() for column in columns])
+        return [column.view(torch.float32) for column in columns]
 
 
 def hold_tokens(req_states: Any) -> None:

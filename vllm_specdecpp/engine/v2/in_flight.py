@@ -12,7 +12,7 @@ import torch
 from vllm_specdecpp.engine.shared.round_log import Counts, RoundLog, why_stopped
 from vllm_specdecpp.source_registry import ON_DEVICE
 
-COLUMNS = 5
+COLUMNS = 6
 """Of a step's numbers, before the candidates."""
 
 
@@ -90,7 +90,7 @@ class DeferredRounds:
         was_prefilling: Sequence[bool],
         finished: list[str],
         numbers: torch.Tensor,
-        num_passes: int | torch.Tensor,
+        num_passes: int,
         stop_token_ids: Any = None,
     ) -> None:
         """Note one step of the engine. Does not wait.
@@ -99,15 +99,16 @@ class DeferredRounds:
             request_ids: of the batch.
             was_prefilling: [num_reqs] before the target's pass: nothing drafted was verified by it.
             finished: requests that have ended before the step.
-            numbers: [num_reqs, COLUMNS + num_speculative_steps] int64: tokens sampled, rejected, the last one; the
-                upper bound on the candidates; how many of them are a free run's; the candidates.
-            num_passes: of the draft model.
+            numbers: [num_reqs, COLUMNS + num_speculative_steps] int64: tokens sampled, rejected; the upper bound
+                on the candidates; how many of them are a free run's; passes of the draft model that only the device has
+                counted; the last token sampled; the candidates.
+            num_passes: of the draft model, besides those.
             stop_token_ids: [num_reqs, num_stop_tokens], padded with -1; None: none.
         """
-        passes = HostCopy(num_passes) if isinstance(num_passes, torch.Tensor) else num_passes
-        request_ids, copy = list(request_ids), HostCopy(numbers)  # once it is here, the passes are
+        request_ids, copy = list(request_ids), HostCopy(numbers)
         self._last = request_ids, copy
-        self.in_flight.send(copy, self._account, request_ids, list(was_prefilling), finished, passes, stop_token_ids)
+        more = list(was_prefilling), finished, num_passes, stop_token_ids
+        self.in_flight.send(copy, self._account, request_ids, *more)
         self.in_flight.settle()
 
     @property
@@ -130,7 +131,7 @@ class DeferredRounds:
             return {}
         names, copy = self._last
         copy.wait()
-        return dict(zip(names, copy.tensor[:, COLUMNS - 1].tolist(), strict=True))
+        return dict(zip(names, copy.tensor[:, 3].tolist(), strict=True))
 
     def candidates(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What each request submitted in the last step; waits until that step's drafting is done."""
@@ -158,18 +159,18 @@ class DeferredRounds:
 
     def _account(
         self, numbers: torch.Tensor, request_ids: Sequence[str], was_prefilling: Sequence[bool],
-        finished: Sequence[str], num_passes: int | HostCopy, stop_token_ids: Any,
+        finished: Sequence[str], num_passes: int, stop_token_ids: Any,
     ) -> None:  # fmt: skip
         """Arguments as in :meth:`step`."""
         drafted = _drafted(numbers)
-        passes = int(num_passes.tensor) if isinstance(num_passes, HostCopy) else num_passes
+        passes = num_passes + int(numbers[0, 4])
         stops = [[]] * len(drafted) if stop_token_ids is None else stop_token_ids.tolist()
         if numbers[:, 0].any():
             self.log.left_out(numbers.shape[1] - COLUMNS - passes)
         for _ in range(passes):
             self.log.draft_pass()
         rows = zip(request_ids, was_prefilling, numbers[:, :COLUMNS].tolist(), drafted, stops, strict=True)
-        for request_id, was_prompt, (num_sampled, num_rejected, next_token, limit, ran), mine, ends in rows:
+        for request_id, was_prompt, (num_sampled, num_rejected, limit, ran, _, next_token), mine, ends in rows:
             before, stop, num_drafted = self._candidates.pop(request_id, (None, "", 0))
             if before is not None and num_sampled and not was_prompt:
                 # The scheduler may submit fewer than were drafted, or book room for more.

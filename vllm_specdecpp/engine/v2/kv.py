@@ -120,8 +120,7 @@ class DraftKVGaps:
         ends = next_positions[: input_batch.num_reqs] - 1
         if self._stale is None:
             return torch.zeros_like(ends)
-        rows = torch.arange(input_batch.num_reqs, device=ends.device)
-        return (ends - self._first_stale(input_batch, rows, ends)).clamp(min=0)
+        return (ends - self._first_stale(input_batch, slice(len(ends)), ends)).clamp(min=0)
 
     def have_gaps(self, input_batch: Any, names: Sequence[str], gaps: torch.Tensor) -> None:
         """Tokens that nobody drafted were accepted in this step; a short first pass will not read them.
@@ -132,8 +131,8 @@ class DraftKVGaps:
             gaps: [num_reqs] bool, where it is so.
         """
         self._keep()
-        slots, owners = self._slots(input_batch)
-        self._set(torch.where(gaps[owners], slots, -1), True)
+        slots = torch.where(gaps[self._owners(input_batch)], self._slots(input_batch), -1)
+        self._set(slots, True)
         self._gaps = gaps.clone()
         for name in names:
             self._behind.setdefault(name, 0)
@@ -154,8 +153,8 @@ class DraftKVGaps:
         if not behind:
             self._mark(input_batch, False)
             return
-        rows = torch.arange(input_batch.num_reqs, device=self._stale.device)
-        begins = input_batch.positions[input_batch.query_start_loc[rows].long()]
+        rows = slice(input_batch.num_reqs)
+        begins = input_batch.positions[input_batch.query_start_loc[rows]]
         stale = self._first_stale(input_batch, rows, begins) < begins
         self._mark(input_batch, stale if self._gaps is None else stale | self._gaps)
         self._grow(input_batch, behind)
@@ -202,32 +201,33 @@ class DraftKVGaps:
                 new = int(input_batch.num_scheduled_tokens[index]) if chunk else 1
                 self._behind[name] = self._behind.get(name, 0) + new
 
-    def _first_stale(self, input_batch: Any, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _first_stale(self, input_batch: Any, rows: torch.Tensor | slice, ends: torch.Tensor) -> torch.Tensor:
         """First position in a stale block of each of these rows, or its end if there is none: [num_rows] int64."""
         assert self._stale is not None
         size, longest = self._block_size, int(input_batch.seq_lens_cpu_upper_bound.max())
         table = self._speculator.block_tables.block_tables[self._group].gpu
-        blocks = table[input_batch.idx_mapping[rows], : -(-longest // size)].long()  # [num_rows, num_blocks]
-        num_blocks = (ends + size - 1) // size
-        columns = torch.arange(blocks.shape[1], device=blocks.device)
-        stale = self._stale[blocks] & (columns < num_blocks[:, None])
-        first = torch.where(stale.any(dim=1), stale.int().argmax(dim=1), num_blocks)
-        return torch.minimum(first * size, ends)
+        blocks = table[input_batch.idx_mapping[rows], : -(-longest // size)]  # [num_rows, num_blocks]
+        begins = torch.arange(0, blocks.shape[1] * size, size, device=blocks.device)
+        first = torch.where(self._stale[blocks], begins, len(begins) * size).amin(dim=1)
+        return torch.minimum(first, ends)
 
     def _mark(self, input_batch: Any, stale: bool | torch.Tensor) -> None:
         """Mark the blocks of the tokens that the target has just read; ``stale`` is for all, or [num_reqs] bool."""
-        slots, owners = self._slots(input_batch)
-        self._set(slots, stale if isinstance(stale, bool) else stale[owners])
+        self._set(self._slots(input_batch), stale if isinstance(stale, bool) else stale[self._owners(input_batch)])
 
-    def _slots(self, input_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of the tokens that the target has just read, and whose they are: [num_tokens] each."""
+    def _slots(self, input_batch: Any) -> torch.Tensor:
+        """[num_tokens] slots of the tokens that the target has just read."""
         num_tokens, starts = input_batch.num_tokens, input_batch.query_start_loc
-        tables, num_reqs = self._speculator.block_tables, input_batch.num_reqs
-        positions = input_batch.positions[:num_tokens]
-        slots = tables.compute_slot_mappings(input_batch.idx_mapping, starts, positions, num_tokens)[self._group]
-        where = torch.arange(num_tokens, device=slots.device)
-        owners = torch.bucketize(where, starts[1 : num_reqs + 1].long(), right=True)
-        return slots, owners.clamp(max=num_reqs - 1)
+        slots: torch.Tensor = self._speculator.block_tables.compute_slot_mappings(
+            input_batch.idx_mapping, starts, input_batch.positions[:num_tokens], num_tokens
+        )[self._group]
+        return slots
+
+    def _owners(self, input_batch: Any) -> torch.Tensor:
+        """[num_tokens] whose they are."""
+        starts, num_reqs = input_batch.query_start_loc, input_batch.num_reqs
+        where = torch.arange(input_batch.num_tokens, dtype=starts.dtype, device=starts.device)
+        return torch.bucketize(where, starts[1 : num_reqs + 1], right=True).clamp_(max=num_reqs - 1)
 
     def _keep(self) -> None:
         """Begin to keep which blocks are stale."""

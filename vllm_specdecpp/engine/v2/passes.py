@@ -48,6 +48,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         confidences = self.draft_token_confidence_probs if self.enable_adaptive_verification else None
         self.round = DeviceRound(self.draft_tokens, confidences, self.agree if self._num_ranks > 1 else None)
         self._short_tokens = torch.zeros(self.max_num_reqs, SHORT, dtype=torch.int32, device=device)
+        self._back = torch.arange(SHORT - 1, -1, -1, device=device)
         self._writing = torch.full_like(self.idx_mapping, -1)  # [max_num_reqs] request state, -1 where no KV is written
         self._step = 1
         self._logits: torch.Tensor
@@ -64,19 +65,19 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
     def _stage_short(self, input_batch: Any, num_rejected: torch.Tensor, last_sampled: torch.Tensor) -> None:
         """Take from vLLM's batch the tokens that the short first pass reads."""
         rows = slice(input_batch.num_reqs)
-        starts = input_batch.query_start_loc[1 : input_batch.num_reqs + 1].long()
-        last_verified = starts - num_rejected[rows].long() - 1  # [num_reqs] index into what the target has just read
-        self._short_tokens[rows, 0] = input_batch.input_ids[last_verified].int()
-        self._short_tokens[rows, 1] = last_sampled.view(-1)[input_batch.idx_mapping].int()
+        starts = input_batch.query_start_loc[1 : input_batch.num_reqs + 1]
+        last_verified = starts - num_rejected[rows] - 1  # [num_reqs] index into what the target has just read
+        self._short_tokens[rows, 0] = input_batch.input_ids[last_verified]
+        self._short_tokens[rows, 1] = last_sampled.view(-1)[input_batch.idx_mapping]
 
     def _load_short(self, num_reqs: int) -> None:
         """Point the input buffers at the last verified token and the one after it."""
         buffers, num_tokens = self.input_buffers, num_reqs * SHORT
         positions = self.round.next_positions[:num_reqs].clamp(1, self.max_model_len - 1)
         buffers.input_ids[:num_tokens].view(num_reqs, SHORT).copy_(self._short_tokens[:num_reqs])
-        buffers.positions[:num_tokens].view(num_reqs, SHORT).copy_(torch.stack((positions - 1, positions), dim=1))
-        buffers.seq_lens[:num_reqs] = (positions + 1).int()
-        buffers.query_start_loc[: num_reqs + 1] = self.arange_gpu[: num_reqs + 1] * SHORT
+        torch.sub(positions[:, None], self._back, out=buffers.positions[:num_tokens].view(num_reqs, SHORT))
+        torch.add(positions, 1, out=buffers.seq_lens[:num_reqs])
+        torch.mul(self.arange_gpu[: num_reqs + 1], SHORT, out=buffers.query_start_loc[: num_reqs + 1])
         self._writing[:num_reqs] = self.idx_mapping[:num_reqs]
 
     def _load_candidates(self, num_reqs: int) -> None:
@@ -85,9 +86,9 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         running = state.running[rows] > 0  # [num_reqs]
         # The token that the target emitted last stands at next_positions, candidate j at j positions after it.
         positions = (state.next_positions[rows] + state.lengths[rows]).clamp_(max=self.max_model_len - 1)
-        buffers.input_ids[rows] = torch.where(running, state.token_ids[rows], 0).int()
+        torch.mul(state.token_ids[rows], running, out=buffers.input_ids[rows])
         buffers.positions[rows] = positions
-        buffers.seq_lens[rows] = (positions + 1).int()
+        torch.add(positions, 1, out=buffers.seq_lens[rows])
         buffers.query_start_loc[: num_reqs + 1] = self.arange_gpu[: num_reqs + 1]
         self._writing[rows] = torch.where(running, self.idx_mapping[rows], -1)
 

@@ -44,6 +44,7 @@ class BatchRequests:
         self._finished: list[str] = []
         self._arrived: set[str] = set()
         self._seeded: set[str] = set()
+        self._last: tuple[Any, np.ndarray] | None = None  # arguments and result of :meth:`table`
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._rows
@@ -53,6 +54,8 @@ class BatchRequests:
 
         A preempted request comes back as a new one, under the same id.
         """
+        if scheduler_output.finished_req_ids:
+            self._last = None
         for request_id in scheduler_output.finished_req_ids:
             self._rows.pop(request_id, None)
             self.constrained.discard(request_id)
@@ -70,7 +73,7 @@ class BatchRequests:
         row[1] = _NO_LIMIT if params.max_tokens is None else prompt_len + params.max_tokens
         stop_token_ids = stop_tokens_of(params)[:NUM_STOP_TOKENS]
         row[2 : 2 + len(stop_token_ids)] = stop_token_ids
-        self._rows[request_id] = row
+        self._rows[request_id], self._last = row, None
         self._arrived.add(request_id)
         if is_constrained(params, self._defaults):
             self.constrained.add(request_id)
@@ -96,7 +99,7 @@ class BatchRequests:
         return all(request_id in self._rows and self._rows[request_id][0] == 0 for request_id in request_ids)
 
     def table(self, request_ids: Sequence[str], bound: int, longest: int) -> np.ndarray:
-        """One row a request: [num_reqs, COLUMNS] int64.
+        """One row a request: [num_reqs, COLUMNS] int64; the array of the last call, if nothing has changed since.
 
         Args:
             request_ids: in the order of the batch; unknown ones (vLLM's dummy runs) have no limits of their own.
@@ -109,6 +112,9 @@ class BatchRequests:
             or be drafted for.
             The others: its stop tokens, padded with -1.
         """
+        asked = [*request_ids], bound, longest
+        if self._last is not None and self._last[0] == asked:
+            return self._last[1]
         rows = np.full((len(request_ids), COLUMNS), -1, dtype=np.int64)
         rows[:, :2] = _NO_LIMIT
         for index, request_id in enumerate(request_ids):
@@ -116,4 +122,5 @@ class BatchRequests:
                 rows[index] = row
         np.minimum(rows[:, 0], bound, out=rows[:, 0])
         np.minimum(rows[:, 1], longest, out=rows[:, 1])
+        self._last = asked, rows
         return rows

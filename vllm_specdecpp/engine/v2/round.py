@@ -93,7 +93,7 @@ class DeviceRound(DraftRound):
         rows, beyond = slice(num_reqs), slice(num_reqs, None)
         next_positions = torch.sub(seq_lens[rows], num_rejected[rows], out=self.next_positions[rows])  # [num_reqs]
         room = torch.minimum(self.limits[rows, 0], self.limits[rows, 1] - 2 - next_positions).clamp_(min=0)
-        self.max_lengths[rows] = torch.where(num_sampled[rows] > 0, room, 0)
+        torch.mul(room, num_sampled[rows] > 0, out=self.max_lengths[rows])
         # A graph of a larger batch runs these rows too.
         self.max_lengths[beyond] = self.next_positions[beyond] = 0
         self.draft_tokens[rows] = -1
@@ -102,10 +102,11 @@ class DeviceRound(DraftRound):
         self.begin()
 
     @property
-    def num_passes(self) -> torch.Tensor:
-        """[] int64, draft passes that were of use to somebody; the first one counts in any case."""
-        counts = self.rule.widths > 0 if isinstance(self.rule, CostAwareTail) else self.lengths[None].amax(dim=1)
-        return counts.sum().clamp(min=1)
+    def num_later_passes(self) -> torch.Tensor:
+        """[] int32, draft passes behind the first one that were of use to somebody."""
+        if isinstance(self.rule, CostAwareTail):
+            return torch.count_nonzero(self.rule.widths[1:]).int()
+        return (self.lengths.amax() - 1).clamp(min=0)
 
     def observe_pass(self, step: int, logits: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """:meth:`observe` a pass of the first ``num_reqs`` rows.

@@ -78,6 +78,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.gaps = DraftKVGaps(self)
         self._longest = longest_drafted(vllm_config)
         self._num_proposals = 0
+        self._none = torch.zeros((), dtype=torch.int32, device=device)
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
         self.run_sources = [name for name in config.run_sources if name in ON_DEVICE]
@@ -92,6 +93,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         """See :meth:`Drafter.start_cost_aware`; nothing is compiled in service."""
         if self.cost_aware is None:
             self.round.warm()
+            if self.runs is not None and self._tail is not None:
+                self.runs.warm(self._tail)
         super().start_cost_aware()
         if self.cost_aware is not None:
             self.cost_aware.in_flight = self.log.in_flight
@@ -151,17 +154,18 @@ class SpecDecPPSpeculator(CapturedRounds):
             [num_reqs, num_speculative_steps] int64: each request's candidates, then 0; ``submitted`` has their number.
         """
         num_reqs, request_ids = input_batch.num_reqs, input_batch.req_ids
-        if dummy_run and self.runs is not None:
-            self.runs.warm()
         if (costs := self._costs_in_force(dummy_run)) is not None:
             costs.verified(request_ids, input_batch.is_prefilling_np.tolist(), num_sampled, num_rejected)
         given = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         bound = min(given, 2 if dummy_run else self.config.num_speculative_tokens)
         limits = self.requests.table(request_ids, bound, self._longest)
         beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
-        limits[beyond, 0] = 0
-        self.log.log.beyond_draft(name for name, is_beyond in zip(request_ids, beyond, strict=True) if is_beyond)
-        torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
+        if beyond.any():
+            limits = np.where(beyond[:, None] & (np.arange(limits.shape[1]) == 0), 0, limits)
+            self.log.log.beyond_draft(name for name, is_beyond in zip(request_ids, beyond, strict=True) if is_beyond)
+        if limits is not self._loaded:
+            torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
+            self._loaded = limits
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         if self.draft_logits is not None and (seeded := self.requests.seeded(request_ids)):
             self.temperature.index_fill_(0, input_batch.idx_mapping[self.on_device(seeded)].long(), 0.0)
@@ -178,13 +182,13 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.gaps.arrive(input_batch, self.requests.take_arrived())
         if self.runs is not None:
             self.runs.verified(input_batch, num_sampled)
-        num_passes: int | torch.Tensor = 0
+        passes = 0, self._none
         if self.requests.all_off(name for name, is_beyond in zip(request_ids, beyond, strict=True) if not is_beyond):
             self.gaps.leave_out(input_batch)
         else:
-            num_passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
+            passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
         self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
-        self._note(input_batch, num_sampled, num_rejected, last_sampled, num_passes, limits)
+        self._note(input_batch, num_sampled, num_rejected, last_sampled, *passes, limits)
         # -1 is no row of an embedding table: see engine.v2.sampler.
         return self.draft_tokens[:num_reqs].clamp(min=0)
 
@@ -208,8 +212,8 @@ class SpecDecPPSpeculator(CapturedRounds):
         limits: np.ndarray,
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
-    ) -> int | torch.Tensor:
-        """Draft for the batch, or leave it; returns the draft model's passes."""
+    ) -> tuple[int, torch.Tensor]:
+        """Draft for the batch, or leave it; returns the draft model's passes, and those that only the device knows."""
         num_reqs = input_batch.num_reqs
         # A request that gives blocks back would never be read what it is behind.
         runs = self.runs if costs is not None and self.gaps.can_catch_up else None
@@ -218,7 +222,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         plan = self._plan(costs, input_batch, limits)
         if runs is not None and self._tail is not None:
             runs.find(input_batch, self._tail)
-        num_passes: int | torch.Tensor = 0
+        num_passes, uncounted = 0, self._none
         read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
             is_short = self._can_read_short(input_batch)
@@ -226,7 +230,9 @@ class SpecDecPPSpeculator(CapturedRounds):
                 self.gaps.have_gaps(input_batch, names, self.runs.has_gap(input_batch))
             read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
-            num_passes = len(read) + (self.round.num_passes if drafted is None else drafted)
+            num_passes = len(read) + (1 if drafted is None else drafted)
+            if drafted is None:
+                uncounted = self.round.num_later_passes
             if not is_short:
                 read.append(input_batch.num_tokens + num_reqs)  # and each one's next token
             elif read:
@@ -240,7 +246,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             costs.drafted(read, num_reqs, self.round.lengths)
         if runs is not None:
             runs.submit()
-        return num_passes
+        return num_passes, uncounted
 
     def _plan(self, costs: DeviceCostAware | None, input_batch: Any, limits: np.ndarray) -> Plan:
         """Who drafts, on every rank: under the cost-aware rule as rank 0 decides, else whoever may."""
@@ -352,19 +358,21 @@ class SpecDecPPSpeculator(CapturedRounds):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
-        num_passes: int | torch.Tensor,
+        num_passes: int,
+        uncounted: torch.Tensor,
         limits: np.ndarray,
     ) -> None:
         """Put the step down for the log; the numbers follow when the device has them."""
         num_reqs = input_batch.num_reqs
         last = last_sampled.view(-1)[input_batch.idx_mapping]  # [num_reqs]
-        ran = self.runs.lengths(input_batch) if self.runs is not None else torch.zeros_like(last)
-        columns = num_sampled[:num_reqs], num_rejected[:num_reqs], last, self.round.max_lengths[:num_reqs], ran
+        ran = self.runs.lengths(input_batch) if self.runs is not None else self._none.expand(num_reqs)
+        whole = num_sampled[:num_reqs], num_rejected[:num_reqs], self.round.max_lengths[:num_reqs], ran
+        columns = torch.stack((*whole, uncounted.expand(num_reqs)), dim=1).long()  # [num_reqs, 5], of int32
         self.log.step(
             input_batch.req_ids,
             input_batch.is_prefilling_np.tolist(),
             self.requests.take_finished(),
-            torch.cat((*(column.long()[:, None] for column in columns), self.draft_tokens[:num_reqs]), dim=1),
+            torch.cat((columns, last[:, None], self.draft_tokens[:num_reqs]), dim=1),
             num_passes,
             limits[:, 2:],
         )

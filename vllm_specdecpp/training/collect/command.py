@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record which of the draft's tokens the target accepts, as training data for an acceptance head.
 
-``on-policy`` lets the engine answer the prompts and records its own rounds: the states, features and outcomes that the
-head will meet in service. ``paper`` labels the target's continuations as the SpecDec++ paper does. The prompts are cut
-into units; a unit is one shard of the dataset, and what is finished stays when the command is interrupted.
+The engine answers the prompts and records its own rounds: the states, features and outcomes that the head will meet in
+service. The prompts are cut into units; a unit is one shard of the dataset, and what is finished stays when the command
+is interrupted.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector
+from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector, UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
-from vllm_specdecpp.training.collect.units import Collector, UnitSummary
 from vllm_specdecpp.training.model_config import model_config
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.data.shards import Manifest
+    from vllm_specdecpp.data.shards import Dataset, Manifest
 
 
 def run(options: CollectOptions) -> int:
@@ -47,17 +46,17 @@ def collect(options: CollectOptions) -> bool:
 
     prompts = load_prompts(options.prompts, options.limit, options.split, options.column)
     manifest = make_manifest(options, prompts)
+    if options.ray is not None:
+        options = with_absolute_paths(options)
     dataset = create_dataset(options.out, manifest, options.force)
     units = {i: prompts[start : start + options.unit] for i, start in enumerate(range(0, len(prompts), options.unit))}
     done = dataset.done_units()
     todo = {unit: chunk for unit, chunk in units.items() if unit not in done}
     if len(todo) < len(units):
         _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
-    for_collector = options if options.ray is None else with_absolute_paths(options)
-    make_collector = functools.partial(_collector_class(options.source), for_collector, manifest)
     with StopSignal() as stop:
         try:
-            _collect_all(options, todo, len(prompts), make_collector, stop)
+            _collect_all(options, dataset, todo, len(prompts), stop)
         except Exception as error:
             if stop.requested:  # Ctrl-C reaches the engine's processes too
                 raise KeyboardInterrupt from error
@@ -69,8 +68,6 @@ def collect(options: CollectOptions) -> bool:
 def with_absolute_paths(options: CollectOptions) -> CollectOptions:
     """The options with absolute local paths: a Ray worker has another working directory."""
     changes: dict[str, Any] = {"out": options.out.expanduser().absolute()}
-    if options.responses is not None:
-        changes["responses"] = options.responses.expanduser().absolute()
     for name in ("target", "draft"):
         folder = Path(getattr(options, name)).expanduser()
         if folder.is_dir():  # else a hub id
@@ -78,12 +75,23 @@ def with_absolute_paths(options: CollectOptions) -> CollectOptions:
     return options.model_copy(update=changes)
 
 
+def _summaries(
+    options: CollectOptions, dataset: Dataset, units: Mapping[int, list[Prompt]]
+) -> Generator[tuple[int, UnitSummary]]:  # fmt: skip
+    """Each unit as it ends."""
+    if options.ray is not None:
+        from vllm_specdecpp.training.collect.ray_collect import collect_with_ray
+
+        make = functools.partial(OnPolicyCollector, options, dataset)
+        yield from collect_with_ray(units, make, options.ray, gpus_per_worker=options.tensor_parallel_size)
+        return
+    with contextlib.closing(OnPolicyCollector(options, dataset)) as collector:
+        for unit, prompts in units.items():
+            yield unit, collector.collect(unit, prompts)
+
+
 def _collect_all(
-    options: CollectOptions,
-    units: Mapping[int, list[Prompt]],
-    num_prompts: int,
-    make_collector: Callable[[], Collector],
-    stop: StopSignal,
+    options: CollectOptions, dataset: Dataset, units: Mapping[int, list[Prompt]], num_prompts: int, stop: StopSignal
 ) -> None:
     """Go through the units with a progress bar of prompts."""
     from tqdm import tqdm
@@ -91,48 +99,22 @@ def _collect_all(
     if not units:
         return
     left = sum(map(len, units.values()))
-    results: Any  # generators, of which one is annotated as an iterator
-    if options.ray is None:
-        results = _one_by_one(units, make_collector)
-    else:
-        from vllm_specdecpp.training.collect.ray_collect import collect_with_ray
-
-        results = collect_with_ray(units, make_collector, options.ray, gpus_per_worker=options.tensor_parallel_size)
     tokens = observed = skipped = 0
     seconds = 0.0
     with (
-        contextlib.closing(results) as summaries,
+        contextlib.closing(_summaries(options, dataset, units)) as summaries,
         tqdm(total=num_prompts, initial=num_prompts - left, unit="prompt", desc="collect", file=sys.stderr) as bar,
     ):
         for unit, summary in summaries:
             tokens, observed = tokens + summary.tokens, observed + summary.observed
             skipped += summary.skipped
-            seconds += summary.seconds / (options.ray or 1)  # without the start of the engine
+            seconds += summary.seconds / (options.ray or 1)
             bar.update(len(units[unit]))
             bar.set_postfix({"tok/s": f"{tokens / max(seconds, 1e-9):.1f}", "labels": observed})
             if stop.requested and bar.n < num_prompts:
                 raise KeyboardInterrupt
     if skipped:
-        _say(f"{skipped} prompts were left out: too long for max_model_len, or answered with nothing (paper)")
-
-
-def _one_by_one(
-    units: Mapping[int, list[Prompt]], make_collector: Callable[[], Collector]
-) -> Iterator[tuple[int, UnitSummary]]:
-    collector = make_collector()
-    try:
-        for unit, prompts in units.items():
-            yield unit, collector.collect(unit, prompts)
-    finally:
-        collector.close()
-
-
-def _collector_class(source: str) -> Callable[[CollectOptions, Manifest], Collector]:
-    if source == "on-policy":
-        return OnPolicyCollector
-    from vllm_specdecpp.training.collect.paper import PaperCollector
-
-    return PaperCollector
+        _say(f"{skipped} prompts were left out: too long for max_model_len")
 
 
 def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifest:
@@ -155,16 +137,13 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
         "seed": options.seed,
         "dtype": options.dtype,
     }
-    if options.source == "paper":
-        sampling["mixing"] = options.mixing
     return Manifest(
-        kind="positions" if options.source == "paper" else "rounds",
         target=model_label(options.target),
         draft=model_label(options.draft),
         target_revision=model_revision(options.target),
         draft_revision=model_revision(options.draft),
         hidden_size=model_config(options.draft, "draft").get_text_config().hidden_size,
-        source=options.source,
+        source="on-policy",
         sampling=sampling,
         num_candidates=options.candidates,
         prompts_digest=digest(prompts),

@@ -7,50 +7,47 @@ import functools
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_specdecpp.data.prompts import Prompt, encode
+from vllm_specdecpp.data.shards import Dataset
 from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions, PairOptions
+from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
-from vllm_specdecpp.training.collect.units import UnitSummary, encode, shard_path, write_responses
+from vllm_specdecpp.training.engine import start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.data.shards import Manifest
 
-
-def start_engine(options: PairOptions, speculative: Mapping[str, Any] | None, max_num_seqs: int | None = None) -> LLM:
-    """A vLLM engine of the target, or of the pair. While it starts, Ctrl-C and SIGTERM end the process.
-
-    Args:
-        options: of the command.
-        speculative: keys of the speculative config, beside the draft model and how it samples; None: no speculation.
-        max_num_seqs: requests at once; by default the options' batch.
+def start_pair(options: PairOptions, speculative_config: Mapping[str, Any], max_num_seqs: int) -> LLM:
+    """An engine of the options' pair. While it starts, Ctrl-C and SIGTERM end the process.
 
     Raises:
-        ValueError: one line: the engine did not start.
+        ValueError: one line: it did not start.
     """
-    from vllm import LLM
+    config = {"model": options.draft, "draft_sample_method": options.draft_sample_method, **speculative_config}
+    with ends_with_children():
+        return start_engine(
+            options.target, config, options, dtype=options.dtype, max_model_len=options.max_model_len,
+            max_num_seqs=max_num_seqs, seed=options.seed,
+        )  # fmt: skip
 
-    config = {"method": "specdecpp", "model": options.draft, "draft_sample_method": options.draft_sample_method}
-    try:
-        with ends_with_children():
-            return LLM(
-                model=options.target,
-                speculative_config=None if speculative is None else {**config, **speculative},
-                dtype=options.dtype,
-                max_model_len=options.max_model_len,
-                max_num_seqs=max_num_seqs or options.batch,
-                kv_cache_memory_bytes=None if options.kv_cache_mib is None else options.kv_cache_mib << 20,
-                enforce_eager=options.eager,
-                tensor_parallel_size=options.tensor_parallel_size,
-                enable_prefix_caching=False,
-                seed=options.seed,
-            )
-    except RuntimeError as error:  # the engine's own process has said more above
-        raise ValueError(f"specdecpp: the engine did not start ({_last_line(error)})") from error
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """What one unit gave."""
+
+    skipped: int
+    """Prompts too long for ``max_model_len``."""
+    tokens: int
+    """Answered."""
+    observed: int
+    """Candidates with a known outcome."""
+    seconds: float
+    """Without the start of the engine."""
 
 
 class OnPolicyCollector:
@@ -58,16 +55,16 @@ class OnPolicyCollector:
 
     Args:
         options: of the command.
-        manifest: of the dataset in ``options.out``, which must be there.
+        dataset: to write to.
 
     Raises:
         ValueError: the engine cannot start with these options.
     """
 
-    def __init__(self, options: CollectOptions, manifest: Manifest) -> None:
-        self._options = options
-        self._manifest = manifest
-        self._llm = start_engine(options, {"rule": "fixed", "num_speculative_tokens": options.candidates})
+    def __init__(self, options: CollectOptions, dataset: Dataset) -> None:
+        self._options, self._dataset = options, dataset
+        config = {"rule": "fixed", "num_speculative_tokens": options.candidates}
+        self._llm = start_pair(options, config, options.batch)
         self._flush(None, {})  # recording begins
 
     def collect(self, unit_index: int, prompts: list[Prompt]) -> UnitSummary:
@@ -85,25 +82,16 @@ class OnPolicyCollector:
         for (prompt, ids), output in zip(fitting, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
             rows.append({"id": prompt.id, "set": prompt.set, "prompt_token_ids": ids, "token_ids": tokens})
-        write_responses(self._options.out, unit_index, rows)
+        write_responses(self._dataset.folder, unit_index, rows)
         owners = {o.request_id: {"id": p.id, "set": p.set} for (p, _), o in zip(fitting, outputs, strict=True)}
-        found = self._flush(shard_path(self._options.out, unit_index), owners)
+        found = self._flush(self._dataset.shard_path(unit_index), owners)
         if found["dropped_rounds"]:
             raise ValueError(
                 f"specdecpp: unit={self._options.unit} records more than the engine keeps; lower it, e.g. to "
                 f"{max(1, self._options.unit // 2)}"
             )
-        return UnitSummary(
-            unit=unit_index,
-            prompts=len(fitting),
-            skipped=len(prompts) - len(fitting),
-            tokens=sum(len(row["token_ids"]) for row in rows),
-            rounds=found["rounds"],
-            steps=found["steps"],
-            observed=found["observed"],
-            accepted=found["accepted"],
-            seconds=time.perf_counter() - start,
-        )
+        num_tokens = sum(len(row["token_ids"]) for row in rows)
+        return UnitSummary(len(prompts) - len(fitting), num_tokens, found["observed"], time.perf_counter() - start)
 
     def close(self) -> None:
         """End the engine."""
@@ -141,8 +129,3 @@ class OnPolicyCollector:
             if not found:
                 raise
             raise ValueError(found + reason.splitlines()[0]) from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

@@ -6,15 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from vllm_specdecpp.training.options import CommandOptions
+from vllm_specdecpp.training.options import EngineOptions
 
 FEWEST_TOKENS = 3
 """The first token comes without a draft and the last one is the target's own: below this nothing is drafted."""
 
 
-class PairOptions(CommandOptions):
+class PairOptions(EngineOptions):
     """A pair of models, the prompts that it answers, and how."""
 
     target: str = Field(min_length=1)
@@ -39,7 +39,7 @@ class PairOptions(CommandOptions):
     """Length of an answer, in tokens."""
 
     candidates: int = Field(default=12, ge=1, le=128)
-    """Candidates drafted in every round (on-policy); `tune` can try no longer ones, fewer give labels faster."""
+    """Candidates drafted in every round; `tune` can try no longer ones, fewer give labels faster."""
 
     batch: int = Field(default=8, ge=1)
     """Prompts answered at once."""
@@ -62,15 +62,6 @@ class PairOptions(CommandOptions):
     max_model_len: int | None = Field(default=None, ge=8)
     """Longest prompt and answer, in tokens; by default the model's own bound."""
 
-    kv_cache_mib: int | None = Field(default=None, ge=1)
-    """Memory of the KV cache; by default vLLM decides."""
-
-    eager: bool = False
-    """Do not compile the models: a faster start, slower steps."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that the models are spread over."""
-
     draft_sample_method: Literal["greedy", "probabilistic"] = "greedy"
     """How candidates are drawn when the temperature is above 0; as in the engine that the head is for."""
 
@@ -84,25 +75,8 @@ class CollectOptions(PairOptions):
     out: Path
     """Dataset folder to write; the same command goes on there after an interruption."""
 
-    source: Literal["on-policy", "paper"] = "on-policy"
-    """Labels from the engine's own rounds, or by the SpecDec++ paper's recipe."""
-
     ray: int | None = Field(default=None, ge=1)
-    """Spread the units over this many workers of a Ray cluster."""
-
-    responses: Path | None = None
-    """Dataset whose answers are labelled instead of generating some (paper)."""
-
-    mixing: float = Field(default=0.15, ge=0, le=1)
-    """Fraction of the target's tokens in what the draft reads (paper)."""
+    """Spread the units over this many workers of a Ray cluster, each with an engine of its own."""
 
     force: bool = False
     """Delete a dataset of other settings that is in the folder."""
-
-    @model_validator(mode="after")
-    def _check_together(self) -> CollectOptions:
-        if self.responses is not None and self.source != "paper":
-            raise ValueError(
-                f"specdecpp: responses={str(self.responses)!r} goes with source=paper; leave one of the two out"
-            )
-        return self

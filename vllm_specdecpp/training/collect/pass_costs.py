@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vllm_specdecpp.training.collect.on_policy import start_engine
+from vllm_specdecpp.data.prompts import Prompt, encode
+from vllm_specdecpp.training.collect.on_policy import start_pair
 from vllm_specdecpp.training.collect.options import PairOptions
-from vllm_specdecpp.training.collect.units import encode
 
 if TYPE_CHECKING:
     from vllm_specdecpp.costs.model import Points
-    from vllm_specdecpp.data.prompts import Prompt
 
 NUM_PROMPTS = 8
 """Answered: the engine adds what a round takes beside its passes once it has seen 8 rounds."""
@@ -33,7 +32,7 @@ def measure_costs(options: PairOptions, prompts: Sequence[Prompt]) -> Points:
     from tqdm import tqdm
     from vllm import SamplingParams
 
-    llm = start_engine(options, {}, max_num_seqs=1)
+    llm = start_pair(options, {}, 1)
     try:
         params = SamplingParams(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, max_tokens=options.max_tokens,

@@ -23,7 +23,7 @@ _OBJECT_STORE_BYTES = 128 << 20
 
 
 class Collector(Protocol):
-    """What writes a unit's shard: ``OnPolicyCollector``, ``PaperCollector``."""
+    """What writes a unit's shard: ``OnPolicyCollector``."""
 
     def collect(self, unit_index: int, prompts: Any) -> Any: ...
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
-from vllm_specdecpp.data.manifest import Manifest, write_whole
-from vllm_specdecpp.data.shards import Dataset
+from vllm_specdecpp.data.dataset import load_rows, open_datasets
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.files import check_free, write_whole
 from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
@@ -33,7 +31,7 @@ from vllm_specdecpp.training.fit.estimates import (
     reliability_curves,
     score_rows,
 )
-from vllm_specdecpp.training.fit.held_out import TrainingData, name_digest, refuse_seen, training_data
+from vllm_specdecpp.training.fit.held_out import prompts_of, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 from vllm_specdecpp.training.statistics import chance_ece
 
@@ -58,7 +56,7 @@ class CalibrateOptions(CommandOptions):
     """Folder of a trained head; its config.json as it was stays beside it as config.json.before."""
 
     fit: list[Path] = Field(min_length=1)
-    """Datasets to fit on. Of the head's own training data only the validation prompts are used."""
+    """Datasets to fit on; prompts that the head was trained on are left out."""
 
     evaluate: list[Path] = []
     """Datasets to measure on, with prompts that the head was neither trained nor calibrated on; without any, only the
@@ -94,16 +92,25 @@ def run(options: CalibrateOptions) -> int:
     Raises:
         ValueError: one line: no head, foreign data, prompts that the head knows, results that are there already.
     """
-    _check_free(options)
-    fit, evaluate = _open(options.fit, options.evaluate)
-    head = _head(options, fit[0].manifest)
+    _check(options)
+    datasets = open_datasets([*options.fit, *options.evaluate])
+    num = len(options.fit)
+    head = _head(options, datasets[0].manifest)
     shift = shift_of(head.metadata)
     trained = training_data(options.head)
-    refuse_seen(fit, evaluate, trained)
-    rows = _fit_rows(fit, trained, head.lag, options.max_rows)
-    fitted_on = _described(rows, fit, trained)
+    refuse_seen(datasets[num:], datasets[:num], trained, "fit")
+    if (prompts := prompts_of(datasets[:num])) and all(map(trained.was_fitted_to, prompts)):
+        raise ValueError(
+            f"specdecpp: fit={options.fit[0]}: the head was trained on all of its prompts, which would make it look "
+            "too good; fit on another dataset, or train with --validation"
+        )
+    rows = load_rows(
+        options.fit, head.lag, prompts_where=lambda prompt: not trained.was_fitted_to(prompt), max_rows=options.max_rows
+    )
+    names = ", ".join(dataset.folder.resolve().name for dataset in datasets[:num])
+    fitted_on = f"{len(rows):,} candidates of {len(rows.prompt.unique()):,} prompts of {names}"
     calibration, estimates = fit_estimates(score_rows(head, rows), shift)
-    if evaluate:
+    if options.evaluate:
         scored = score_rows(head, load_rows(options.evaluate, head.lag, max_rows=options.max_rows))
         _report(options, head, calibration, fitted_on, scored, estimates)
     _write_calibration(options.head, calibration, fitted_on)
@@ -113,7 +120,7 @@ def run(options: CalibrateOptions) -> int:
     return 0
 
 
-def _check_free(options: CalibrateOptions) -> None:
+def _check(options: CalibrateOptions) -> None:
     """Refuse before any work what could not be written in the end."""
     if not options.head.is_dir():
         raise ValueError(f"specdecpp: head={str(options.head)!r} is no folder; give the folder of a trained head")
@@ -121,22 +128,9 @@ def _check_free(options: CalibrateOptions) -> None:
         if options.out is not None:
             raise ValueError(f"specdecpp: out={str(options.out)!r} stays empty without --evaluate; name datasets there")
         return
-    if options.folder.exists() and not options.folder.is_dir():
-        raise ValueError(f"specdecpp: out={str(options.folder)!r} is a file; name a folder")
     if options.plots:
         plots.check_installed()
-    present = [name for name in FILES if (options.folder / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: {options.folder} holds {', '.join(present)} already; add --force to replace them, "
-            "or name another --out"
-        )
-
-
-def _open(fit: Sequence[Path], evaluate: Sequence[Path]) -> tuple[list[Dataset], list[Dataset]]:
-    """All datasets, checked to be of one pair and each given once."""
-    datasets = open_datasets([*fit, *evaluate])
-    return datasets[: len(fit)], datasets[len(fit) :]
+    check_free(options.folder, FILES, options.force)
 
 
 def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
@@ -156,41 +150,6 @@ def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
             "add --force to do it again"
         )
     return head
-
-
-def _fit_rows(fit: Sequence[Dataset], trained: TrainingData | None, lag: int, max_rows: int | None) -> LabelRows:
-    """The rows to fit on: of the head's own training data the validation prompts, of the rest all."""
-    own = [dataset.folder for dataset in fit if trained is not None and trained.covers(dataset.manifest)]
-    other = [dataset.folder for dataset in fit if dataset.folder not in own]
-    parts = []
-    if own:
-        assert trained is not None
-        if trained.validation == 0:
-            raise ValueError(
-                f"specdecpp: fit={own[0]}: the head was trained on all of its prompts (validation 0), which would "
-                "make it look too good; fit on another dataset, or train with --validation"
-            )
-        parts.append(load_rows(own, lag, prompts_where=trained.is_validation, max_rows=max_rows))
-    if other:
-        rows = load_rows(other, lag, max_rows=max_rows)
-        # Single prompts of the training data may have gone into another dataset.
-        known = [trained is not None and name_digest(prompt) in trained.fitted for prompt in rows.prompts]
-        parts.append(rows.select(~torch.tensor(known, dtype=torch.bool)[rows.prompt]))
-    rows = LabelRows.concat(parts)
-    if not len(rows):
-        raise ValueError(
-            f"specdecpp: fit={other[0]}: the head was trained on all of its prompts; fit on another dataset"
-        )
-    return rows
-
-
-def _described(rows: LabelRows, fit: Sequence[Dataset], trained: TrainingData | None) -> str:
-    """What the calibration was fitted on, in words."""
-    names = []
-    for dataset in fit:
-        own = trained is not None and trained.covers(dataset.manifest)
-        names.append(dataset.folder.resolve().name + (" (validation prompts)" if own else ""))
-    return f"{len(rows):,} candidates of {len(rows.prompt.unique()):,} prompts of {', '.join(names)}"
 
 
 def _report(

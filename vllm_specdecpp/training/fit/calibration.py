@@ -62,8 +62,8 @@ class Calibration:
             [num_rows] float64.
         """
         table = torch.tensor(self.intercepts, dtype=torch.float64)  # [num_positions]
-        index = (position.long().cpu() - 1).clamp(0, len(table) - 1)  # [num_rows]
-        return (self.slope * logit.double().cpu() + table[index]).sigmoid()
+        index = (position.long() - 1).clamp(0, len(table) - 1)  # [num_rows]
+        return (self.slope * logit.double() + table[index]).sigmoid()
 
     def shown(self) -> str:
         """Slope and intercepts in words."""
@@ -78,14 +78,7 @@ class Calibration:
 
 
 def fit_calibration(
-    logit: Tensor,
-    accepted: Tensor,
-    position: Tensor,
-    *,
-    shift: float = 0.0,
-    weights: Tensor | None = None,
-    position_precision: float = POSITION_PRECISION,
-    strength: float = 1.0,
+    logit: Tensor, accepted: Tensor, position: Tensor, *, shift: float = 0.0, strength: float = 1.0
 ) -> Calibration:
     """Fit one slope and an intercept per position, the latter shrunk to the one they share.
 
@@ -95,25 +88,20 @@ def fit_calibration(
         position: [num_rows] 1-based index of the candidate in its round.
         shift: what the common intercept is before any label is seen: ln w_rej of a head trained with it, because the
             weighted loss has its optimum at p / (p + w_rej (1 - p)), whose log-odds are ln w_rej too low.
-        weights: [num_rows] of the rows, >= 0; all 1 by default.
-        position_precision: of the prior of each position's distance from the common intercept.
         strength: factor on the precisions of all priors.
 
     Raises:
-        ValueError: one line: no rows, unequal lengths, a number that is not finite, a position below 1.
+        ValueError: one line: a score is no finite number.
     """
-    logit, accepted, weights = _checked(logit, accepted, weights)
-    position = position.long().cpu()
-    if len(position) != len(logit) or int(position.min()) < 1:
-        raise ValueError("specdecpp: positions must be whole numbers from 1 on, one a row; collect the labels again")
+    logit, accepted = _finite(logit), accepted.double()
     num_positions = _num_positions(position)
     index = (position - 1).clamp(max=num_positions - 1)
     deviation = torch.nn.functional.one_hot(index, num_positions).double()  # [num_rows, num_positions]
     inputs = torch.cat([logit[:, None], torch.ones_like(logit)[:, None], deviation], dim=1)
     prior_mean = torch.tensor([1.0, shift] + [0.0] * num_positions, dtype=torch.float64)
-    precision = torch.tensor([SLOPE_PRECISION, COMMON_PRECISION] + [position_precision] * num_positions).double()
+    precision = torch.tensor([SLOPE_PRECISION, COMMON_PRECISION] + [POSITION_PRECISION] * num_positions).double()
     precision *= strength
-    slope, common, *deviations = fit_logistic(inputs, accepted, prior_mean, precision, weights).tolist()
+    slope, common, *deviations = fit_logistic(inputs, accepted, prior_mean, precision, torch.ones_like(logit)).tolist()
     return Calibration(slope, tuple(common + each for each in deviations))
 
 
@@ -140,11 +128,11 @@ def fit_by_prompts(
     def fitted(rows: Tensor, strength: float) -> Calibration:
         return fit_calibration(logit[rows], accepted[rows], position[rows], shift=shift, strength=strength)
 
+    _finite(logit)
     whole = torch.ones(len(logit), dtype=torch.bool)
     strength = STRENGTHS[0]
-    prompts, number = prompt.cpu().unique(return_inverse=True)  # [num_prompts], [num_rows]
+    prompts, number = prompt.unique(return_inverse=True)  # [num_prompts], [num_rows]
     if (num_folds := min(FOLDS, len(prompts))) > 1:
-        _checked(logit, accepted, None)
         losses = torch.zeros(len(STRENGTHS), len(prompts), dtype=torch.float64)  # summed over each prompt's rows
         for i, each in enumerate(STRENGTHS):
             for fold in range(num_folds):
@@ -168,7 +156,7 @@ class LogisticRegression:
 
     def logit(self, inputs: Tensor) -> Tensor:
         """[num_rows] float64 log-odds of ``inputs`` [num_rows, num_inputs]."""
-        return inputs.double().cpu() @ self.coefficients + self.intercept
+        return inputs.double() @ self.coefficients + self.intercept
 
 
 def fit_regression(
@@ -183,9 +171,10 @@ def fit_regression(
         precision: of the coefficients' prior.
 
     Raises:
-        ValueError: one line: no rows, unequal lengths, a number that is not finite.
+        ValueError: one line: an input is no finite number.
     """
-    inputs, accepted, weights = _checked(inputs, accepted, weights)
+    inputs, accepted = _finite(inputs), accepted.double()
+    weights = torch.ones_like(accepted) if weights is None else weights.double()
     mean, scale = inputs.mean(0), inputs.std(0, correction=0)  # [num_inputs]
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a constant input gets coefficient 0
     standard = torch.cat([(inputs - mean) / scale, torch.ones_like(accepted)[:, None]], dim=1)
@@ -238,7 +227,7 @@ def fit_logistic(inputs: Tensor, labels: Tensor, prior_mean: Tensor, precision: 
 
 def log_odds(probability: Tensor) -> Tensor:
     """Log-odds, clipped to +-:data:`MAX_LOG_ODDS`: the score of a training-free estimate before calibration."""
-    return probability.double().cpu().logit().clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
+    return probability.double().logit().clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS)
 
 
 def shift_of(metadata: Mapping[str, Any]) -> float:
@@ -259,21 +248,10 @@ def _num_positions(position: Tensor) -> int:
     return min(max(int((at_least >= MIN_ROWS).sum()), 1), MAX_POSITIONS)
 
 
-def _checked(inputs: Tensor, accepted: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All as float64 on the CPU, lengths and values checked."""
-    inputs, accepted = inputs.detach().double().cpu(), accepted.detach().double().cpu()
-    weights = torch.ones_like(accepted) if weights is None else weights.detach().double().cpu()
-    if not len(inputs) == len(accepted) == len(weights):
-        counts = f"{len(inputs)} scores, {len(accepted)} labels, {len(weights)} weights"
-        raise ValueError(f"specdecpp: {counts}; give one of each a row")
-    if not len(inputs):
-        raise ValueError("specdecpp: no rows to fit a calibration on; give a dataset with observed candidates")
-    for name, values in (("scores", inputs), ("labels", accepted), ("weights", weights)):
-        if num_bad := int((~values.isfinite()).sum()):
-            raise ValueError(
-                f"specdecpp: {num_bad} of {values.numel()} {name} are no finite numbers; "
-                "collect the labels or train again"
-            )
-    if not bool(((accepted >= 0) & (accepted <= 1)).all()) or bool((weights < 0).any()):
-        raise ValueError("specdecpp: labels must be in [0, 1] and weights >= 0; collect the labels again")
-    return inputs, accepted, weights
+def _finite(scores: Tensor) -> Tensor:
+    """In float64; refuses what a run that went wrong has left."""
+    if num_bad := int((~scores.isfinite()).sum()):
+        raise ValueError(
+            f"specdecpp: {num_bad} of {scores.numel()} scores are no finite numbers; collect the labels or train again"
+        )
+    return scores.detach().double()

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.data.manifest import write_whole
 from vllm_specdecpp.data.prompts import Prompt, load_prompts, split_by_id
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.training.fit.options import FitOptions, settings
 from vllm_specdecpp.training.fit.stages import num_done, stages_of
 from vllm_specdecpp.training.fit.train import TrainOptions

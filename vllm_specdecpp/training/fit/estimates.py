@@ -154,13 +154,13 @@ def judge(
     return rows
 
 
-def by_set(scored: Scored, all_name: str = "all") -> Iterator[tuple[str, Scored]]:
+def by_set(scored: Scored) -> Iterator[tuple[str, Scored]]:
     """Each set that has rows, and, if there are several, all together last."""
     found = [(name, mask) for name in scored.rows.sets if bool((mask := scored.rows.in_set(name)).any())]
     for name, mask in found:
         yield name, scored.select(mask)
     if len(found) > 1:
-        yield all_name, scored
+        yield "all", scored
 
 
 def reliability_curves(

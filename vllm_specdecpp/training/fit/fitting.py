@@ -7,8 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,94 +19,37 @@ from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit.calibration import fit_regression
+from vllm_specdecpp.training.fit.train_options import TrainOptions
 
 _CONSTANT = 1e-5
 """A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""
 
 _EVALUATION_ROWS = 4096
-_START_ROWS = 50_000
-"""Rows that the start at the scalars' own regression reads: it has few coefficients."""
+_COLUMNS_AT_ONCE = 256
+"""Of the hidden state, in float64."""
 
 
-class Settings(Protocol):
-    """What the loop reads of ``TrainOptions``."""
-
-    w_rej: float
-    soft: bool
-    lr: float
-    weight_decay: float
-    dropout: float
-    epochs: int
-    batch_size: int
-    warmup: float
-    schedule: Literal["cosine", "constant"]
-    patience: int
-    seed: int
+def batches(rows: LabelRows, batch_size: int, seed: int, epoch: int) -> Iterator[LabelRows]:
+    """The rows of one epoch, shuffled, in batches; the same for the same arguments."""
+    generator = torch.Generator().manual_seed((seed << 16) + epoch)
+    for index in torch.randperm(len(rows), generator=generator).split(batch_size):
+        yield rows.select(index)
 
 
-class Source(Protocol):
-    """Training rows, in memory or not."""
+@torch.no_grad()
+def standardize(head: AcceptanceHead, hidden: Tensor) -> None:
+    """Let the head bring every dimension to mean 0 and deviation 1 first; a constant one to 0.
 
-    def __call__(self, epoch: int) -> Iterator[LabelRows]:
-        """The rows of one epoch, shuffled, in batches; the same at every call with the same ``epoch``."""
-
-
-@dataclass(frozen=True)
-class MemoryRows:
-    """A :class:`Source` over rows that fit in memory."""
-
-    rows: LabelRows
-    batch_size: int
-    seed: int
-
-    def __call__(self, epoch: int) -> Iterator[LabelRows]:
-        generator = torch.Generator().manual_seed((self.seed << 16) + epoch)
-        order = torch.randperm(len(self.rows.hidden), generator=generator)
-        for index in order.split(self.batch_size):
-            yield self.rows.select(index)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What one pass over the training rows tells."""
-
-    num_rows: int
-    accept_rate: float
-    mean: Tensor  # [hidden_size] float32
-    scale: Tensor  # [hidden_size] float32: 1 / standard deviation; 0 where the dimension is constant
-
-
-def statistics(batches: Iterable[LabelRows]) -> Statistics:
-    """Count the rows and the accepted ones; mean and inverse deviation of every dimension of the hidden state.
-
-    Raises:
-        ValueError: one line: no rows, no accepted one, or no rejected one.
+    Args:
+        head: freshly made; changed in place.
+        hidden: [num_rows, hidden_size] of the training rows.
     """
-    num_rows, num_accepted = 0, 0.0
-    shift: Tensor | None = None  # a first guess of the mean keeps the squares small
-    total = squares = torch.zeros(())
-    for batch in batches:
-        hidden = batch.hidden.double()  # [n, hidden_size]
-        if shift is None:
-            shift = hidden.mean(0)
-        total = total + (hidden - shift).sum(0)
-        squares = squares + (hidden - shift).square().sum(0)
-        num_rows += len(hidden)
-        num_accepted += float(batch.accepted.double().sum())
-    if shift is None or num_rows == 0:
-        raise ValueError("specdecpp: there are no training rows; collect more prompts or lower --validation")
-    for missing, count in (("accepted", num_accepted), ("rejected", num_rows - num_accepted)):
-        if count == 0:
-            raise ValueError(
-                f"specdecpp: the data has no {missing} token in {num_rows} training rows, so there is nothing to tell "
-                "apart; collect more prompts, or check that draft and target belong together"
-            )
-    offset = total / num_rows
-    deviation = (squares / num_rows - offset.square()).clamp_min(0).sqrt()
-    mean = shift + offset
+    columns = hidden.split(_COLUMNS_AT_ONCE, dim=1)
+    parts = [torch.std_mean(part.double(), dim=0, correction=0) for part in columns]
+    deviation, mean = (torch.cat(part) for part in zip(*parts, strict=True))  # [hidden_size] each
     constant = deviation <= _CONSTANT * mean.abs().clamp_min(1e-6)
-    scale = torch.where(constant, 0.0, 1 / deviation.clamp_min(1e-30))
-    return Statistics(num_rows, num_accepted / num_rows, mean.float(), scale.float())
+    head.mean.copy_(mean)
+    head.scale.copy_(torch.where(constant, 0.0, 1 / deviation))
 
 
 def targets(rows: LabelRows, soft: bool) -> Tensor:
@@ -117,7 +59,7 @@ def targets(rows: LabelRows, soft: bool) -> Tensor:
 
 
 @torch.no_grad()
-def start_at_scalars(head: AcceptanceHead, batches: Iterable[LabelRows], w_rej: float, soft: bool) -> None:
+def start_at_scalars(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) -> None:
     """Let a head that reads scalars begin as their logistic regression, to which training adds the hidden state.
 
     The blocks start as the identity and the hidden state without a say; otherwise a few hundred steps would leave a
@@ -125,22 +67,15 @@ def start_at_scalars(head: AcceptanceHead, batches: Iterable[LabelRows], w_rej: 
 
     Args:
         head: freshly made; changed in place.
-        batches: training rows, of which the first ``_START_ROWS`` are read.
+        rows: training rows.
         w_rej: weight of the reject class.
         soft: as in :func:`targets`.
     """
     if not head.features:
         return
-    inputs, labels, num_rows = [], [], 0
-    for batch in batches:
-        inputs.append(encode_scalars(batch.scalars, head.features))
-        labels.append(targets(batch, soft))
-        num_rows += len(batch)
-        if num_rows >= _START_ROWS:
-            break
-    label = torch.cat(labels).double()  # [num_rows]
+    label = targets(rows, soft).double()  # [num_rows]
     weight = label + w_rej * (1 - label)
-    found = fit_regression(torch.cat(inputs), label / weight, weights=weight)
+    found = fit_regression(encode_scalars(rows.scalars, head.features), label / weight, weights=weight)
     for block in head.blocks:
         for parameter in block.parameters():
             parameter.zero_()
@@ -196,22 +131,11 @@ def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) ->
     return {"loss": float(sums[0] / sums[1]), "log_loss": float(sums[2] / sums[3]), "auc": ranked}
 
 
-def learning_rate_factor(step: int, num_steps: int, warmup: float, schedule: str) -> float:
-    """Share of the learning rate at a 0-based step: a linear warm-up, then half a cosine down to 0, or constant."""
-    warm = math.ceil(warmup * num_steps)
-    if step < warm:
-        return (step + 1) / warm
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, num_steps - warm))))
-
-
 def fit(
     head: AcceptanceHead,
-    source: Source,
-    num_rows: int,
+    rows: LabelRows,
     val_rows: LabelRows | None,
-    settings: Settings,
+    settings: TrainOptions,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
 ) -> list[dict[str, Any]]:
     """Train ``head`` in place, and leave it in evaluation mode with the weights of the best epoch.
@@ -221,8 +145,7 @@ def fit(
 
     Args:
         head: on the CPU, float32.
-        source: training rows.
-        num_rows: that ``source`` yields an epoch.
+        rows: to train on.
         val_rows: for early stopping; None trains all epochs.
         settings: of the optimiser.
         on_epoch: called with the history so far after every epoch.
@@ -234,14 +157,14 @@ def fit(
     Raises:
         ValueError: one line: the loss became infinite or NaN.
     """
+    from transformers.optimization import get_cosine_schedule_with_warmup  # imports a lot
+
     decayed = [p for p in head.parameters() if p.dim() > 1]
     free = [p for p in head.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-    num_steps = settings.epochs * math.ceil(num_rows / settings.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup, settings.schedule)
-    )
+    num_steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * num_steps), num_steps)
     history: list[dict[str, Any]] = []
     row: dict[str, Any]
     best: tuple[float, int, dict[str, Tensor]] | None = None  # log-loss, epoch, weights
@@ -257,7 +180,8 @@ def fit(
     with tqdm(total=num_steps, desc="train", unit="step", dynamic_ncols=True) as progress:
         for epoch in range(1, settings.epochs + 1):
             row = {"epoch": epoch, "lr": scheduler.get_last_lr()[0]}
-            row |= _train(head, source(epoch), optimizer, scheduler, settings, progress)
+            shuffled = batches(rows, settings.batch_size, settings.seed, epoch)
+            row |= _train(head, shuffled, optimizer, scheduler, settings, progress)
             judged = row["train_loss"]
             if math.isfinite(judged) and val_rows is not None:
                 found = evaluate(head, val_rows, settings.w_rej, settings.soft)
@@ -283,17 +207,17 @@ def fit(
 
 def _train(
     head: AcceptanceHead,
-    batches: Iterable[LabelRows],
+    shuffled: Iterable[LabelRows],
     optimizer: Any,
     scheduler: Any,
-    settings: Settings,
+    settings: TrainOptions,
     progress: Any,
 ) -> dict[str, Any]:
     """One epoch; leaves the head in evaluation mode. Returns its number of rows and mean loss."""
     sums, num_rows = torch.zeros(2, dtype=torch.float64), 0
     head.train()
     head.dropout = settings.dropout
-    for batch in batches:
+    for batch in shuffled:
         loss, weight = weighted_loss(score(head, batch), targets(batch, settings.soft), settings.w_rej)
         optimizer.zero_grad(set_to_none=True)
         (loss / weight).backward()

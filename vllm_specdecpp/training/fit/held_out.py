@@ -1,78 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompts a head has not seen: its own ``provenance.json`` says what it was trained on."""
+"""Which prompts a head has not seen: the ``provenance.json`` beside it lists those that it has."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vllm_specdecpp.data.manifest import Manifest
-from vllm_specdecpp.data.prompts import split_by_id
+from vllm_specdecpp.data.prompts import PromptName, split_by_id
 from vllm_specdecpp.data.shards import Dataset
+from vllm_specdecpp.training.collect.responses import read_responses
 
 PROVENANCE_FILE = "provenance.json"
-PromptName = tuple[str, str]
-"""(id, set)."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a head was trained on."""
-
-    datasets: frozenset[str]
-    """Of each dataset the digest of its prompts, which is the same for all datasets that were collected on them."""
-
-    validation: float
-    """Share of the prompts that was held out of training."""
-
-    seed: int
-    """Of that choice."""
+    """The prompts of a head's training, by :func:`name_digest`."""
 
     fitted: frozenset[str] = frozenset()
-    """:func:`name_digest` of each prompt that was trained on; empty where the file is older than this list."""
+    """Trained on: the head scores them too well."""
 
     held_out: frozenset[str] = frozenset()
-    """Likewise of each that training ended early by."""
+    """Training ended early by them."""
 
-    def covers(self, manifest: Manifest) -> bool:
-        """Whether a dataset has the prompts that the head was trained and validated on."""
-        return _identity(asdict(manifest)) in self.datasets
-
-    def is_validation(self, prompt_id: str) -> bool:
-        """Whether a prompt of such a dataset was held out of training."""
-        return self.validation > 0 and split_by_id(prompt_id, self.validation, self.seed)
-
-    def was_fitted_to(self, manifest: Manifest, prompt: PromptName) -> bool:
-        """Whether the head was trained on a prompt of a dataset, which it scores too well."""
-        if name_digest(prompt) in self.fitted:
-            return True
-        return self.covers(manifest) and not self.is_validation(prompt[0])
+    def was_fitted_to(self, prompt: PromptName) -> bool:
+        """Whether the head was trained on a prompt."""
+        return name_digest(prompt) in self.fitted
 
     def knows(self, prompt: PromptName) -> bool:
-        """Whether a prompt was used in training, be it for early stopping; of an older head that is not known."""
+        """Whether a prompt was used in training, be it for early stopping."""
         return name_digest(prompt) in self.fitted | self.held_out
 
 
-def training_data(head: Path) -> TrainingData | None:
-    """What ``provenance.json`` in a head's folder says; None if there is none, as beside a released head.
+def training_data(head: Path) -> TrainingData:
+    """What ``provenance.json`` in a head's folder says; nothing if there is none, as beside a released head.
 
     Raises:
         ValueError: one line: the file is damaged.
     """
     path = head / PROVENANCE_FILE
     if not path.exists():
-        return None
+        return TrainingData()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        datasets = frozenset(_identity(entry["manifest"]) for entry in content["data"])
-        lists = content.get("prompts", {})
-        fitted, held_out = (frozenset(map(_text, lists.get(name, ()))) for name in ("fitted", "held_out"))
-        return TrainingData(datasets, float(content["validation"]), int(content["seed"]), fitted, held_out)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lists = json.loads(path.read_text(encoding="utf-8"))["prompts"]
+        return TrainingData(frozenset(lists["fitted"]), frozenset(lists["held_out"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"specdecpp: {path} does not say what the head was trained on ({type(error).__name__}: {error}); "
             "restore it, or train the head again"
@@ -88,8 +63,7 @@ def prompt_lists(prompts: Iterable[PromptName], validation: float, seed: int) ->
     """The ``prompts`` of ``provenance.json``: a head's training data can be told without the datasets."""
     found: dict[str, list[str]] = {"fitted": [], "held_out": []}
     for prompt in sorted(prompts):
-        held_out = validation > 0 and split_by_id(prompt[0], validation, seed)
-        found["held_out" if held_out else "fitted"].append(name_digest(prompt))
+        found["held_out" if split_by_id(prompt[0], validation, seed) else "fitted"].append(name_digest(prompt))
     return found
 
 
@@ -98,50 +72,43 @@ def prompts_of(datasets: Sequence[Dataset]) -> set[PromptName]:
     return {(p["id"], p["set"]) for dataset in datasets for shard in dataset.shards() for p in shard.prompts}
 
 
-def refuse_trained_on(evaluate: Sequence[Dataset], trained: TrainingData | None) -> None:
-    """Refuse to judge a head by prompts that it was trained or validated on.
+def prompt_texts(datasets: Sequence[Dataset]) -> Iterator[tuple[PromptName, str]]:
+    """Each prompt whose text the datasets' responses hold, and a digest of its token ids.
 
     Raises:
-        ValueError: one line naming the folder, and a prompt where single ones are known.
+        ValueError: one line: a responses file is damaged.
     """
-    for dataset in evaluate if trained is not None else ():
-        assert trained is not None
-        if trained.covers(dataset.manifest):
-            raise ValueError(
-                f"specdecpp: evaluate={dataset.folder} has the prompts that the head was trained on; give held-out ones"
-            )
-        if known := sorted(filter(trained.knows, prompts_of([dataset]))):
-            name, in_set = known[0]
-            raise ValueError(
-                f"specdecpp: evaluate={dataset.folder} shares {len(known)} prompts with what the head was trained on "
-                f"(e.g. {name!r} of {in_set!r}); give held-out ones"
-            )
+    for dataset in datasets:
+        for row in read_responses(dataset.folder):
+            text = json.dumps(row["prompt_token_ids"]).encode()
+            yield (row["id"], row["set"]), hashlib.sha256(text).hexdigest()
 
 
-def refuse_seen(fit: Sequence[Dataset], evaluate: Sequence[Dataset], trained: TrainingData | None) -> None:
-    """Refuse to judge a head by prompts that it was trained, validated or calibrated on.
+def refuse_seen(evaluate: Sequence[Dataset], data: Sequence[Dataset], trained: TrainingData, option: str) -> None:
+    """Refuse to judge by prompts that something was fitted to: it would look better than it is.
+
+    Args:
+        evaluate: datasets to judge by.
+        data: datasets that something is fitted to now; all of their prompts count.
+        trained: of the head.
+        option: that names ``data``, for the message.
 
     Raises:
-        ValueError: one line naming the folder and a prompt.
+        ValueError: one line: the head's training used a prompt, or it is among the data, by its id and set or, where
+            the datasets hold the texts, word for word under another name.
     """
-    refuse_trained_on(evaluate, trained)
-    seen = prompts_of(fit) if evaluate else set()
+    seen = prompts_of(data) if evaluate else set()
+    texts = {text: prompt for prompt, text in prompt_texts(data)} if evaluate else {}
     for dataset in evaluate:
-        if common := sorted(seen & prompts_of([dataset])):
-            name, in_set = common[0]
-            raise ValueError(
-                f"specdecpp: evaluate={dataset.folder} shares {len(common)} prompts with fit (e.g. {name!r} of "
-                f"{in_set!r}), so the head may have been trained on them, and is calibrated on them; give held-out ones"
-            )
-
-
-def _text(value: object) -> str:
-    """A digest of the list; TypeError if it is none."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no digest of a prompt")
-    return value
-
-
-def _identity(manifest: dict[str, Any]) -> str:
-    """The digest of the prompts; a server's traffic has none: its manifest as a whole stands for it."""
-    return str(manifest["prompts_digest"]) or json.dumps(manifest, sort_keys=True)
+        here = prompts_of([dataset])
+        used = [(prompt, prompt) for prompt in sorted(here) if trained.knows(prompt)]
+        common = [(prompt, prompt) for prompt in sorted(here & seen)]
+        twins = sorted((prompt, texts[text]) for prompt, text in prompt_texts([dataset]) if text in texts)
+        for found, what in ((used, "what the head was trained on"), (common or twins, f"--{option}")):
+            if found:
+                (name, in_set), twin = found[0]
+                alias = "" if twin == (name, in_set) else f", there {twin[0]!r} of {twin[1]!r}"
+                raise ValueError(
+                    f"specdecpp: evaluate={dataset.folder} shares {len(found)} prompts with {what} (e.g. {name!r} of "
+                    f"{in_set!r}{alias}); give held-out ones"
+                )

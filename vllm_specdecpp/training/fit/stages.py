@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.costs import file as cost_file
-from vllm_specdecpp.data.manifest import MANIFEST_FILE, write_whole
+from vllm_specdecpp.data.manifest import MANIFEST_FILE
 from vllm_specdecpp.data.prompts import Prompt
 from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
 from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head.files import CONFIG_FILE
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import hardware, model_label

@@ -11,136 +11,28 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 
 from vllm_specdecpp import provenance
-from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets, stream_batches
-from vllm_specdecpp.data.prompts import split_by_id
-from vllm_specdecpp.decision.features import SCALAR_FEATURES, check_features
-from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE, replace
+from vllm_specdecpp.data.dataset import LabelRows, load_rows, open_datasets
+from vllm_specdecpp.data.prompts import PromptName, split_by_id
+from vllm_specdecpp.files import check_free, write_whole
+from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.training.fit.fitting import MemoryRows, Source, evaluate, fit, start_at_scalars, statistics
-from vllm_specdecpp.training.fit.held_out import PromptName, prompt_lists, prompts_of
-from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
+from vllm_specdecpp.training.fit.fitting import evaluate, fit, standardize, start_at_scalars
+from vllm_specdecpp.training.fit.held_out import PROVENANCE_FILE, prompt_lists, prompts_of
+from vllm_specdecpp.training.fit.train_options import TrainOptions
 
 LOG_FILE = "log.csv"
-PROVENANCE_FILE = "provenance.json"
-VALIDATION_ROWS = 100_000
-"""At most this many rows are held out of a streamed dataset: they stay in memory."""
-
-BUFFER_ROWS = 65_536
-"""Of a streamed dataset, kept for shuffling."""
-
-
-class TrainOptions(CommandOptions):
-    """Train an acceptance head on collected labels, with early stopping on held-out prompts.
-
-    The defaults are those that did best with 20,000 labels: a small head, held back. The paper's head, loss and
-    optimiser: --lag 1 --layers 3 --width 0 --features none --no-standardize --w-rej 6 --lr 5e-5 --batch-size 32
-    --epochs 3 --dropout 0 --weight-decay 0
-    """
-
-    data: list[Path] = Field(min_length=1, json_schema_extra=POSITIONAL)
-    """Dataset folders of ``collect``, all of the same pair."""
-
-    out: Path
-    """Folder for the head, its log and its provenance."""
-
-    lag: Literal[0, 1] = 0
-    """0: look ahead to the candidate that is about to be drawn. 1: score the one that the draft has just read (the
-    paper's head); it may still be submitted."""
-
-    layers: int = Field(default=1, ge=0)
-    """Residual blocks; 0 is a linear probe."""
-
-    width: int | None = Field(default=16, ge=0)
-    """Project the hidden state to this size first; 0: it keeps its own, as in the paper."""
-
-    tied: bool = True
-    """Whether the blocks share their parameters, as in the paper's released heads."""
-
-    features: list[Literal["top1_prob", "entropy", "margin", "drawn_logprob", "none"]] | None = None
-    """Scalars that the head reads too; by default all that the lag allows; ``none``: the hidden state alone."""
-
-    standardize: bool = True
-    """Whether each dimension of the hidden state is brought to mean 0 and deviation 1 (of the training rows) first."""
-
-    w_rej: float = Field(default=1.0, gt=0)
-    """Weight of the reject class in the loss; the paper's pick is 6. ``calibrate`` undoes it."""
-
-    soft: bool = True
-    """Whether min(1, p/q) is the label where it is known, instead of accepted or rejected."""
-
-    lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate (AdamW)."""
-
-    weight_decay: float = Field(default=1.0, ge=0)
-    """Of the matrices, not of the biases."""
-
-    dropout: float = Field(default=0.5, ge=0, lt=1)
-    """Of the hidden state and of each block's update, in training only."""
-
-    epochs: int = Field(default=15, ge=1)
-    """Passes over the data at most."""
-
-    batch_size: int = Field(default=256, ge=1)
-    """Rows a step."""
-
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """What the learning rate does after the warm-up."""
-
-    patience: int = Field(default=5, ge=1)
-    """Epochs without a better validation log-loss after which training ends; the best weights are kept."""
-
-    validation: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the prompts that is held out for early stopping, and for ``calibrate`` and ``tune``, which may use no
-    others of these; chosen by a hash of their ids; 0 for none."""
-
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the weights, the order of the rows, the dropout and the held-out prompts: same seed, same head."""
-
-    max_rows: int | None = Field(default=None, ge=1)
-    """Train on whole prompts up to this many rows only, always the same ones of a seed: for learning curves."""
-
-    stream: bool = False
-    """Read the shards anew in every epoch instead of holding all rows in memory."""
-
-    force: bool = False
-    """Replace the head that ``out`` holds."""
-
-    @field_validator("width")
-    @classmethod
-    def _own_width(cls, width: int | None) -> int | None:
-        return width or None
-
-    @model_validator(mode="after")
-    def _check_together(self) -> TrainOptions:
-        if self.features and "none" in self.features and len(self.features) > 1:
-            raise ValueError("specdecpp: features=none goes alone; leave out either it or the others")
-        check_features(self.resolved_features, self.lag)
-        if self.stream and self.max_rows is not None:
-            raise ValueError(f"specdecpp: max_rows={self.max_rows} needs the rows in memory; leave out stream")
-        return self
-
-    @property
-    def resolved_features(self) -> list[str]:
-        """The scalars in force."""
-        if self.features is None:
-            return [name for name in SCALAR_FEATURES if self.lag or name != "drawn_logprob"]
-        return [name for name in self.features if name != "none"]
 
 
 def train_head(
-    rows: LabelRows | Source,
+    rows: LabelRows,
     val_rows: LabelRows | None,
     options: TrainOptions,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
@@ -148,32 +40,27 @@ def train_head(
     """Fit a new head.
 
     Args:
-        rows: training rows, or a source of their batches.
+        rows: training rows.
         val_rows: for early stopping; None trains all epochs.
-        options: ``data``, ``out``, ``validation``, ``max_rows``, ``stream`` and ``force`` are not read.
+        options: ``data``, ``out``, ``validation``, ``max_rows`` and ``force`` are not read.
         on_epoch: called with the history so far after every epoch.
 
     Returns:
         The head in evaluation mode, and one row an epoch (``fitting.fit``).
 
     Raises:
-        ValueError: one line: no rows, no accepted or no rejected one, or the loss ran away.
+        ValueError: one line: the loss ran away.
     """
-    if val_rows is not None and len(val_rows.hidden) == 0:
-        raise ValueError("specdecpp: there are no validation rows; collect more prompts or raise --validation")
-    source = rows if callable(rows) else MemoryRows(rows, options.batch_size, options.seed)
-    found = statistics(source(0))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         head = AcceptanceHead(
-            len(found.mean), options.layers, options.tied,
+            rows.hidden.shape[1], options.layers, options.tied,
             width=options.width, features=options.resolved_features, lag=options.lag, standardize=options.standardize,
         )  # fmt: skip
         if options.standardize:
-            head.mean.copy_(found.mean)
-            head.scale.copy_(found.scale)
-        start_at_scalars(head, source(0), options.w_rej, options.soft)
-        history = fit(head, source, found.num_rows, val_rows, options, on_epoch)
+            standardize(head, rows.hidden)
+        start_at_scalars(head, rows, options.w_rej, options.soft)
+        history = fit(head, rows, val_rows, options, on_epoch)
     head.metadata = {"w_rej": options.w_rej, "soft": options.soft}
     return head, history
 
@@ -196,36 +83,27 @@ def run(options: TrainOptions) -> int:
     Raises:
         ValueError: one line: ``out`` holds a head already, or the data cannot be trained on.
     """
-    _check_out(options)
+    check_free(options.out, (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE), options.force)
     start = time.perf_counter()
     datasets = open_datasets(options.data)
     manifests = [dataset.manifest for dataset in datasets]
 
-    def held_out(prompt_id: str) -> bool:
-        return options.validation > 0 and split_by_id(prompt_id, options.validation, options.seed)
+    def held_out(prompt: PromptName) -> bool:
+        return split_by_id(prompt[0], options.validation, options.seed)
 
-    def trained_on(prompt_id: str) -> bool:
-        return not held_out(prompt_id)
-
-    rows: LabelRows | Source
-    if options.stream:
-        rows = _streamed(options, trained_on)
-    else:
-        rows = load_rows(options.data, options.lag, prompts_where=trained_on)
-        if options.max_rows is not None:
-            rows = some_prompts(rows, options.max_rows, options.seed)
+    rows = load_rows(options.data, options.lag, prompts_where=lambda prompt: not held_out(prompt))
+    if options.max_rows is not None:
+        rows = some_prompts(rows, options.max_rows, options.seed)
     val_rows = None
     if options.validation > 0:
-        limit = VALIDATION_ROWS if options.stream else None
-        val_rows = load_rows(options.data, options.lag, prompts_where=held_out, max_rows=limit)
-    options.out.mkdir(parents=True, exist_ok=True)
+        val_rows = load_rows(options.data, options.lag, prompts_where=held_out)
     head, history = train_head(rows, val_rows, options, lambda history: _write_log(options.out, history))
     head.metadata |= {"draft": manifests[0].draft, "target": manifests[0].target}
     head.save_pretrained(options.out, overwrite=options.force)
     best = next(row for row in reversed(history) if row["best"])
     metrics: dict[str, Any] = {
         "best_epoch": best["epoch"], "train_loss": _rounded(best["train_loss"]) if best["epoch"] else None,
-        "num_rows": max(row["rows"] for row in history),
+        "num_rows": len(rows),
         "num_validation_rows": None if val_rows is None else len(val_rows.hidden),
         "num_validation_prompts": None if val_rows is None else len(val_rows.prompt.unique()),
         "num_parameters": head.num_parameters, "seconds": round(time.perf_counter() - start, 1),
@@ -265,34 +143,13 @@ def _rounded(value: float) -> float:
     return round(value, 6)
 
 
-def _check_out(options: TrainOptions) -> None:
-    """Refuse before any work to replace what is not to be replaced."""
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"specdecpp: out={str(options.out)!r} is a file; name a folder")
-    present = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE) if (options.out / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: out={str(options.out)!r} holds a head already ({', '.join(present)}); name another folder, or "
-            "add --force to replace it"
-        )
-
-
-def _streamed(options: TrainOptions, prompts_where: Callable[[str], bool]) -> Source:
-    def batches(epoch: int) -> Iterator[LabelRows]:
-        return stream_batches(
-            options.data, options.lag, options.batch_size, options.seed, epoch, prompts_where, BUFFER_ROWS
-        )
-
-    return batches
-
-
 def _write_log(folder: Path, history: list[dict[str, Any]]) -> None:
     """``log.csv``, one row an epoch so far."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    replace(folder / LOG_FILE, lambda to: to.write_text(text.getvalue(), encoding="utf-8"))
+    write_whole(folder / LOG_FILE, text.getvalue().encode())
 
 
 def _write_provenance(
@@ -315,5 +172,4 @@ def _write_provenance(
         "metrics": metrics,
         "prompts": prompt_lists(prompts, options.validation, options.seed),
     }
-    text = json.dumps(content, indent=2) + "\n"
-    replace(options.out / PROVENANCE_FILE, lambda to: to.write_text(text, encoding="utf-8"))
+    write_whole(options.out / PROVENANCE_FILE, (json.dumps(content, indent=2) + "\n").encode())

@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.data.dataset import open_datasets
+from vllm_specdecpp.data.prompts import PromptName
+from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.data.shards import Dataset, Manifest, Shard
+    from vllm_specdecpp.data.shards import Shard
     from vllm_specdecpp.head.model import AcceptanceHead
 
 _CHUNK = 16384
@@ -69,8 +72,8 @@ class Chains:
     prompt_starts: Tensor
     """[num_prompts + 1] int64 first start of each prompt."""
 
-    prompts: list[tuple[str, str]]
-    """(id, set) of each prompt."""
+    prompts: list[PromptName]
+    """Of each prompt."""
 
     recorded_length: int
     """Candidates of a recorded round that nothing cut short: no policy longer than that can be replayed."""
@@ -105,60 +108,35 @@ def load_chains(
     folders: Sequence[Path],
     head: AcceptanceHead | None = None,
     *,
-    prompts_where: Callable[[Manifest, tuple[str, str]], bool] | None = None,
-    sets: Sequence[str] | None = None,
+    prompts_where: Callable[[PromptName], bool] = every_prompt,
     progress: Callable[[], object] | None = None,
 ) -> Chains:
     """Read the recorded rounds of some datasets; hidden states are scored shard by shard and not kept.
 
     Args:
-        folders: datasets of kind "rounds" of one pair of models.
+        folders: datasets of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
-        prompts_where: which prompts to keep, by their dataset's manifest and their (id, set); None keeps all.
-        sets: which sets to keep; None keeps all.
+        prompts_where: which prompts to keep.
         progress: called after each shard.
 
     Raises:
-        ValueError: one line: another kind of dataset, mixed pairs, a folder given twice, an unknown set, or nothing
-            recorded.
+        ValueError: one line: mixed pairs, a folder given twice, or nothing recorded.
     """
-    datasets = open_rounds(folders)
+    datasets = open_datasets(folders)
     pieces: list[Chains] = []
-    found: dict[str, None] = {}  # names of the sets, in order
     for dataset in datasets:
         manifest = dataset.manifest
         # A recorder with a fixed length stops short of it only where any draft would.
         fixed = manifest.num_candidates if manifest.source == "on-policy" else None
         for shard in dataset.shards(progress):
-            found |= dict.fromkeys(p["set"] for p in shard.prompts)
-            chosen = [
-                (sets is None or p["set"] in sets)
-                and (prompts_where is None or prompts_where(manifest, (p["id"], p["set"])))
-                for p in shard.prompts
-            ]
+            chosen = [prompts_where((p["id"], p["set"])) for p in shard.prompts]
             piece = chains_of_shard(shard, chosen, head, fixed)
             pieces += [piece] if piece.num_starts else []
     names = ", ".join(map(str, folders))
-    if unknown := [name for name in sets or () if name not in found]:
-        raise ValueError(f"specdecpp: sets={unknown[0]} is not in {names}; there are {', '.join(found)}")
     if not pieces:
-        left = " of prompts that the head was not trained on" if prompts_where is not None else ""
+        left = " of prompts that the head was not trained on" if prompts_where is not every_prompt else ""
         raise ValueError(f"specdecpp: no recorded rounds{left} in {names}; collect some with: vllm-specdecpp collect")
     return concatenate(pieces)
-
-
-def open_rounds(folders: Sequence[Path]) -> list[Dataset]:
-    """The datasets, checked to hold rounds of one pair; see :func:`load_chains`."""
-    from vllm_specdecpp.data.dataset import open_datasets
-
-    datasets = open_datasets(folders)
-    for dataset in datasets:
-        if dataset.manifest.kind != "rounds":
-            raise ValueError(
-                f"specdecpp: {dataset.folder} holds {dataset.manifest.kind!r}, but a replay needs whole rounds; "
-                "collect them with: vllm-specdecpp collect --source on-policy"
-            )
-    return datasets
 
 
 def concatenate(pieces: Sequence[Chains]) -> Chains:

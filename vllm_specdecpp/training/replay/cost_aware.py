@@ -17,7 +17,7 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
-from vllm_specdecpp.training.replay.replay import Lengths, StepSource, step_source
+from vllm_specdecpp.training.replay.replay import Lengths, RecordedEstimator, at
 
 
 def cost_aware_lengths(
@@ -36,11 +36,11 @@ def cost_aware_lengths(
         both = cost_aware_lengths(concatenate([served, chains]), costs, head, max_length)
         assert both.passes is not None
         return Lengths(*(values[served.num_starts :] for values in (both.candidates, both.cut, both.passes)))
-    source = step_source("confidence" if head is None else "threshold", chains, head)
-    lag = source.estimator.lag
+    estimator = RecordedEstimator("confidence" if head is None else "threshold", chains, head)
+    lag = estimator.lag
     own = CostModel(**costs.points(), max_reqs=1, max_tokens=max_length + 1)
     rule = CostAwareRule(own, max_length, lag=lag)
-    scores = _scores(chains, source, lag, max_length)  # [num_starts, max_length + 1]
+    scores = _scores(chains, estimator, max_length)  # [num_starts, max_length + 1]
     bound = chains.available.clamp(max=max_length).tolist()
     run, ends = chains.run.tolist(), chains.prompt_starts.tolist()
     candidates, passes = (torch.zeros(chains.num_starts, dtype=torch.int64) for _ in range(2))
@@ -64,11 +64,11 @@ def cost_aware_lengths(
     return Lengths(candidates, cut, passes)
 
 
-def _scores(chains: Chains, source: StepSource, lag: int, max_length: int) -> NDArray[np.float64]:
+def _scores(chains: Chains, estimator: RecordedEstimator, max_length: int) -> NDArray[np.float64]:
     """Score that the pass after k candidates gives: [num_starts, max_length + 1], NaN beyond the record."""
     found = torch.full((chains.num_starts, max_length + 1), torch.nan)
-    for k in range(lag, max_length):
+    for k in range(estimator.lag, max_length):
         rows: Tensor = (chains.available > k).nonzero().squeeze(1)  # [num_rows]
         if len(rows):
-            found[rows, k] = source.estimator(source.features(chains, chains.first_step[rows] + k), k + 1 - lag).float()
+            found[rows, k] = estimator(at(chains.first_step[rows] + k), k + 1 - estimator.lag).float()
     return found.double().numpy()

@@ -11,7 +11,7 @@ Every policy emits the same tokens, so tokens per second differ by the seconds a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,59 +85,11 @@ class Walk:
         }
 
 
-class StepSource(Protocol):
-    """An estimator, and how the recorded steps are put to it."""
+class RecordedEstimator:
+    """An estimator at recorded steps: what it is given as ``hidden_states`` [num_rows, 1] are their indices.
 
-    estimator: Estimator
-
-    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
-        """What the estimator reads of the steps [num_rows]."""
-
-
-class ScalarSource:
-    """A training-free estimator, on the recorded scalars."""
-
-    def __init__(self, estimator: Estimator) -> None:
-        self.estimator = estimator
-
-    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
-        return StepFeatures(
-            top1_prob=chains.scalars["top1_prob"][steps],
-            entropy=chains.scalars["entropy"][steps],
-            margin=chains.scalars["margin"][steps],
-        )
-
-
-class RecordedHead:
-    """The head on logits that were computed once a step: its calibration, which depends on the position in the
-    policy's own round, is applied here. Stands in for :class:`HeadEstimator`; the tests compare the two.
-    """
-
-    name = "head"
-    needs = frozenset({"hidden_states"})
-
-    def __init__(self, head: AcceptanceHead, logits: Tensor) -> None:
-        self.head = head
-        self.lag = head.lag
-        self.logits = logits  # [num_steps]
-        self.estimator: Estimator = self
-
-    def __call__(self, features: StepFeatures, position: int) -> Tensor:
-        steps = features.hidden_states
-        if steps is None:
-            raise ValueError("specdecpp: a recorded head reads features.hidden_states as step indices")
-        logit = self.logits[steps[:, 0]]  # [num_reqs]
-        if self.head.calibration is not None:
-            intercepts = self.head.calibration["intercepts"]
-            logit = self.head.calibration["slope"] * logit + intercepts[min(position, len(intercepts)) - 1]
-        return logit.sigmoid()
-
-    def features(self, chains: Chains, steps: Tensor) -> StepFeatures:
-        return StepFeatures(hidden_states=steps[:, None])  # [num_rows, 1] the step's index stands for its state
-
-
-def step_source(rule: str, chains: Chains, head: AcceptanceHead | None) -> StepSource:
-    """The source of a rule's estimates.
+    A head's logits were computed once a step, and its calibration, which depends on the position in the policy's own
+    round, is applied here: it stands in for :class:`HeadEstimator`, and the tests compare the two.
 
     Args:
         rule: one with estimates (``rule_registry.RULES``); the cost-aware one reads those of one of the others.
@@ -146,18 +98,35 @@ def step_source(rule: str, chains: Chains, head: AcceptanceHead | None) -> StepS
     Raises:
         ValueError: an unknown rule, one without estimates, or one that needs a head.
     """
-    entry = find_rule(rule)
-    if entry.estimator is None:
-        raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
-    if not entry.needs_head:
-        return ScalarSource(entry.estimator(None))
-    if head is None or chains.head_logits is None:
-        raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
-    return RecordedHead(head, chains.head_logits)
+
+    needs = frozenset({"hidden_states"})
+
+    def __init__(self, rule: str, chains: Chains, head: AcceptanceHead | None) -> None:
+        entry = find_rule(rule)
+        if entry.estimator is None:
+            raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
+        if entry.needs_head and (head is None or chains.head_logits is None):
+            raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
+        self._chains, self._head = chains, head if entry.needs_head else None
+        self._estimator = entry.estimator(self._head)
+        self.name, self.lag = self._estimator.name, self._estimator.lag
+
+    def __call__(self, features: StepFeatures, position: int) -> Tensor:
+        assert features.hidden_states is not None
+        steps = features.hidden_states[:, 0]
+        if self._head is not None and self._chains.head_logits is not None:
+            return self._head.calibrated(self._chains.head_logits[steps], position)
+        scalars: dict[str, Any] = {name: self._chains.scalars[name][steps] for name in self._estimator.needs}
+        return self._estimator(StepFeatures(**scalars), position)
 
 
-def run_rule(chains: Chains, rule: StopRule, source: StepSource, max_length: int) -> tuple[Lengths, Tensor]:
-    """The rule's own loop over all starts at once.
+def at(steps: Tensor) -> StepFeatures:
+    """What a :class:`RecordedEstimator` reads of steps [num_rows]."""
+    return StepFeatures(hidden_states=steps[:, None])
+
+
+def run_rule(chains: Chains, rule: StopRule, max_length: int) -> tuple[Lengths, Tensor]:
+    """The rule's own loop over all starts at once; its estimator is a :class:`RecordedEstimator`.
 
     Returns:
         Lengths, and the survival before each candidate, [num_starts, max_length] float32 (as long as a start runs).
@@ -165,23 +134,22 @@ def run_rule(chains: Chains, rule: StopRule, source: StepSource, max_length: int
     state = DraftRound(rule, chains.available.clamp(max=max_length))
     survival = torch.ones(chains.num_starts, max_length)
     stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
-    drawn_logprob = chains.scalars["drawn_logprob"]
     for k in range(max_length):
         if not state.goes_on():
             break
         ran = state.running.bool()
         rows = ran.nonzero().squeeze(1)  # [num_rows]
         steps = chains.first_step[rows] + k
-        state.observe(source.features(chains, steps), rows)
-        state.append(chains.token_ids[steps], rows, drawn_logprob[steps])
+        state.observe(at(steps), rows)
+        state.append(chains.token_ids[steps], rows)
         survival[:, k] = state.survival
         stopped |= ran & rule.should_stop(state.survival, k)
     return _with_cut(chains, state.lengths.long(), stopped, max_length), survival
 
 
-def survivals(chains: Chains, source: StepSource, max_length: int) -> Tensor:
+def survivals(chains: Chains, estimator: RecordedEstimator, max_length: int) -> Tensor:
     """Survival before each candidate if drafting never stopped: [num_starts, max_length] float32."""
-    return run_rule(chains, _NeverStop(source.estimator), source, max_length)[1]
+    return run_rule(chains, _NeverStop(estimator), max_length)[1]
 
 
 def threshold_lengths(chains: Chains, survival: Tensor, threshold: float, max_length: int) -> Lengths:

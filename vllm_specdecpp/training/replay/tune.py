@@ -6,29 +6,32 @@ Example: vllm-specdecpp tune HEAD --data DATASET --evaluate OTHER_DATASET --cost
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from vllm_specdecpp.costs import file as cost_file
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.data.manifest import Manifest, write_whole
+from vllm_specdecpp.data.dataset import open_datasets
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.data.prompts import PromptName
+from vllm_specdecpp.data.rows import every_prompt
+from vllm_specdecpp.files import check_free, write_whole
 from vllm_specdecpp.rule_registry import RULES
-from vllm_specdecpp.training.fit.held_out import PromptName, refuse_trained_on, training_data
+from vllm_specdecpp.training import plots
+from vllm_specdecpp.training.fit.held_out import TrainingData, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
-from vllm_specdecpp.training.replay.chains import Chains, load_chains, open_rounds
+from vllm_specdecpp.training.replay.chains import Chains, load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
-from vllm_specdecpp.training.replay.overlap import refuse_overlap
 from vllm_specdecpp.training.replay.replay import (
+    RecordedEstimator,
     fixed_lengths,
     oracle_lengths,
-    step_source,
     survivals,
     threshold_lengths,
     walk,
@@ -79,17 +82,13 @@ class TuneOptions(CommandOptions):
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
 
-    rules: list[Literal["threshold", "confidence", "entropy"]] = []
-    """Rules to tune; by default all that can run."""
-
-    thresholds: list[float] = [round(0.05 * i, 2) for i in range(1, 20)]
+    thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[round(0.05 * i, 2) for i in range(1, 20)], min_length=1
+    )
     """Thresholds h to try, each strictly between 0 and 1."""
 
-    lengths: list[int] = []
+    lengths: list[Annotated[int, Field(ge=1)]] = []
     """Upper bounds on the candidate length to try; by default several, up to what was recorded."""
-
-    sets: list[str] = []
-    """Sets to report on, by name; by default all. Without evaluate also those to choose on."""
 
     bootstrap: int = Field(default=1000, ge=1)
     """Resamples of the prompts behind the 95 % intervals."""
@@ -110,27 +109,31 @@ def run(options: TuneOptions) -> int:
     Raises:
         ValueError: one line: a bad option, unreadable or unfit data, prompts in both data and evaluation.
     """
-    _check(options)
+    plots.check_installed()
+    check_free(options.out, FILES, options.force)
     kept = cost_file.read(options.costs)
     costs, machine = CostModel(**kept.curves, max_reqs=1, max_tokens=1024), kept.setting.get("device", "")
     head_costs = with_head(costs, options.head_ms / 1000)
-    datasets = open_rounds([*options.data, *options.evaluate])
+    datasets = open_datasets([*options.data, *options.evaluate])
     head, rules = _head_and_rules(options, datasets[0].manifest)
-    sets = options.sets or None
-    keep = not_trained_on(options)
+    trained = TrainingData() if options.head is None else training_data(options.head)
+    num = len(options.data)
+    refuse_seen(datasets[num:], datasets[:num], trained, "data")
+
+    def not_fitted_to(prompt: PromptName) -> bool:
+        return not trained.was_fitted_to(prompt)
+
+    keep = not_fitted_to if trained.fitted else every_prompt
     with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
-        judged = load_chains(options.evaluate, head, sets=sets, progress=tick) if options.evaluate else None
-        data = load_chains(options.data, head, sets=None if judged else sets, prompts_where=keep, progress=tick)
+        judged = load_chains(options.evaluate, head, progress=tick) if options.evaluate else None
+        data = load_chains(options.data, head, prompts_where=keep, progress=tick)
         # Rules that read no head have no training data to keep out of.
         data_of = dict.fromkeys(rules, data)
-        if judged is not None and keep is not None:
+        if judged is not None and trained.fitted:
             whole = load_chains(options.data)
             data_of |= {rule: whole for rule in rules if rule != "threshold"}
     if judged is None:
         judged = data
-    else:
-        num = len(options.data)
-        refuse_overlap(datasets[:num], datasets[num:], judged)
     recorded_length = min(data.recorded_length, judged.recorded_length)
     bounds = _bounds(options, recorded_length)
     choices: dict[str, Choice] = {}
@@ -146,7 +149,7 @@ def run(options: TuneOptions) -> int:
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
     manifest = datasets[0].manifest
     _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), pair_of(manifest))
-    if head is not None and options.write and "threshold" in choices:
+    if head is not None and options.write:
         _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
     return 0
 
@@ -168,7 +171,7 @@ def choose(
     tick: Callable[[], object] = lambda: None,
 ) -> Choice:
     """The threshold and the upper bound with the most tokens per second."""
-    survival = survivals(chains, step_source(rule, chains, head), max(bounds))
+    survival = survivals(chains, RecordedEstimator(rule, chains, head), max(bounds))
     rates: dict[Choice, float] = {}
     for bound in bounds:
         for threshold in thresholds:
@@ -191,7 +194,7 @@ def _walks(
     """Every policy that is reported, on the chains that it is judged by; ``served``: what came before them."""
     walks: Walks = {("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
     for rule, choice in choices.items():
-        survival = survivals(chains, step_source(rule, chains, head), choice.num_speculative_tokens)
+        survival = survivals(chains, RecordedEstimator(rule, chains, head), choice.num_speculative_tokens)
         for threshold in sorted({*thresholds, choice.threshold}):
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
             its_costs = head_costs if RULES[rule].needs_head else costs
@@ -205,52 +208,10 @@ def _walks(
     return walks
 
 
-def not_trained_on(options: TuneOptions) -> Callable[[Manifest, PromptName], bool] | None:
-    """Leaves of the head's own training data the validation prompts only: it scores what it was fitted to too well.
-
-    Returns:
-        Which prompts to keep, for :func:`load_chains`; None keeps all.
-
-    Raises:
-        ValueError: the evaluation is the training data.
-    """
-    trained = None if options.head is None else training_data(options.head)
-    if trained is None:
-        return None
-    refuse_trained_on(open_rounds(options.evaluate) if options.evaluate else [], trained)
-
-    def keep(manifest: Manifest, prompt: PromptName) -> bool:
-        return not trained.was_fitted_to(manifest, prompt)
-
-    return keep
-
-
-def _check(options: TuneOptions) -> None:
-    for threshold in options.thresholds:
-        if not 0 < threshold < 1:
-            raise ValueError(f"specdecpp: thresholds={threshold} must lie strictly between 0 and 1 (e.g. 0.7)")
-    if not options.thresholds:
-        raise ValueError("specdecpp: thresholds= is empty; name at least one, e.g. 0.5 0.7")
-    for length in options.lengths:
-        if length < 1:
-            raise ValueError(f"specdecpp: lengths={length} must be a whole number, 1 or more")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("specdecpp: pareto.png needs matplotlib; in the clone: pip install '.[train]'")
-    present = [name for name in FILES if (options.out / name).exists()]
-    if present and not options.force:
-        raise ValueError(
-            f"specdecpp: out={options.out} holds {', '.join(present)}; add --force, or name another folder"
-        )
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"specdecpp: out={options.out} is a file; name a folder")
-
-
 def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[AcceptanceHead | None, list[str]]:
     """The head, checked against the data's draft model, and the rules to tune."""
     if options.head is None:
-        if "threshold" in options.rules:
-            raise ValueError("specdecpp: rules=threshold needs a head; name its folder, or leave the rule out")
-        return None, list(dict.fromkeys(options.rules)) or [rule for rule in TUNED if not RULES[rule].needs_head]
+        return None, [rule for rule in TUNED if not RULES[rule].needs_head]
     from vllm_specdecpp.head.model import AcceptanceHead
 
     if not options.head.is_dir():
@@ -263,7 +224,7 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
             f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
             "add --force to replace it, or --no-write to leave it"
         )
-    return head, list(dict.fromkeys(options.rules)) or list(TUNED)
+    return head, list(TUNED)
 
 
 def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
@@ -278,7 +239,7 @@ def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
 
 
 def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains, datasets: Sequence[Dataset]) -> None:
-    from vllm_specdecpp.head.model import update_config
+    from vllm_specdecpp.head.files import update_config
 
     names = ", ".join(dataset.folder.name for dataset in datasets)
     temperatures = sorted({str(dataset.manifest.sampling.get("temperature", "unknown")) for dataset in datasets})
@@ -289,7 +250,8 @@ def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains
         "num_speculative_tokens": choice.num_speculative_tokens,
         "tuned_on": f"{len(data.prompts)} prompts of {names}, temperature {', '.join(temperatures)}{where}",
     }
-    update_config(str(options.head), rule=rule)
+    assert options.head is not None
+    update_config(options.head, rule=rule)
     print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)
 
 
@@ -300,12 +262,10 @@ def pair_of(manifest: Manifest) -> str:
 
 def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: str, pair: str) -> None:
     """rows.jsonl, tune.md and pareto.png; the table also goes to the terminal."""
-    from vllm_specdecpp.training.plots import plot_pareto
-
     write_whole(options.out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(options.out / "tune.md", table.encode())
     together = [row for row in rows if row["set"] == ALL]
-    plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
+    plots.plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
     print(table)
 
 
