@@ -7,6 +7,7 @@ A test says so with ``@pytest.mark.asks(number)``. ``python -m tests.asks`` writ
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ NOTES = {
 """What no test shows, or not in full."""
 
 
+@functools.cache
 def marked() -> dict[int, list[str]]:
     """Number: the tests that carry it, as paths below ``tests/``; of tests that run on V2 too, both."""
     found: dict[int, list[str]] = defaultdict(list)

@@ -51,8 +51,9 @@ import pytest  # noqa: E402
 
 V2_TESTS = Path(__file__).parent / "v2"
 LONG_FILES = {
-    "test_features", "test_lossless", "test_ray_collect", "test_server", "test_tensor_parallel", "test_v1_v2",
-    "test_v2_features", "test_v2_vocabulary",
+    "test_demo", "test_faults", "test_free_runs", "test_lossless", "test_ray_collect", "test_server", "test_shrink",
+    "test_tensor_parallel", "test_v1_v2", "test_v2_features", "test_v2_lossless",
+    "test_v2_plain_requests", "test_v2_vocabulary",
 }  # fmt: skip
 
 
@@ -104,8 +105,11 @@ def reference(tiny):
 
 
 @pytest.fixture(autouse=True)
-def logs_reach_caplog(monkeypatch):
-    """Once vLLM is imported, its loggers, of which ours is a child, keep to a level and a handler of their own."""
+def logs_reach_caplog(request, monkeypatch):
+    """Once vLLM has started an engine, its loggers, of which ours is a child, keep to a level and a handler of their
+    own."""
+    if "unit" not in request.path.parts:  # an engine that the test starts
+        monkeypatch.setattr("vllm.logger._configure_vllm_root_logger", lambda config: None)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     ours = logging.getLogger("vllm.specdecpp")
     level = ours.level

@@ -174,11 +174,12 @@ class Option:
 
 def _sets(ran: list[int], value: dict[int, float]) -> Iterable[tuple[int, ...]]:
     """Sets of requests, none empty."""
+    best = sorted(ran, key=lambda i: (-value[i], i))
     for count in range(1, len(ran) + 1):
         if len(ran) <= FEW:
             yield from itertools.combinations(ran, count)
         else:
-            yield tuple(sorted(sorted(ran, key=lambda i: (-value[i], i))[:count]))
+            yield tuple(sorted(best[:count]))
 
 
 def _best(options: list[Option]) -> tuple[Option, bool]:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two CPU ranks in a process of their own, with noise planted in the second one's draft by a module's ``plant``."""
+"""Two CPU ranks in processes of their own, forked from one in which ``plant`` puts noise in the second one's draft."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ NOISE, ALONE = "SPECDECPP_TEST_NOISE", "SPECDECPP_TEST_ALONE"
 """Environment: standard deviation of the noise; 1: no rank listens to another."""
 
 
-def play(rules: Iterable[dict[str, Any]], prompts: list[list[int]], max_tokens: int, max_length: int) -> None:
+def play(
+    plant: Callable[[], None], rules: Iterable[dict[str, Any]], prompts: list[list[int]], max_tokens: int,
+    max_length: int,
+) -> None:  # fmt: skip
     """The process's part: prints "ready" once the engine stands, then one JSON object: rule -> output tokens and the
     rounds of each rank."""
+    from vllm.v1.executor import multiproc_executor
+
+    # vLLM spawns them on a CPU: each would import all of it again, and know nothing of what is planted.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    plant()
     tiny = tiny_models.ensure()
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     config = {
@@ -59,14 +68,9 @@ def reference(
 def run(module: str, folder: Path, *, alone: bool, seconds: float = START_SECONDS) -> dict[str, Any] | None:
     """The test's part: what ``module`` printed within ``seconds`` after it was ready, None for nothing.
 
-    Its ranks are spawned, so the noise comes to them as a ``vllm.general_plugins`` entry point, made in ``folder``.
     Whatever they do, they end.
     """
-    plugin = folder / "planted-1.dist-info"
-    plugin.mkdir()
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1\n")
-    (plugin / "entry_points.txt").write_text(f"[vllm.general_plugins]\nplanted = {module}:plant\n")
-    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, NOISE: "1.0", ALONE: str(int(alone))}
     log = folder / "log"
     with log.open("w") as out:

@@ -42,22 +42,8 @@ def _config(tiny: Any, **options: Any) -> dict[str, Any]:
     ("options", "words"),
     [
         ({"treshold": 0.5}, ["treshold", "0.5", "'threshold'"]),
-        ({"colour": "red"}, ["colour", "red"]),
-        ({"threshold": 0}, ["threshold=0", "between 0 and 1"]),
-        ({"threshold": 1.0}, ["threshold=1", "between 0 and 1"]),
-        ({"threshold": 1.5}, ["threshold=1.5", "between 0 and 1"]),
-        ({"threshold": -0.1}, ["threshold=-0.1", "between 0 and 1"]),
-        ({"threshold": "0.5"}, ["threshold='0.5'"]),
-        ({"threshold": float("nan")}, ["threshold=nan", "between 0 and 1"]),
-        ({"num_speculative_tokens": 0}, ["num_speculative_tokens=0", "1"]),
-        ({"num_speculative_tokens": -3}, ["num_speculative_tokens=-3"]),
         ({"num_speculative_tokens": 129}, ["num_speculative_tokens=129", "128"]),
-        ({"num_speculative_tokens": 2.5}, ["num_speculative_tokens=2.5"]),
-        ({"min_speculative_tokens": 9, "num_speculative_tokens": 4}, ["min_speculative_tokens=9", "=4"]),
-        ({"min_speculative_tokens": 0}, ["min_speculative_tokens=0"]),
-        ({"rule": "treshold"}, ["rule='treshold'", "confidence"]),
         ({"rule": "threshold"}, ["rule='threshold'", "head"]),
-        ({"rule": "fixed", "threshold": 0.5}, ["threshold=0.5", "fixed"]),
         ({"model": ""}, ["model", "draft"]),
         ({"parallel_drafting": True}, ["parallel_drafting"]),
         ({"use_heterogeneous_vocab": True}, ["use_heterogeneous_vocab"]),
@@ -66,6 +52,7 @@ def _config(tiny: Any, **options: Any) -> dict[str, Any]:
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
 def test_options(tiny, options, words):
+    """Each kind of mistake; ``test_config`` has every one of ours."""
     message = _message(tiny.target, _config(tiny, **options))
     for word in words:
         assert word in message
@@ -86,40 +73,9 @@ def test_missing_head(tiny, tmp_path):
     assert "nowhere" in message
 
 
-def _copied_head(tiny: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny.head, tmp_path / "head"))
-
-
-def test_head_without_config(tiny, tmp_path):
-    head = _copied_head(tiny, tmp_path)
-    (head / "config.json").unlink()
-    assert "config.json" in _message(tiny.target, _config(tiny, head=str(head)))
-
-
-def test_head_with_a_bad_config(tiny, tmp_path):
-    head = _copied_head(tiny, tmp_path)
-    (head / "config.json").write_text("{ not json")
-    assert "config.json" in _message(tiny.target, _config(tiny, head=str(head)))
-
-
-def test_head_without_weights(tiny, tmp_path):
-    head = _copied_head(tiny, tmp_path)
-    (head / "model.safetensors").unlink()
-    assert "model.safetensors" in _message(tiny.target, _config(tiny, head=str(head)))
-
-
-@pytest.mark.parametrize("keep", [0, 100, -40], ids=["empty", "cut short", "tail lost"])
-def test_corrupt_head(tiny, tmp_path, keep):
-    head = _copied_head(tiny, tmp_path)
-    weights = (head / "model.safetensors").read_bytes()
-    (head / "model.safetensors").write_bytes(weights[:keep])
-    message = _message(tiny.target, _config(tiny, head=str(head)))
-    assert "model.safetensors" in message
-
-
 def test_head_of_other_tensors(tiny, tmp_path):
-    """A file that is fine in itself, but no acceptance head: the draft model's own weights."""
-    head = _copied_head(tiny, tmp_path)
+    """A file that is fine in itself, but no acceptance head: the draft model's own weights. ``test_head`` has more."""
+    head = Path(shutil.copytree(tiny.head, tmp_path / "head"))
     shutil.copy(Path(tiny.draft_good) / "model.safetensors", head / "model.safetensors")
     assert str(head) in _message(tiny.target, _config(tiny, head=str(head)))
 
@@ -148,9 +104,8 @@ def _pairs_file(folder: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("content", ["{ not json", "[]", {"target": {"model": "x"}}], ids=["syntax", "list", "key"])
-def test_malformed_pairs_file(tiny, monkeypatch, tmp_path, content):
-    path = _pairs_file(tmp_path, content)
+def test_malformed_pairs_file(tiny, monkeypatch, tmp_path):
+    path = _pairs_file(tmp_path, "{ not json")
     monkeypatch.setenv("SPECDECPP_PAIRS", str(path))
     assert str(path) in _message(tiny.target, {"method": "specdecpp"})
 

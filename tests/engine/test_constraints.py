@@ -12,7 +12,7 @@ from vllm_specdecpp.costs import timing
 
 CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
 """Seconds: drafting is well worth it."""
-NUM_PROMPTS = 4
+NUM_PROMPTS, MAX_TOKENS = 4, 40
 
 
 def _constraints() -> list[dict[str, Any]]:
@@ -47,11 +47,11 @@ def _learnt(llm: Any) -> tuple[dict[str, Any], int]:
 
 def test_constraints_teach_nobody_else(llm):
     prompts = harness.prompts(NUM_PROMPTS, seed=3)
-    harness.generate(llm, prompts, ignore_eos=True)
+    harness.generate(llm, prompts, ignore_eos=True, max_tokens=MAX_TOKENS)
     before, _ = _learnt(llm)
     for sampling in _constraints():
-        harness.generate(llm, prompts, **sampling)
+        harness.generate(llm, prompts, max_tokens=MAX_TOKENS, **sampling)
         after, candidates = _learnt(llm)
         assert candidates > 0 and after == before, sampling
-    harness.generate(llm, prompts, ignore_eos=True)
+    harness.generate(llm, prompts, ignore_eos=True, max_tokens=MAX_TOKENS)
     assert _learnt(llm)[0] != before  # the others go on teaching

@@ -109,10 +109,10 @@ def test_rounds_equal_the_reference(llm, expected, case, batch):
     configure(llm, CASES[case])
     harness.take_rounds(llm)
     ignore_eos = batch > 1  # both kinds of ending; requests of a batch then live equally long
-    chunks = [[p] for p in PROMPTS] if batch == 1 else [PROMPTS]
+    chunks, every = ([[p] for p in PROMPTS[::2]], 2) if batch == 1 else ([PROMPTS], 1)
     with harness.verified_rounds(llm) as verified:
         outputs = [o for c in chunks for o in harness.generate(llm, c, max_tokens=MAX_TOKENS, ignore_eos=ignore_eos)]
-    want = expected(case, ignore_eos)
+    want = expected(case, ignore_eos)[::every]
     assert_parity(harness.rounds_of(outputs, verified), want)
     # The proposer's own log tells the same; within a step it goes by row, not in the scheduler's order.
     assert harness.rounds_of(outputs, harness.take_rounds(llm)) == harness.rounds_of(outputs, verified)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,26 +54,6 @@ class TestServerMode:
         assert {p["set"] for p in shard.prompts} == {"server"}
         assert {p["id"] for p in shard.prompts} == chosen and len(shard.prompts) == len(chosen)
         assert len(shard.token_ids) == sum(len(r["candidates"]) for r in rounds if r["request_id"] in chosen)
-
-    def test_a_server_writes_what_it_served(self, tiny, tmp_path):
-        """Processes of its own, ended in order: what was recorded until then is on disk."""
-        from tests.http_server import serve
-
-        options = json.dumps(config(tiny, record_dir=str(tmp_path / "data")))
-        arguments = ["--speculative-config", options, "--shutdown-timeout", "30"]
-        with serve(tiny.target, arguments, tmp_path / "server.log") as url:
-            for prompt in REQUESTS[:4]:
-                body = {"model": "tiny", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-                request = urllib.request.Request(
-                    f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-                )
-                with urllib.request.urlopen(request, timeout=60) as response:
-                    assert json.load(response)["usage"]["completion_tokens"] == 16
-        (shard,) = open_dataset(tmp_path / "data").shards()
-        assert len(shard.prompts) == 4 and {p["set"] for p in shard.prompts} == {"server"}
-        accepted = torch.zeros(4).index_add_(0, shard.prompt_index.long(), shard.num_accepted.float())
-        rounds = shard.prompt_index.bincount(minlength=4)
-        assert (accepted + rounds <= 15).all() and (accepted + rounds >= 10).all()
 
     def test_the_dataset_of_another_pair_is_refused_at_start_up(self, tiny, tmp_path):
         create_dataset(tmp_path / "data", manifest(source="server"), False)

@@ -16,19 +16,16 @@ RULES: list[dict[str, Any]] = [
     {"rule": "confidence", "threshold": THRESHOLD}, {"rule": "entropy", "threshold": None},
     {"rule": "fixed"}, {"rule": "cost_aware"},
 ]  # fmt: skip
+VARIED = ("confidence",)
+"""Rules whose lengths must differ, and whose drafts are mostly accepted."""
 PROMPTS = harness.prompts(8, seed=3)
 MAX_TOKENS = 32
 
 
 def plant() -> None:
-    """A ``vllm.general_plugins`` entry point, so that it runs in the workers, which are spawned.
-
-    Adds noise to the draft's logits on rank 1: other features, other scores, other draws than on rank 0.
-    """
+    """Noise on the draft's logits on rank 1: other features, other scores, other draws than on rank 0."""
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
 
-    if getattr(SpecDecPPProposer, "_planted", False):
-        return
     scale, original = float(os.environ[ranks.NOISE]), SpecDecPPProposer.compute_logits
 
     def noisy(self: SpecDecPPProposer, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -40,8 +37,7 @@ def plant() -> None:
     SpecDecPPProposer.compute_logits = noisy  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPProposer.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
-    SpecDecPPProposer._planted = True
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)
+    ranks.play(plant, RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)

@@ -104,7 +104,8 @@ def processes_of(session: int) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
 @pytest.mark.parametrize(
-    ("number", "line"), [(signal.SIGTERM, "starting engine 'spec'"), (signal.SIGINT, "prompt 1/8")]
+    ("number", "line"),
+    [(signal.SIGTERM, "starting engine 'spec'"), pytest.param(signal.SIGINT, "prompt 1/8", marks=pytest.mark.slow)],
 )
 def test_an_interrupted_demo_leaves_no_process(tiny: Any, tmp_path: Path, number: int, line: str) -> None:
     for name, model in ((demo.TARGET, tiny.target), (demo.DRAFT, tiny.draft_good)):
@@ -124,16 +125,13 @@ def test_an_interrupted_demo_leaves_no_process(tiny: Any, tmp_path: Path, number
                 break
         else:
             raise AssertionError("".join(lines))
-        if number == signal.SIGTERM:
-            time.sleep(3)  # its processes are starting
-        assert len(processes_of(process.pid)) > 1
+        while len(processes_of(process.pid)) < 3:  # with multiprocessing's tracker; pytest-timeout ends a hang
+            time.sleep(0.1)
         process.send_signal(number)
         rest = process.stderr.read()
     assert process.returncode == 130, rest
-    ended = time.monotonic() + 20  # multiprocessing's tracker clears away first
-    while processes_of(process.pid) and time.monotonic() < ended:
-        time.sleep(0.2)
-    assert processes_of(process.pid) == []
+    while processes_of(process.pid):  # the tracker clears away first
+        time.sleep(0.1)
 
 
 def test_demo_says_where_outputs_part() -> None:

@@ -228,14 +228,13 @@ class TestErrors:
     def test_missing_folder(self, name: str) -> None:
         assert load_error(name) == f"specdecpp: head={name!r} does not exist; give a folder or a hub id (org/name)"
 
-    def test_file_instead_of_folder(self, folder: Path) -> None:
+    def test_what_is_not_there_or_another(self, folder: Path) -> None:
         assert "is a file; give the folder" in load_error(folder / "model.safetensors")
-
-    def test_hidden_size_of_another_draft(self, folder: Path) -> None:
+        assert load_error(folder, revision="main").startswith("specdecpp: head_revision='main' is for a hub id")
         text = load_error(folder, expected_hidden_size=16)
         assert "is for hidden size 8, but the draft model has 16; use the head that was trained for this" in text
-
-    def test_no_config(self, folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        assert "has no model.safetensors or pytorch_model.bin" in load_error(folder)
         (folder / "config.json").unlink()
         assert "config.json cannot be read (No such file or directory); fetch or train" in load_error(folder)
 
@@ -261,10 +260,6 @@ class TestErrors:
     def test_config_without_sizes(self, folder: Path, config: Any) -> None:
         (folder / "config.json").write_text(json.dumps(config))
         assert "config.json is damaged (" in load_error(folder)
-
-    def test_no_weights(self, folder: Path) -> None:
-        (folder / "model.safetensors").unlink()
-        assert "has no model.safetensors or pytorch_model.bin" in load_error(folder)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
     @pytest.mark.parametrize("damage", ["empty", "garbage", "truncated"])
@@ -293,24 +288,26 @@ class TestErrors:
         torch.save(content, write_config(tmp_path) / "pytorch_model.bin")
         assert "holds more than tensors (not a dict of tensors)" in load_error(tmp_path)
 
-    @pytest.mark.parametrize("key", ["model.0.linear.weight", "model.0.linear.bias", "model.3.weight", "model.3.bias"])
-    def test_missing_key(self, folder: Path, key: str) -> None:
-        rewrite(folder, **{key.replace(".", "__"): None})
-        assert f"lacks {key}; fetch or train the head again" in load_error(folder)
+    @pytest.mark.parametrize(
+        "keys",
+        [["model.0.linear.weight"], ["model.0.linear.bias"], ["model.3.weight"], ["model.3.bias"],
+         ["model.0.linear.weight", "model.0.linear.bias"]],
+    )  # fmt: skip
+    def test_missing_keys(self, folder: Path, keys: list[str]) -> None:
+        rewrite(folder, **{key.replace(".", "__"): None for key in keys})
+        more = "; fetch or train the head again" if len(keys) == 1 else ", model.1.linear.weight"
+        assert f"lacks {', '.join(keys)}{more}" in load_error(folder)
 
-    def test_all_blocks_missing(self, folder: Path) -> None:
-        rewrite(folder, model__0__linear__weight=None, model__0__linear__bias=None)
-        assert "lacks model.0.linear.weight, model.0.linear.bias, model.1.linear.weight" in load_error(folder)
-
-    def test_one_of_three_blocks_missing(self, tmp_path: Path) -> None:
-        state = {k: t for k, t in Released().state_dict().items() if not k.startswith("model.1.")}
-        save_file(contiguous(state), write_config(tmp_path) / "model.safetensors")
-        assert "lacks model.1.linear.weight, model.1.linear.bias" in load_error(tmp_path)
-
-    def test_an_untied_head_of_ours_needs_every_block(self, tmp_path: Path) -> None:
-        state = {k: t for k, t in Released().state_dict().items() if k.startswith(("model.0.", "model.3."))}
-        save_file(contiguous(state), write_config(tmp_path, tied=False) / "model.safetensors")
-        assert "lacks model.1.linear.weight" in load_error(tmp_path)
+    @pytest.mark.parametrize(
+        ("kept", "config", "missing"),
+        [(("model.0.", "model.2.", "model.3."), {}, "model.1.linear.weight, model.1.linear.bias"),
+         (("model.0.", "model.3."), {"tied": False}, "model.1.linear.weight")],
+    )  # fmt: skip
+    def test_missing_blocks(self, tmp_path: Path, kept: Any, config: dict[str, Any], missing: str) -> None:
+        """One of three; and all but one, of a head of ours that is not tied."""
+        state = {k: t for k, t in Released().state_dict().items() if k.startswith(kept)}
+        save_file(contiguous(state), write_config(tmp_path, **config) / "model.safetensors")
+        assert f"lacks {missing}" in load_error(tmp_path)
 
     @pytest.mark.parametrize("key", ["lm_head.weight", "model.3.linear.weight", "model.0.weight", "model.4.weight"])
     def test_unknown_key(self, folder: Path, key: str) -> None:
@@ -332,9 +329,6 @@ class TestErrors:
     def test_values_that_are_no_finite_numbers(self, folder: Path, bad: list[float]) -> None:
         rewrite(folder, model__3__bias=torch.tensor(bad))
         assert "output.bias holds values that are no finite numbers" in load_error(folder)
-
-    def test_revision_of_a_folder(self, folder: Path) -> None:
-        assert load_error(folder, revision="main").startswith("specdecpp: head_revision='main' is for a hub id")
 
 
 class TestHub:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import numpy as np
@@ -22,13 +23,22 @@ def yardstick():
     return np.median(spent)
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_deciding_takes_about_a_hundredth_of_a_round(batch):
-    """3,500 of 1 us are 1.4 % of the 250 ms that such a round takes on two cores."""
-    before = yardstick()
-    spent, num_passes = overhead.measure(batch, 5, 60)
+@pytest.mark.parametrize(("batch", "most"), [(1, 1500), (16, 2100)])
+def test_deciding_takes_about_a_hundredth_of_a_round(batch, most):
+    """By the calls that a round makes, since seconds are the machine's: 3 ms of the 250 ms of such a round."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        spent, num_passes = overhead.measure(batch, 5, 60)
+    finally:
+        sys.setprofile(None)
     assert num_passes.mean() > 3  # there was something to decide
-    assert np.median(sum(spent.values())) < 3500 * max(before, yardstick())
+    assert calls / 110 < most  # 50 rounds are not timed
     assert all((part > 0).any() for part in spent.values())
 
 

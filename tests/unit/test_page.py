@@ -87,9 +87,9 @@ def url() -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(Page(app), port=port, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started and time.monotonic() < deadline:
+    while not server.started and thread.is_alive():
         time.sleep(0.02)
+    assert server.started
     yield f"http://127.0.0.1:{port}/specdecpp"
     server.should_exit = True
     thread.join()

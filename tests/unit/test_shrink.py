@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +253,7 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number):
     program = (
         "import sys, time\nfrom vllm_specdecpp import cli\nfrom vllm_specdecpp.shrink import checkpoint\n"
         "real = checkpoint.write_whole\n"
-        "def slow(*a):\n real(*a)\n print('half', flush=True)\n time.sleep(60)\n"
+        "def slow(*a):\n real(*a)\n print('half', flush=True)\n time.sleep(3600)\n"
         "checkpoint.write_whole = slow\nsys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "shrink", tiny.draft_good, "--out", str(tmp_path / "out")]
@@ -262,11 +261,10 @@ def test_an_interrupted_run_leaves_nothing(tiny, tmp_path, number):
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "half\n"
         assert len(list(tmp_path.iterdir())) == 1
-        start = time.monotonic()
         process.send_signal(number)
         last = process.stderr.read().strip().splitlines()[-1]
     assert process.returncode == 130 and "interrupted; the folder is there whole" in last
-    assert time.monotonic() - start < 30 and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # --check, but for the engines.

@@ -106,7 +106,7 @@ def test_drafting_that_never_pays_costs_next_to_nothing():
 
 
 def test_a_lagged_score_does_what_it_can():
-    server = server_of("paper", "markov", 5000)
+    server = server_of("paper", "markov", 2500)
     late = server.play(rule_of(server.setting, lag=1), 0).rate
     fixed = max(server.planned(np.full(len(server.run), k)) for k in (0, 1, 2, 3, 5, 8))
     assert late > 1.02 * fixed  # a lagged score is worth something
@@ -114,11 +114,11 @@ def test_a_lagged_score_does_what_it_can():
 
 
 def test_the_informed_rule_is_the_better_for_what_it_knows():
-    server = server_of("paper", "overconfident", 4000)
+    server = server_of("paper", "overconfident", 2000)
     costs = true_costs(server.setting)
     assert costs.round_seconds([1, 1], 3) == pytest.approx(server.setting.round([1, 1], 3))
     fixed = server.planned(np.full(len(server.run), 2))
-    rate = informed_run(server, calibrated([make("overconfident", 4000, 99)]), fixed, fixed).rate
+    rate = informed_run(server, calibrated([make("overconfident", 2000, 99)]), fixed, fixed).rate
     assert rate > 1.02 * informed_run(server, AcceptanceModel(), fixed, fixed).rate
     assert rate > fixed
 
@@ -225,7 +225,7 @@ def test_poor_prompts_between_rich_ones_are_drafted_where_that_beats_no_drafting
     """A candidate of a poor prompt brings less than rho, but 8 % more than K = 0."""
     setting, gains = SETTINGS["one_core"], []
     for seed in range(2):
-        server = Server(setting, [rich_and_poor(4000, seed)], 4000)
+        server = Server(setting, [rich_and_poor(2000, seed)], 2000)
         rate = server.play(rule_of(setting, seed), seed).rate
         gains.append(rate / max(server.planned(np.full(len(server.run), k)) for k in range(5)))
     assert np.mean(gains) > 1.05
@@ -237,8 +237,8 @@ def test_costs_measured_wrong_by_half_are_put_right():
 
 
 def test_without_calibration_overconfident_scores_cost():
-    live, _, _ = rates("paper", "overconfident")
-    frozen, _, _ = rates("paper", "overconfident", adapt=False)
+    live, _, _ = rates("paper", "overconfident", 1500)
+    frozen, _, _ = rates("paper", "overconfident", 1500, adapt=False)
     assert live > 1.02 * frozen
 
 
@@ -305,7 +305,7 @@ ABLATED = [*simulate_ablation.MECHANISMS, "records._OWN/2", "purse._SHARE*2"]
 def test_what_was_taken_out_is_missed_and_then_put_back(name):
     """Each changes what becomes of the same requests, and leaves nothing behind."""
     costs, stream = ("cpu_b4", "shift") if name == "spread" else ("cpu_int8", "mixed")
-    server = server_of(costs, stream, 1200)
+    server = server_of(costs, stream, 1000)
     rates = [simulate_ablation.play(server, 0, names).rate for names in ((), (name,), ())]
     assert rates[0] == rates[2] != rates[1]
 
@@ -321,7 +321,7 @@ def test_every_constant_of_who_drafts_can_be_moved():
 
 def test_the_ablation_writes_a_table(tmp_path, capsys):
     out = tmp_path / "x.jsonl"
-    command = ["--costs", "paper", "--streams", "markov", "poor", "--tokens", "600", "--seeds", "2", "--out", str(out)]
+    command = ["--costs", "paper", "--streams", "markov", "poor", "--tokens", "200", "--seeds", "2", "--out", str(out)]
     assert simulate_ablation.main([*command, "--without", "calibration", "own", "--constants", "records._OWN"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["stream"] for row in rows] == ["markov", "poor"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections import Counter
 from pathlib import Path
@@ -28,15 +29,19 @@ def test_the_cases_stop_for_every_reason() -> None:
     assert set(lengths.tolist()) >= {0, 1, 2, 3, 4, 5}
 
 
+@functools.cache
+def met_in(case: cost_aware_cases.Case) -> Counter[str]:
+    return cost_aware_cases.check_rounds(tails.cost_aware_tail, case)
+
+
 @pytest.mark.parametrize("case", cost_aware_cases.CASES, ids=str)
 def test_cost_aware_tail_equals_the_oracle(case: cost_aware_cases.Case) -> None:
-    met = cost_aware_cases.check_rounds(tails.cost_aware_tail, case)
+    met = met_in(case)
     assert met["steps"] > 0 and met["steps"] >= 8 * met["fragile"]
 
 
 def test_the_cases_meet_everything_there_is() -> None:
-    checked = (cost_aware_cases.check_rounds(tails.cost_aware_tail, case) for case in cost_aware_cases.CASES)
-    met = sum(checked, Counter[str]())
+    met = sum(map(met_in, cost_aware_cases.CASES), Counter[str]())
     wanted = ("all go on", "some go on", "nobody goes on", "dropped", "last submitted")
     assert all(met[name] >= 5 for name in wanted), met
 

@@ -291,8 +291,9 @@ class TestRefusals:
     def test_head_of_another_draft(self, files: Files) -> None:
         self.refused(files, "org/other", head=write_head(files.root / "other", draft="org/other"))
 
-    def test_head_is_no_folder(self, files: Files) -> None:
+    def test_what_is_not_there(self, files: Files) -> None:
         self.refused(files, "is no folder", head=files.root / "nowhere")
+        self.refused(files, "cannot be read", costs=files.root / "none.json")
 
     @pytest.mark.parametrize(
         ("name", "value"), [("thresholds", [0.5, value]) for value in (0.0, 1.0, -1.0, float("nan"))]
@@ -317,9 +318,6 @@ class TestRefusals:
     def test_no_shards(self, files: Files) -> None:
         create_dataset(files.root / "none", MANIFEST, force=False)
         self.refused(files, "no recorded rounds in", data=[files.root / "none"])
-
-    def test_no_costs(self, files: Files) -> None:
-        self.refused(files, "cannot be read", costs=files.root / "none.json")
 
 
 class TestReport:

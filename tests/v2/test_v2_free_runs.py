@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.planted_bugs import Bugs, after, change_arguments, change_result
 from tests.v2.cost_rounds import late_copies
 from tests.v2.run_rounds import RunsPlay, with_runs
 
@@ -28,63 +30,51 @@ def test_runs_are_those_of_v1_and_drafts_right_behind_them(tiny, monkeypatch, la
     assert known.candidates["suffix"] > known.accepted["suffix"] > 0
 
 
-MUTATIONS: dict[str, Callable[[Any, Any], None]] = {}
+MUTATIONS = Bugs()
+"""Each is given pytest's monkeypatch and a speculator."""
+mutation = MUTATIONS.named
 
 
-def mutation(name: str) -> Callable[[Any], Any]:
-    def register(plant: Any) -> Any:
-        MUTATIONS[name] = plant
-        return plant
-
-    return register
-
-
-def _matched(s: Any, change: Callable[..., None]) -> None:
-    """The match runs as it is, then ``change(starts, matches)``."""
-    original = s.runs.match
-
-    def match(*args: Any, starts: torch.Tensor, matches: torch.Tensor) -> None:
-        original(*args, starts=starts, matches=matches)
-        change(starts, matches)
-
-    s.runs.match = match
+def _matched(monkeypatch: Any, s: Any, change: Callable[..., Any]) -> None:
+    """The match is given ``change(tokens, states, last)`` in place of these."""
+    change_arguments(monkeypatch, s.runs, "match", lambda *args: (*change(*args[:3]), *args[3:]))
 
 
 @mutation("a run begins one token late")
 def _(monkeypatch, s):
-    _matched(s, lambda starts, matches: starts.add_((matches > 0) & (starts > 1)))
+    original = s.runs.match
+
+    def match(*args: Any, starts: torch.Tensor, matches: torch.Tensor) -> None:
+        original(*args, starts=starts, matches=matches)
+        starts.add_((matches > 0) & (starts > 1))
+
+    s.runs.match = match
 
 
 @mutation("runs of other requests")
 def _(monkeypatch, s):
-    original = s.runs.match
-    s.runs.match = lambda tokens, states, *args, **out: original(tokens, states.roll(1), *args, **out)
+    _matched(monkeypatch, s, lambda tokens, states, last: (tokens, states.roll(1), last))
 
 
 @mutation("the newest token is not looked at")
 def _(monkeypatch, s):
-    original = s.runs.match
-    s.runs.match = lambda tokens, states, last, *args, **out: original(tokens, states, last - 1, *args, **out)
+    _matched(monkeypatch, s, lambda tokens, states, last: (tokens, states, last - 1))
 
 
 @mutation("what was rejected, or another's before, is looked at")
 def _(monkeypatch, s):
-    original = s.runs.match
-    s.runs.match = lambda tokens, states, last, *args, **out: original(tokens, states, last + 1, *args, **out)
+    _matched(monkeypatch, s, lambda tokens, states, last: (tokens, states, last + 1))
 
 
 @mutation("runs go beyond their limit")
 def _(monkeypatch, s):
-    original = s.runs.take
-    s.runs.take = lambda *args, **out: original(*args[:5], args[5] + 1, *args[6:], **out)
+    change_arguments(monkeypatch, s.runs, "take", lambda *args: (*args[:5], args[5] + 1, *args[6:]))
 
 
 @mutation("a request that drafts takes a run beside its draft")
 def _(monkeypatch, s):
-    original = s.runs.find
-    s.runs.find = lambda batch, tail: original(
-        batch, SimpleNamespace(params=tail.params, drafts=torch.zeros_like(tail.drafts))
-    )
+    drafts_nothing = lambda tail: SimpleNamespace(params=tail.params, drafts=torch.zeros_like(tail.drafts))  # noqa: E731
+    change_arguments(monkeypatch, s.runs, "find", lambda batch, tail: (batch, drafts_nothing(tail)))
 
 
 @mutation("last round's runs are submitted again")
@@ -101,38 +91,36 @@ def _(monkeypatch, s):
 
 @mutation("runs are no rows of the verification")
 def _(monkeypatch, s):
-    original = s.runs.find
-
-    def find(batch: Any, tail: Any) -> None:
-        original(batch, tail)
-        tail.params.base.fill_(batch.num_reqs)
-
-    s.runs.find = find
+    after(monkeypatch, s.runs, "find", lambda batch, tail: tail.params.base.fill_(batch.num_reqs))
 
 
 @mutation("matches of other rows are reported")
 def _(monkeypatch, s):
-    original = s.runs.report
-
-    def report() -> list[torch.Tensor]:
-        columns = original()
+    def swapped(columns: list[torch.Tensor]) -> list[torch.Tensor]:
         columns[1] = columns[1].flip(0)
         return columns
 
-    s.runs.report = report
+    change_result(monkeypatch, s.runs, "report", swapped)
+
+
+def _joined(monkeypatch: Any, s: Any, joined: Callable[..., Any]) -> None:
+    """``joined(taken, others, drafts)`` in place of what was taken behind the drafts as well."""
+
+    def changed(taken: Any, *_: Any) -> Any:
+        taken.joined = functools.partial(joined, taken)
+        return taken
+
+    change_result(monkeypatch, s.cost_aware.rule.free_runs, "reported", changed)
 
 
 @mutation("what drafters leave counts as taken")
 def _(monkeypatch, s):
-    rule = s.cost_aware.rule.free_runs
-    original = rule.reported
+    _joined(monkeypatch, s, lambda taken, *_: taken)
 
-    def reported(*args: Any) -> Any:
-        taken = original(*args)
-        taken.joined = lambda *args: taken
-        return taken
 
-    rule.reported = reported
+@mutation("nothing is learnt of runs behind drafts")
+def _(monkeypatch, s):
+    _joined(monkeypatch, s, lambda taken, others, drafts: taken.without(drafts))
 
 
 def _followed(s: Any, change: Callable[..., None]) -> None:
@@ -200,19 +188,6 @@ def _(monkeypatch, s):
     s.runs.follow = follow
 
 
-@mutation("nothing is learnt of runs behind drafts")
-def _(monkeypatch, s):
-    rule = s.cost_aware.rule.free_runs
-    original = rule.reported
-
-    def reported(*args: Any) -> Any:
-        taken = original(*args)
-        taken.joined = lambda others, drafts: taken.without(drafts)
-        return taken
-
-    rule.reported = reported
-
-
 @mutation("the run is put over the draft")
 def _(monkeypatch, s):
     original = s.runs.submit
@@ -229,26 +204,21 @@ def _(monkeypatch, s):
 
 @mutation("runs behind drafts leave no gap")
 def _(monkeypatch, s):
-    original = s.runs.has_gap
     drafted: list[torch.Tensor] = []
 
-    def verified(batch: Any, num_sampled: Any, original: Any = s.runs.verified) -> None:
-        original(batch, num_sampled)
+    def remember(batch: Any, num_sampled: Any) -> None:
         drafted[:] = [s.submitted[batch.idx_mapping] - s.runs._last_ran]
 
-    s.runs.verified = verified
-    s.runs.has_gap = lambda batch: original(batch) & (drafted[0] == 0)
+    after(monkeypatch, s.runs, "verified", remember)
+    change_result(monkeypatch, s.runs, "has_gap", lambda gaps, batch: gaps & (drafted[0] == 0))
 
 
 @mutation("a candidate that was drawn and never fed back counts as read")
 def _(monkeypatch, s):
-    original = s.runs.verified
-
-    def verified(batch: Any, num_sampled: Any) -> None:
-        original(batch, num_sampled)
+    def forget(batch: Any, num_sampled: Any) -> None:
         s.runs._num_sampled = num_sampled - (s.submitted[batch.idx_mapping] > s.runs._last_ran).int()
 
-    s.runs.verified = verified
+    after(monkeypatch, s.runs, "verified", forget)
 
 
 @mutation("the host thinks that nobody has taken a run")
@@ -275,19 +245,12 @@ def _(monkeypatch, s):
 
 @mutation("a run is not remembered until it is verified")
 def _(monkeypatch, s):
-    original = s.runs.submit
-
-    def submit() -> None:
-        original()
-        s.runs._ran.zero_()
-
-    s.runs.submit = submit
+    after(monkeypatch, s.runs, "submit", lambda: s.runs._ran.zero_())
 
 
 @mutation("runs of which two tokens were accepted leave no gap")
 def _(monkeypatch, s):
-    original = s.runs.verified
-    s.runs.verified = lambda batch, num_sampled: original(batch, num_sampled - 1)
+    change_arguments(monkeypatch, s.runs, "verified", lambda batch, num_sampled: (batch, num_sampled - 1))
 
 
 def _play(tiny: Any, monkeypatch: Any, plant: Any) -> RunsPlay:

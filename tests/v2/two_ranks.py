@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_tensor_parallel.py in a process of its own: two CPU ranks on Model Runner V2, the second with noise
-planted in its draft.
-
-The ranks are spawned, which imports this module first in each: so the interpreter is there before vLLM is.
-"""
+planted in its draft."""
 
 from __future__ import annotations
 
@@ -20,6 +17,8 @@ interpreted_triton.install()
 
 THRESHOLD, MAX_LENGTH = 0.8, 5
 RULES: list[dict[str, Any]] = [{"rule": "cost_aware"}, {"rule": "confidence", "threshold": THRESHOLD}]
+VARIED = ("cost_aware", "confidence")
+"""Rules whose lengths must differ, and whose drafts are mostly accepted."""
 PROMPTS = harness.prompts(4, seed=31)
 MAX_TOKENS = 16
 CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}}
@@ -27,7 +26,7 @@ CURVES = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 40e-3}
 
 
 def plant() -> None:
-    """A ``vllm.general_plugins`` entry point: on rank 1 the draft's logits are others than on rank 0."""
+    """On rank 1 the draft's logits are others than on rank 0."""
     import vllm.v1.worker.cpu.shm  # noqa: F401  torch.cuda's streams and events as no-ops, as the CPU worker has them
 
     from vllm_specdecpp.costs import timing
@@ -36,8 +35,6 @@ def plant() -> None:
     from vllm_specdecpp.engine.v2.passes import StandaloneARSpeculator
     from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
-    if getattr(SpecDecPPSpeculator, "_planted", False):
-        return
     scale, original = float(os.environ[ranks.NOISE]), StandaloneARSpeculator.compute_draft_logits
     measure = timing.measure
 
@@ -60,8 +57,7 @@ def plant() -> None:
     Curve.observe = lambda *args: False  # type: ignore[method-assign]
     if os.environ[ranks.ALONE] == "1":
         SpecDecPPSpeculator.agree = lambda self, tensor: tensor  # type: ignore[method-assign]
-    SpecDecPPSpeculator._planted = True
 
 
 if __name__ == "__main__":
-    ranks.play(RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)
+    ranks.play(plant, RULES, PROMPTS, MAX_TOKENS, max_length=MAX_LENGTH)

@@ -11,6 +11,8 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.v2.interpreted_triton import gaps
 from tests.v2.kernels import element_guard
 
+gaps.watch_for_overflow(True)
 element_guard.install()

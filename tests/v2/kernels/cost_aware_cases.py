@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def oracle_of(round_: CostAwareRound) -> Oracle:
         limits=round_.limits.tolist(), drafts=round_.drafts.tolist(), price=round_.price, lag=rule.lag,
         this=rule.acceptance.this.theta.tolist(), next=rule.acceptance.next.theta.tolist(),
         means=rule.acceptance.means.tolist(), bucket_of=lambda position: BUCKETS[position],
-        step=rule.costs.step.at, verify=rule.costs.verify.at, free_rows=int(round_.free.lengths.sum()),
+        step=cache(rule.costs.step.at), verify=cache(rule.costs.verify.at), free_rows=int(round_.free.lengths.sum()),
         levels=round_.levels.tolist(),
     )  # fmt: skip
 
