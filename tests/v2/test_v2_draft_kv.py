@@ -105,7 +105,8 @@ def _gaps(tables: Any, read_spans: Any = None, spec: Any = None) -> DraftKVGaps:
     layers = [SimpleNamespace(layer_names=["target"]), SimpleNamespace(layer_names=["draft"], kv_cache_spec=spec)]
     return DraftKVGaps(
         SimpleNamespace(
-            block_tables=tables, kv_cache_config=SimpleNamespace(kv_cache_groups=layers, num_blocks=8),
+            vllm_config=SimpleNamespace(kv_transfer_config=None), block_tables=tables,
+            kv_cache_config=SimpleNamespace(kv_cache_groups=layers, num_blocks=8),
             draft_attn_layer_names={"draft"}, device=torch.device("cpu"), max_num_tokens=99, read_spans=read_spans,
             requests=("a", "b"), on_device=torch.tensor, agree=lambda tensor: tensor, pcp_manager=None,
             log=DeferredRounds(),
