@@ -170,6 +170,8 @@ def check_behind(behind: Any, seeds: int = 6) -> None:
         tokens, survival, limits = a["tokens"].clone(), np.ones(num_reqs), [0] * num_reqs
         for row, length in enumerate(lengths):
             ids[row, :length] = torch.from_numpy(rng.integers(0, 30, length))
+            if length and row % 3 == 1 and int(a["stop_token_ids"][row].max()) >= 0:
+                ids[row, length - 1] = a["stop_token_ids"][row].max()
             end = int(a["last"][row]) + 1
             tokens[a["states"][row], end : end + length] = ids[row, :length].int()
             for k in range(length):
