@@ -65,7 +65,7 @@ MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
     ),
     "spread": (
         "reading is spread over all that a request may emit",
-        lambda rule: setattr(rule.admission.lengths, "remaining", lambda name, room: room),
+        lambda rule: setattr(rule.admission.lengths, "remaining", lambda name, room, runs: room),
     ),
     "calibration": ("scores are taken for probabilities, as they come", lambda rule: setattr(rule, "adapt", False)),
 }

@@ -22,7 +22,7 @@ def test_runs_are_those_of_v1_and_drafts_right_behind_them(tiny, monkeypatch, la
     late_copies(monkeypatch, late)
     config, speculator, rule = with_runs(tiny, seed=late)
     play = RunsPlay(speculator, config, seed=30 + late, books=books, caches=True)
-    play.run(num_steps=60)
+    play.run(num_steps=80)
     assert min(play.kinds.values()) >= 2 and play.kinds["both"] >= 5, play.kinds
     assert play.num_left_out >= 5 and play.num_caught_up >= 5
     assert len(rule.plans) - 1 - late <= len(rule.told) == play.num_checked
