@@ -37,7 +37,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2"],
         "dev": [
             "accelerate", "hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml",
-            "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",
+            "ray[data]", "ruff", "scikit-learn", "scipy>=1.15", "setuptools>=64", "types-PyYAML",
         ],
     },
     entry_points={

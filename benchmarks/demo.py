@@ -65,7 +65,7 @@ def machine() -> str:
 
 
 def shrunk(draft: Path) -> Path:
-    """The int8 copy of the draft, made at the first call.
+    """The shrunk copy of the draft, made at the first call.
 
     Raises:
         ValueError: there is another folder of its name, or the disk is full.
@@ -75,7 +75,7 @@ def shrunk(draft: Path) -> Path:
 
     folder = models_folder() / f"{draft.name}-shrunk"
     if not folder.exists():
-        shrink(ShrinkOptions(draft=str(draft), out=folder, scheme="int8"))
+        shrink(ShrinkOptions(draft=str(draft), out=folder))
     elif shrinking(folder).get("source_revision") != model_revision(draft):
         raise ValueError(f"{folder} is no shrunk copy of {draft.name}: move it away")
     return folder

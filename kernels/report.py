@@ -123,7 +123,7 @@ def _runs() -> Iterator[Variant]:
     )  # fmt: skip
     long = "stop_token_ids_ptr", "order_ptr", "candidates_ptr", "draft_tokens_ptr", "ends_ptr"
     types = pointers | dict.fromkeys(real, "*fp32") | dict.fromkeys(whole, "*i32") | dict.fromkeys(long, "*i64")
-    types |= {"states_ptr": "*i32"}
+    types |= {"states_ptr": "*i64"}
     for max_length in (10, 20):
         steps, blocks = runs.steps_of(max_length), runs.BLOCKS
         for behind, sums in ((False, "*fp32"), (True, "*fp64")):
@@ -137,7 +137,7 @@ def _runs() -> Iterator[Variant]:
         name = f"behind_drafts, {max_length} candidates"
         yield Variant(name, runs._behind_drafts_kernel, ours, blocks | steps, runs.OPTIONS)
     for dtype, pointer in _DTYPES.items():
-        types = {"logits_ptr": pointer, "states_ptr": "*i32", "candidates_ptr": "*i64"}
+        types = {"logits_ptr": pointer, "states_ptr": "*i64", "candidates_ptr": "*i64"}
         kernel, constants = one_hot_rows._one_hot_rows_kernel, one_hot_rows.BLOCKS
         yield Variant(f"one_hot_rows, {dtype}", kernel, types, constants, one_hot_rows.OPTIONS)
 

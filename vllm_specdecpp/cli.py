@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "tune": Command("choose the stop rule by replaying recorded rounds", "vllm_specdecpp.training.replay.tune"),
     "shrink": Command(
-        "make a draft model cheaper: quantised weights, a smaller output layer",
+        "make a draft model cheaper: quantised weights",
         "vllm_specdecpp.shrink.command",
         "the folder is there whole, or not at all",
     ),

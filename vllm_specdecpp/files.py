@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+_GIVEN_UP = 3600
+"""Seconds after which nobody will finish a part of a file."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Content = TypeVar("Content")
 
@@ -21,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         ValueError: one line: the disk is full, or the file cannot be written; nothing is left behind.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # the process's own: another one may write the same file
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # somebody else may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -41,8 +46,10 @@ def write_whole(path: Path, content: bytes) -> None:
         raise ValueError(
             f"specdecpp: {path} cannot be written ({error.strerror or error}); check the folder and its permissions"
         ) from error
-    for stale in path.parent.glob(f"{path.name}.*.part"):
-        stale.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{path.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - other.stat(follow_symlinks=False).st_mtime > _GIVEN_UP:
+                other.unlink()
 
 
 def check_free(folder: Path, names: Sequence[str], force: bool) -> None:

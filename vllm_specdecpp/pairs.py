@@ -159,7 +159,8 @@ def _user_file() -> tuple[Path, bool]:
 
 
 def _read(path: Path) -> dict[str, Pair]:
-    mend = f'mend it ({{"TARGET": {{"draft": "DRAFT", "head": null}}}}), or set {USER_FILE_VARIABLE} to another one'
+    example = '{"TARGET": {"draft": "DRAFT", "head": null}}'
+    mend = f"mend it ({example}), set {USER_FILE_VARIABLE} to another one, or unset it"
     return {target: pair.model_copy(update={"target": target}) for target, pair in read_json(path, _FILE, mend).items()}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,10 +185,11 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call, code):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-def test_a_device_that_is_full(tmp_path):
+def test_a_device_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "mine")
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    (tmp_path / f"file.{os.getpid()}.part").symlink_to("/dev/full")
+    (tmp_path / "file.mine.part").symlink_to("/dev/full")
     with refused("disk is full"):
         write_whole(path, b"new" * 99)
     assert files_in(tmp_path) == {"file": b"old"}
@@ -213,9 +215,12 @@ def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path):
-    (tmp_path / "file.999999.part").write_bytes(b"half")
+    """Another one that may be at it is left alone."""
+    (tmp_path / "file.one.part").write_bytes(b"half")
+    (tmp_path / "file.two.part").write_bytes(b"half")
+    os.utime(tmp_path / "file.one.part", (0, 0))
     write_whole(tmp_path / "file", b"new")
-    assert files_in(tmp_path) == {"file": b"new"}
+    assert files_in(tmp_path) == {"file": b"new", "file.two.part": b"half"}
 
 
 def test_shards_come_by_unit_and_files_of_other_names_are_none(tmp_path):

@@ -36,7 +36,8 @@ class Batch:
         device = DeviceRound(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
         states = torch.randperm(NUM_REQS)
         self.speculator = SimpleNamespace(
-            max_num_reqs=NUM_REQS, num_speculative_steps=LENGTH, device="cpu", agree=lambda tensor: tensor, requests=(),
+            max_num_reqs=NUM_REQS + 1, num_speculative_steps=LENGTH, device="cpu", agree=lambda tensor: tensor,
+            requests=(),
             draft_logits=torch.randn(NUM_REQS, LENGTH, VOCAB) if probabilistic else None, round=device,
             runner=SimpleNamespace(req_states=SimpleNamespace(all_token_ids=SimpleNamespace(gpu=table))),
         )  # fmt: skip

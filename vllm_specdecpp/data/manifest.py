@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(
             f"specdecpp: {folder} is no dataset: it has no {MANIFEST_FILE}; name a folder that collect has made"
         )
-    return read_json(path, _ADAPTER, "restore it, or collect with --force")
+    return read_json(path, _ADAPTER, "use the version that wrote it, or collect into another folder")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

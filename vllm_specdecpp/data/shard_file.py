@@ -216,7 +216,10 @@ def read_shard(path: Path, manifest: Manifest) -> Shard:
         raise ValueError(f"specdecpp: shard {path} is truncated or damaged ({error}); {mend}") from None
     if metadata.get("fingerprint") != manifest.fingerprint:
         raise ValueError(f"specdecpp: shard {path} {_foreign(metadata, manifest)}")
-    return Shard(prompts=json.loads(metadata["prompts"]), **{name: tensors[name] for name in _TENSORS})
+    try:
+        return Shard(prompts=json.loads(metadata["prompts"]), **{name: tensors[name] for name in _TENSORS})
+    except KeyError as error:
+        raise ValueError(f"specdecpp: shard {path} is damaged (it has no {error}); {mend}") from None
 
 
 def _foreign(metadata: Mapping[str, str], manifest: Manifest) -> str:

@@ -102,6 +102,10 @@ def read_config(folder: Path) -> HeadConfig:
     Raises:
         ValueError: one line: it cannot be read, or a field is missing or not what it must be.
     """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"specdecpp: head={str(folder)!r} has no {CONFIG_FILE}; give the folder that train wrote (of fit: OUT/head)"
+        )
     return read_json(folder / CONFIG_FILE, _ADAPTER, _MEND)
 
 

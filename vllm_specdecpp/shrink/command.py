@@ -81,7 +81,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         modules = {n.removesuffix(".weight") for n in stay} | {schemes.OUTPUT}
         modules -= {schemes.OUTPUT} if output else set()
         config = source.config | {"quantization_config": schemes.config_entry(name, scheme, modules)}
-        config |= {"tie_word_embeddings": False} if tied else {}
+        config |= {"tie_word_embeddings": False} if output else {}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         before, after = source.bytes_a_pass(source.sizes), source.bytes_a_pass(sizes)
         found = {

@@ -132,5 +132,6 @@ def missing_kernel(name: str) -> str | None:
     """Why this machine cannot run a scheme fast, in words; None if it can, or nothing is known against it."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_capability()
-        return None if found >= (7, 5) else f"GPUs of compute capability {found[0]}.{found[1]} have no kernel for it"
+        lacks = found < (7, 5) or (name == "int8" and found >= (10, 0))
+        return f"vLLM has no kernel for it on GPUs of compute capability {found[0]}.{found[1]}" if lacks else None
     return "few CPUs have fp8 instructions; int8 is fast on all" if name == "fp8" else None

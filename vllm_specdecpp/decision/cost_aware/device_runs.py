@@ -119,7 +119,7 @@ def behind_drafts(
 
     Returns:
         [num_reqs] int64 where the last candidate stands; [num_reqs] int32 how many may follow it: none behind a stop
-        token, or where nothing was drafted; and what is submitted.
+        token, or for a request that does not draft; and what is submitted.
     """
     at = (last[:, None] + 1 + torch.arange(draft_tokens.shape[1], device=last.device)).clamp(max=tokens.shape[1] - 1)
     rows = states.long()[:, None]

@@ -154,7 +154,7 @@ class FreeRuns:
         return self.of_device(matches, lengths, accepted)
 
     def of_device(self, matches: Counts, lengths: Counts, accepted: Array) -> Taken:
-        """The runs that a device took (:func:`.device_runs.take_rows`), without their tokens.
+        """The runs that a device took (:func:`.device_runs.take_runs`), without their tokens.
 
         Args:
             matches: [num_reqs] tokens that match.

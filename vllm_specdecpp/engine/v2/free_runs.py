@@ -138,7 +138,7 @@ class DeviceFreeRuns:
         torch.maximum(drafted, candidates, out=drafted)
         state.lengths[rows].add_(lengths)
         if state.confidences is not None:
-            state.confidences[rows] = torch.where(there, self._accept, state.confidences[rows])
+            state.confidences[rows] = torch.where(there, self._accept[rows], state.confidences[rows])
         if speculator.draft_logits is not None:
             self.make_certain(speculator.draft_logits, states, candidates)
         self._ran[states] = lengths
