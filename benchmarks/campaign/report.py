@@ -105,13 +105,18 @@ def front(cells: Cells, judged: str) -> list[str]:
     ]
     for (temperature, name, batch), of in cells.items():
         ours = of[judged]
-        rival = f"{of[ours.rival].tokens_per_second.value:.2f} ({ours.rival})" if ours.rival else ""
+        own, best = ours.tokens_per_second.value, of[ours.rival].tokens_per_second.value if ours.rival else 0.0
+        rival = f"{_bold(best, best > own)} ({ours.rival})" if ours.rival else ""
         rows.append(
             f"| {temperature:g} | {batch} | {name} | {of[OFF].tokens_per_second.value:.2f} | {rival} "
-            f"| **{ours.tokens_per_second.value:.2f}** | {_shown(ours.over_off, ours.units)} "
+            f"| {_bold(own, own >= best)} | {_shown(ours.over_off, ours.units)} "
             f"| {_shown(ours.over_rival, ours.units)} |"
         )
     return rows
+
+
+def _bold(rate: float, is_faster: bool) -> str:
+    return f"**{rate:.2f}**" if is_faster else f"{rate:.2f}"
 
 
 def table(cells: Cells, judged: str) -> list[str]:
