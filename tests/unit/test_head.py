@@ -236,7 +236,7 @@ class TestErrors:
         (folder / "model.safetensors").unlink()
         assert "has no model.safetensors or pytorch_model.bin" in load_error(folder)
         (folder / "config.json").unlink()
-        assert "config.json cannot be read (No such file or directory); fetch or train" in load_error(folder)
+        assert "has no config.json; give the folder that train wrote" in load_error(folder)
 
     @pytest.mark.parametrize("text", ["", "{", "\x00"])
     def test_config_is_not_json(self, folder: Path, text: str) -> None:

@@ -260,5 +260,5 @@ class TestUpdateConfig:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
     def test_no_head_there(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="config.json cannot be read"):
+        with pytest.raises(ValueError, match="has no config.json"):
             update_config(tmp_path, rule={})
