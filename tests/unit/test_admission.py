@@ -16,7 +16,6 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware import admission
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 from vllm_specdecpp.decision.cost_aware.free_runs import Taken
-from vllm_specdecpp.decision.cost_aware.output_lengths import OutputLengths
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.cost_aware.records import Records
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule
@@ -390,34 +389,3 @@ class TestPurse:
         assert purse.balance == pytest.approx(0.3)
         purse.settle(-5.0)
         assert purse.balance == pytest.approx(1.0), "what trials won is kept up to the opening sum"
-
-
-class TestOutputLengths:
-    def serve(self, lengths: OutputLengths, name: str, tokens: int, beside: str | None = None) -> None:
-        for emitted in range(1, tokens + 1, 2):
-            lengths.update({name: emitted} | ({beside: 10} if beside else {}))
-
-    def test_the_usual_length_less_what_was_emitted_but_as_much_as_was(self) -> None:
-        lengths = OutputLengths()
-        for i in range(300):
-            self.serve(lengths, f"{i}", 41)
-        lengths.update({"c": 1})
-        assert lengths.remaining("c", 100) == pytest.approx(40, abs=1) and lengths.remaining("c", 12) == 12
-        lengths.update({"c": 35})
-        assert lengths.remaining("c", 100) == 35
-
-    def test_what_runs_will_not_bring_is_what_they_have_not_brought(self) -> None:
-        lengths = OutputLengths()
-        lengths.update({"a": 30, "b": 30})
-        lengths.brought(["a", "b"], [25, -3])
-        assert [lengths.remaining(name, 1000, runs=True) for name in "ab"] == [5, 30]
-        assert lengths.remaining("a", 1000) == 70 and lengths.remaining("a", 3, runs=True) == 3
-        lengths.update({"b": 31})
-        lengths.update({"a": 30, "b": 31})
-        assert lengths.remaining("a", 1000, runs=True) == 30, "of a request that had left"
-
-    def test_requests_that_go_on_are_not_counted(self) -> None:
-        lengths = OutputLengths()
-        for i in range(300):
-            self.serve(lengths, str(i), 19, beside="long")
-        assert lengths._emitted.keys() == {"299", "long"} and lengths.remaining("long", 10**6) == 10
