@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.common.methods import NGRAM
 
-PADDING_METHOD = "_determine_batch_execution_and_padding"
-"""The method of vLLM's model runner that our worker replaces (``vllm_specdecpp.engine.v1.target_widths``)."""
+PADDING, LATE = "_determine_batch_execution_and_padding", "propose_draft_token_ids"
+"""Methods of vLLM's model runner that our worker replaces (``target_widths`` and ``late_drafts`` in ``engine.v1``)."""
 
 
 def use_native_proposer(worker: Any, num_candidates: int) -> str:
@@ -34,7 +34,7 @@ def use_native_proposer(worker: Any, num_candidates: int) -> str:
     native.__dict__ = runner.drafter.__dict__
     worker._benchmark_proposer = runner.drafter
     runner.drafter = native
-    use_padding(worker, False)  # verifying at a cheaper width is ours as well
+    _replace(worker, False, PADDING, LATE)
     return str(DraftModelProposer.propose.__qualname__)
 
 
@@ -77,29 +77,31 @@ def use_text_proposer(worker: Any, proposer: str, options: dict[str, int]) -> st
     made.take_metrics = lambda: {"counters": [], "gauges": []}
     worker._benchmark_proposer, worker._benchmark_config = runner.drafter, runner.speculative_config
     runner.drafter, runner.speculative_config = made, config
-    use_padding(worker, False)
+    _replace(worker, False, PADDING, LATE)
     return str(type(made).__mro__[1].__qualname__)
 
 
 def restore_proposer(worker: Any) -> None:
-    """Runs in the worker: put back the proposer, its configuration and the padding that the engine started with."""
+    """Runs in the worker: put back the proposer, its configuration and the methods that the engine started with."""
     if getattr(worker, "_benchmark_proposer", None) is not None:
         worker.model_runner.drafter = worker._benchmark_proposer
         worker._benchmark_proposer = None
     if getattr(worker, "_benchmark_config", None) is not None:
         worker.model_runner.speculative_config = worker._benchmark_config
         worker._benchmark_config = None
-    use_padding(worker, True)
+    _replace(worker, True, PADDING, LATE)
 
 
 def use_padding(worker: Any, on: bool) -> None:
     """Runs in the worker: verify at the widths that our worker measured, or at those that vLLM would use."""
-    attributes = worker.model_runner.__dict__
-    if not on and PADDING_METHOD in attributes:
-        worker._benchmark_padding = attributes.pop(PADDING_METHOD)
-    elif on and getattr(worker, "_benchmark_padding", None) is not None:
-        attributes[PADDING_METHOD] = worker._benchmark_padding
-        worker._benchmark_padding = None
+    _replace(worker, on, PADDING)
+
+
+def _replace(worker: Any, on: bool, *methods: str) -> None:
+    """Use our own methods of the runner, where it has them, or vLLM's."""
+    ours, aside = worker.model_runner.__dict__, worker.__dict__.setdefault("_benchmark_methods", {})
+    source, target = (aside, ours) if on else (ours, aside)
+    target.update({name: source.pop(name) for name in methods if name in source})
 
 
 def use_runs(worker: Any, on: bool) -> None:

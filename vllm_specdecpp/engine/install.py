@@ -15,6 +15,7 @@ from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
 from vllm_specdecpp.engine.shared.requests import why_plain
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.engine.v1.late_drafts import LateDrafts
     from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
     from vllm_specdecpp.engine.v2.speculator import SpecDecPPSpeculator
 
@@ -28,6 +29,7 @@ class SpecDecPPWorkerMixin:
     device: Any
     model_runner: Any
     _head_aside: list[Any] = []  # its tensors, on the host, while the engine sleeps
+    _late_drafts: LateDrafts | None = None
 
     def init_device(self) -> None:
         """Replace the drafter after vLLM has built the model runner and before it loads any weights."""
@@ -57,7 +59,7 @@ class SpecDecPPWorkerMixin:
 
     def _install_proposer(self, config: SpecDecPPConfig) -> None:
         """Model Runner V1."""
-        from vllm_specdecpp.engine.v1 import plain_steps
+        from vllm_specdecpp.engine.v1 import late_drafts, plain_steps
         from vllm_specdecpp.engine.v1.own_noise import OwnNoise
         from vllm_specdecpp.engine.v1.proposer import SpecDecPPProposer
         from vllm_specdecpp.engine.v1.runs_only import RunsOnlyProposer
@@ -75,6 +77,8 @@ class SpecDecPPWorkerMixin:
         runner.drafter = kind(self.vllm_config, self.device, runner, config)
         # Lengths are clamped per request: vLLM need not stop drafting for the whole batch, near neither model's end.
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
+        if late_drafts.can_wait(self.vllm_config):
+            self._late_drafts = late_drafts.LateDrafts(runner)
         if config.record_dir is not None:
             self._start_recording()
 
@@ -100,14 +104,18 @@ class SpecDecPPWorkerMixin:
 
     def take_draft_token_ids(self) -> Any:
         """What the scheduler is told; on Model Runner V2 each request's own candidates, not the upper bound of them."""
+        if self._late_drafts is not None:
+            self._late_drafts.run()
         taken = super().take_draft_token_ids()  # type: ignore[misc]
         return taken if taken is None or self._speculator is None else self._speculator.ragged(taken)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up as vLLM does, then give the rule its costs: the last run's, else timed now."""
+        speculator = self._speculator
+        if speculator is not None:
+            speculator.warm()  # first: at its end vLLM begins to watch for what is compiled in service
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
-        if self._speculator is not None:
-            speculator = self._speculator
+        if speculator is not None:
             speculator.log.stats(reset=True)  # vLLM's warm-up drafts, too
             speculator.log.rounds(clear=True)
             logger.info("specdecpp: draft rounds run %s: %s", *speculator.how_rounds_run())
