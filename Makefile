@@ -17,13 +17,14 @@ QUICK := -m "not slow and not network"
 # A selection (-k ...) may find nothing in one of several pytest runs: its exit status is then 5.
 MAY_BE_EMPTY = $(if $(ARGS),|| [ $$? -eq 5 ])
 
-.PHONY: help venv models demo bench test test-v2 test-slow lint check docs clean
+.PHONY: help venv models demo bench test test-v2 test-v033 test-slow lint check docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       fetch two small models, compare speculation off / draft_model / specdecpp on them"
 	@echo "make test       unit and engine tests (no downloads but the environment), and test-v2"
 	@echo "make test-v2    Model Runner V2 and the Triton kernels, interpreted on the CPU"
+	@echo "make test-v033  the same under vLLM 0.33: its Python files over 0.32's CPU kernels"
 	@echo "make test-slow  tests with the real models, and slow variants of what make test proves"
 	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.serve.run"
 	@echo "make check      ruff and mypy"
@@ -59,6 +60,11 @@ test: $(STAMP)
 test-v2: $(STAMP)
 	@$(PYTEST) $(QUICK) tests/v2 $(ARGS) $(MAY_BE_EMPTY)
 	@$(PYTEST) --dist load $(QUICK) tests/v2/kernels $(ARGS) $(MAY_BE_EMPTY)
+
+# vLLM 0.33 on 0.32's CPU kernels, in an environment of its own.
+test-v033: $(STAMP)
+	@test -e build/v033/.vllm-specdecpp-installed || $(PY) tests/make_v033.py build/v033
+	@$(MAKE) --no-print-directory VENV=build/v033 test
 
 test-slow: models
 	@$(PY) -m pytest -m "slow" $(ARGS) $(MAY_BE_EMPTY)
