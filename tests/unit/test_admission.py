@@ -382,10 +382,12 @@ class TestPurse:
         purse = Purse(share=0.01, opening=10.0)
         purse.open(1, 0.1)
         assert purse.affords(1.0) and not purse.affords(1.1)
-        purse.settle(0.8)
+        staked = purse.stake(0.9)
+        assert not purse.affords(0.2), "while a trial is under way it is paid for"
+        purse.settle(0.8, staked)
         for _ in range(10):
             purse.open(1, 0.1)
             purse.earn(1.0)
         assert purse.balance == pytest.approx(0.3)
-        purse.settle(-5.0)
+        purse.settle(-5.0, purse.stake(-5.0))
         assert purse.balance == pytest.approx(1.0), "what trials won is kept up to the opening sum"

@@ -119,7 +119,7 @@ def test_a_shared_block_that_one_request_has_caught_up_with_hides_nothing_of_ano
     spans: list[Any] = []
     tables = _Tables([[1, 2, 5], [1, 3, 6]])
 
-    def read_spans(batch: Any, taken: Any) -> torch.Tensor:
+    def read_spans(batch: Any, taken: Any, bases: Any) -> torch.Tensor:
         spans.append(taken)
         counts = [end - start for start, end in taken]
         positions = torch.cat([torch.arange(*span) for span in taken])
@@ -144,16 +144,16 @@ def test_what_an_accepted_run_skipped_is_stale_until_it_is_read():
     spans: list[Any] = []
     tables = _Tables([[1, 2, 5], [4, 3, 6]])
 
-    def read_spans(batch: Any, taken: Any) -> torch.Tensor:
+    def read_spans(batch: Any, taken: Any, bases: Any) -> torch.Tensor:
         spans.append(taken)
-        positions = torch.cat([torch.arange(*span) for span in taken])
+        positions = torch.cat([base + torch.arange(*span) for span, base in zip(taken, bases, strict=True)])
         starts = torch.tensor([0, *np.cumsum([end - start for start, end in taken])])
         return tables.compute_slot_mappings(batch.idx_mapping, starts, positions, len(positions))
 
     gaps = _gaps(tables, read_spans)
     batch = _batch({"a": (4, 8), "b": (4, 8)})
     gaps.arrive(batch, ())
-    gaps.have_gaps(batch, ["a", "b"], torch.tensor([True, False]))
+    gaps.have_gaps(batch, {"a": 3, "b": 3}, torch.tensor([True, False]))
     assert gaps._stale is not None
     assert gaps.catch_up(batch, [], torch.tensor([7, 7])) == []
     gaps.read(batch)
@@ -169,6 +169,14 @@ def test_what_an_accepted_run_skipped_is_stale_until_it_is_read():
     gaps.read(batch)
     assert spans == [[(4, 8), (8, 8)]] and not gaps._stale.any()
     assert gaps.missing(["a", "b"]) == [0, 0]
+    # In the step itself the host knows how much it may be, and asks nobody.
+    batch = _batch({"a": (4, 8), "b": (4, 8)})
+    gaps.arrive(batch, ())
+    gaps._speculator.agree = None
+    gaps.have_gaps(batch, {"a": 3}, torch.tensor([True, False]))
+    assert gaps.catch_up(batch, [0, 1], torch.tensor([7, 7])) == [4]
+    gaps.read(batch)
+    assert spans[1:] == [[(0, 3), (0, 0)]] and not gaps._stale.any()
 
 
 def test_what_the_prefix_cache_holds_rightly_is_not_counted_as_missing():
@@ -225,8 +233,9 @@ def _(gaps):
 @mutation("a chunk of a prompt counts as one token, and is forgotten")
 def _(gaps):
     original = gaps._grow
-    gaps._grow = lambda batch, names: original(
-        batch, [n for i, n in enumerate(batch.req_ids) if n in names and not batch.is_prefilling_np[i]]
+    gaps._grow = lambda batch, names=None: original(
+        batch,
+        [n for i, n in enumerate(batch.req_ids) if (names is None or n in names) and not batch.is_prefilling_np[i]],
     )
 
 
@@ -247,7 +256,7 @@ def _(gaps):
 
 @mutation("nothing is read")
 def _(gaps):
-    gaps._speculator.read_spans = lambda batch, spans: batch.positions[None, :0]
+    gaps._speculator.read_spans = lambda batch, *_: batch.positions[None, :0]
 
 
 @mutation("one token short")
@@ -259,7 +268,9 @@ def _(gaps):
 @mutation("a block late")
 def _(gaps):
     original = gaps._speculator.read_spans
-    gaps._speculator.read_spans = lambda batch, spans: original(batch, [(min(s + 32, e), e) for s, e in spans])
+    gaps._speculator.read_spans = lambda batch, spans, bases: original(
+        batch, [(min(s + 32, e), e) for s, e in spans], bases
+    )
 
 
 @mutation("the first pass alone")
@@ -267,9 +278,9 @@ def _(gaps):
     original = gaps._speculator.read_spans
     read: list[int] = []
 
-    def once(batch: Any, spans: Any) -> Any:
+    def once(batch: Any, spans: Any, bases: Any) -> Any:
         read.append(id(batch))
-        return original(batch, spans if read.count(id(batch)) == 1 else [(0, 0)] * len(spans))
+        return original(batch, spans if read.count(id(batch)) == 1 else [(0, 0)] * len(spans), bases)
 
     gaps._speculator.read_spans = once
 
@@ -291,7 +302,7 @@ def _(gaps):
 @mutation("rows are mixed up")
 def _(gaps):
     original = gaps._speculator.read_spans
-    gaps._speculator.read_spans = lambda batch, spans: original(batch, spans[::-1])
+    gaps._speculator.read_spans = lambda batch, spans, bases: original(batch, spans[::-1], bases)
 
 
 def test_the_play_notices_nothing_without_a_bug(tiny):

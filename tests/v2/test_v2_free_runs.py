@@ -223,7 +223,7 @@ def _(monkeypatch, s):
 
 @mutation("the host thinks that nobody has taken a run")
 def _(monkeypatch, s):
-    s.log.ran = lambda: dict.fromkeys(s.requests._rows, 0)
+    s.log.ran = lambda: dict.fromkeys(s.requests._rows, (0, 0))
 
 
 @mutation("what a run skipped counts as read")

@@ -230,12 +230,12 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def _let(speculator: Any, draft: bool) -> None:
-    """Under the cost-aware rule everybody drafts, or nobody does."""
+def _let(speculator: Any, draft: bool, ran: int = 1) -> None:
+    """Under the cost-aware rule everybody drafts, or nobody does; and behind each draft of before there was a run."""
     if speculator.cost_aware is None:
         return
     if speculator.runs is not None:  # who took a run: waits for the round before, ahead of a target's pass
-        speculator.log.ran = lambda: dict.fromkeys(speculator.runs._names, 0)
+        speculator.log.ran = lambda: dict.fromkeys(speculator.runs._names, (1, ran))
     speculator.cost_aware.rule._random = types.SimpleNamespace(
         integers=lambda low, high, size: np.full(size, K * draft), random=lambda size=None: np.zeros(size or 1)
     )
@@ -273,7 +273,7 @@ def test_launches_outside_the_graphs(on_device, monkeypatch, options, drafts, mo
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, **__: kernels.append(self))
     speculator = on_device(**options)
     speculator.graphs.capture()
-    _let(speculator, drafts)
+    _let(speculator, drafts, ran=0)
     for _ in range(2):
         _propose(speculator, _batch(3))
     kernels.clear()

@@ -21,8 +21,9 @@ logger = logging.getLogger("vllm.specdecpp")
 
 MAX_TOKENS = 4096
 """Widest verification that the cost model keeps apart; beyond it the slope goes on."""
-MAX_WIDTH = 256
-"""Widest pass that is timed; the curves go on with their slope."""
+MAX_WIDTH = 1024
+"""Widest pass that is timed, where there is time for it; the curves go on with their slope. A GPU reads weights up to a
+few hundred rows: from these a row looks cheaper than it is."""
 SHARE, LEAST, MOST = 0.06, 1.0, 8.0
 """This share of the start's time so far is spent on timing, at least and at most so many seconds. Widths that are not
 timed lie on the line through those that are, until real rounds correct them."""

@@ -68,6 +68,8 @@ class Admitted:
     """Tokens per second that the formula says of a round that is no trial, before it is corrected; 0: not known."""
     trial: bool = False
     """Whether some request drafts that is not expected to gain by it."""
+    staked: float = 0.0
+    """Seconds that it has taken from the purse already; a device tells of the round only after the next one began."""
     levels: Array | None = None
     """[num_reqs] what each request's record adds to a score's log-odds as to the candidates after it; None: 0."""
     reading: float = 0.0
@@ -162,7 +164,8 @@ class Admission:
                 charged = np.concatenate([charges, np.zeros(fill)])
                 speed, chosen, _ = _best(costs, usual, usual, padded, far, charged, 0 * far, 0 * padded, pace)
                 pays = correction * speed * costs.verify.at(usual) > usual
-                kept = [i for i in range(len(mine)) if not debts[i] or (pays and i in chosen)]
+                worth = set(chosen.tolist()) if pays else set()
+                kept = [i for i in range(len(mine)) if not debts[i] or i in worth]
                 among = np.array(kept, dtype=np.int64)
                 if not len(among):
                     return 0.0, among, 0
@@ -202,6 +205,7 @@ class Admission:
                 lost = seconds - (base_tokens + float((accepted - tokens[everyone]).sum())) / out.price
                 out.trial = purse.affords(lost)
                 if out.trial:
+                    out.staked = purse.stake(lost)
                     out.drafts[index[everyone]] = True
                     if not out.expected:  # the stop rule hopes as well
                         out.price *= float((mean[new] / hoped[new]).mean())

@@ -47,6 +47,12 @@ class Purse:
         """Whether a trial may be begun that loses so much."""
         return seconds <= self.balance
 
-    def settle(self, lost: float) -> None:
-        """A trial has ended; ``lost`` seconds, below 0 if it won."""
-        self.balance = min(self.balance - lost, self._most)
+    def stake(self, seconds: float) -> float:
+        """A trial has begun that may lose so much; returns what is taken for it until :meth:`settle`."""
+        staked = max(seconds, 0.0)
+        self.balance -= staked
+        return staked
+
+    def settle(self, lost: float, staked: float) -> None:
+        """A trial has ended; ``lost`` seconds, below 0 if it won, of which ``staked`` are taken."""
+        self.balance = min(self.balance + staked - lost, self._most)

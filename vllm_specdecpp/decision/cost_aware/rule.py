@@ -162,10 +162,11 @@ class CostAwareRule:
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         constrained = round_.constrained.tolist()
+        if admitted.trial:  # here an outcome that is not known counts as none
+            lost = seconds + admitted.reading - (base + drafted) / admitted.baseline if round_.widths else 0.0
+            self.purse.settle(lost, admitted.staked)
         if round_.widths:
             self.explored_seconds += seconds * admitted.trial
-            if admitted.trial:  # here an outcome that is not known counts as none
-                self.purse.settle(seconds + admitted.reading - (base + drafted) / admitted.baseline)
             if round_.alone or not any(map(and_, drafts, constrained)):
                 self.admission.learn(admitted, tokens, seconds, off_seconds, round_.alone)
             self._record(round_, known, lengths, wins)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2 import graphs, verify_graphs
+from vllm_specdecpp.engine.v2.booked_rows import BookedRows
 from vllm_specdecpp.engine.v2.passes import SHORT, DraftPasses
 
 
@@ -25,12 +26,14 @@ class CapturedRounds(DraftPasses):
 
     Attributes:
         graphs: the captured rounds, of the KV cache in force; None where rounds run eagerly.
+        booked_rows: with adaptive verification, of the KV cache in force; else None.
         how_verified: which graphs the target's verifications run in; for the start-up log.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, config: SpecDecPPConfig) -> None:
         super().__init__(vllm_config, device, config)
         self.graphs: graphs.DraftGraphs | None = None
+        self.booked_rows: BookedRows | None = None
         self._full_graphs = False
         self._loaded: np.ndarray | None = None  # what ``round.limits`` holds, if it is of a batch
         self._mode = graphs.EAGER, "vLLM captured no graphs"
@@ -66,6 +69,17 @@ class CapturedRounds(DraftPasses):
         """
         self._full_graphs = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         self.how_verified = verify_graphs.widen(self.runner, cudagraph_mode, self.draft_attn_layer_names)
+        manager = getattr(self.runner, "adaptive_verification", None)
+        self.booked_rows = None if manager is None else BookedRows(manager, bool(self.config.run_sources))
+
+    def _book(self, limits: np.ndarray, drafts: Sequence[int]) -> None:
+        """Tell adaptive verification which rows draft, by ``BatchRequests.table``."""
+        if self.booked_rows is not None:
+            self.booked_rows.drafts = {row: int(limits[row, 0]) for row in drafts}
+
+    def _graph_size(self, num_reqs: int) -> int | None:
+        """Batch size of the captured rounds that serve so many requests; None if there are none."""
+        return None if self.graphs is None else self.graphs.size_for(num_reqs)
 
     def graph_mode(self) -> tuple[str, str]:
         """How draft rounds run on this machine, and why."""

@@ -76,14 +76,17 @@ class DeviceFreeRuns:
         held = self._speculator.requests
         self._may_have_run = {name for name in self._may_have_run.difference(self._names) if name in held}
 
-    def took_runs(self) -> list[str]:
-        """Requests of the step that have taken a run in their last round; the same on every rank.
+    def took_runs(self) -> dict[str, int]:
+        """Requests of the step whose last round had a run that may have left a gap, and how many candidates that round
+        had; the same on every rank.
 
         Waits for the last round's drafting, behind which the target's pass is queued already. That costs less than to
         wait for this pass, to learn from it who is behind (:meth:`DraftKVGaps.catch_up`).
         """
-        ran = self._speculator.log.ran() if self._names else {}
-        return [name for name in self._names if ran.get(name, 1)]
+        ran, most = self._speculator.log.ran() if self._names else {}, self._speculator.num_speculative_steps
+        rounds = ((name, *ran.get(name, (0, most))) for name in self._names)
+        # Of a run alone the first token is read by the round's own first pass.
+        return {name: drafted + run for name, drafted, run in rounds if run > (not drafted)}
 
     def has_gap(self, input_batch: Any) -> torch.Tensor:
         """[num_reqs] bool, requests of whose last run this step has accepted tokens that the draft model has not read:

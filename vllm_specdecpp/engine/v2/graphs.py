@@ -162,7 +162,7 @@ class CudaBackend:
 
     def fetch(self, flag: torch.Tensor) -> Callable[[], bool]:
         copy = flag.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)  # to spin would hold the driver's lock
         copied.record()
 
         def wait() -> bool:

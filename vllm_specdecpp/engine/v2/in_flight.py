@@ -28,7 +28,7 @@ class HostCopy:
         self._copied: Any = None
         if source.device.type != "cpu":
             self.tensor = source.to("cpu", non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event(blocking=True)  # to spin would hold the driver's lock
             self._copied.record()
 
     def is_here(self) -> bool:
@@ -125,13 +125,15 @@ class DeferredRounds:
         self.in_flight.settle()
         return not self.in_flight.num(self._account)
 
-    def ran(self) -> dict[str, int]:
-        """Request id -> candidates of a free run in the last step; waits until that step's drafting is done."""
+    def ran(self) -> dict[str, tuple[int, int]]:
+        """Request id -> candidates drafted and candidates of a free run in the last step; waits until that step's
+        drafting is done."""
         if self._last is None:
             return {}
         names, copy = self._last
         copy.wait()
-        return dict(zip(names, copy.tensor[:, 3].tolist(), strict=True))
+        runs, candidates = copy.tensor[:, 3].tolist(), map(len, _drafted(copy.tensor))
+        return {name: (num - ran, ran) for name, num, ran in zip(names, candidates, runs, strict=True)}
 
     def candidates(self, request_ids: Sequence[str]) -> list[list[int]]:
         """What each request submitted in the last step; waits until that step's drafting is done."""

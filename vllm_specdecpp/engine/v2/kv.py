@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
@@ -64,6 +65,7 @@ class DraftKVGaps:
         self._right: dict[str, int] = {}  # request id -> how many of these the device has found not to be stale
         self._told: dict[str, int] = {}  # request id -> how many tokens it was behind in the last report
         self._gaps: torch.Tensor | None = None  # [num_reqs] bool, of this step: :meth:`have_gaps`
+        self._unread: dict[str, int] = {}  # request id -> at most so many tokens are missing, of this step alone
 
     @cached_property
     def can_catch_up(self) -> bool:
@@ -81,7 +83,7 @@ class DraftKVGaps:
             input_batch: of the step (``vllm.v1.worker.gpu.input_batch.InputBatch``).
             new: requests that came, or came back after a preemption, since the last step.
         """
-        self._gaps = None
+        self._gaps, self._unread = None, {}
         if self._stale is None:
             return
         held = self._speculator.requests
@@ -122,20 +124,20 @@ class DraftKVGaps:
             return torch.zeros_like(ends)
         return (ends - self._first_stale(input_batch, slice(len(ends)), ends)).clamp(min=0)
 
-    def have_gaps(self, input_batch: Any, names: Sequence[str], gaps: torch.Tensor) -> None:
+    def have_gaps(self, input_batch: Any, unread: Mapping[str, int], gaps: torch.Tensor) -> None:
         """Tokens that nobody drafted were accepted in this step; a short first pass will not read them.
 
         Args:
             input_batch: of the step.
-            names: one or more requests that this may be so of.
+            unread: of one or more requests that this may be so of, so many tokens before their last one hold the gap.
             gaps: [num_reqs] bool, where it is so.
         """
         self._keep()
         slots = torch.where(gaps[self._owners(input_batch)], self._slots(input_batch), -1)
         self._set(slots, True)
         self._gaps = gaps.clone()
-        for name in names:
-            self._behind.setdefault(name, 0)
+        self._unread = {name: count for name, count in unread.items() if name not in self._behind}
+        self._behind |= dict.fromkeys(self._unread, 0)
 
     def leave_out(self, input_batch: Any) -> None:
         """The target has read this step's tokens; the draft model will not."""
@@ -143,13 +145,13 @@ class DraftKVGaps:
             return
         self._keep()
         self._mark(input_batch, True)
-        self._grow(input_batch, input_batch.req_ids)
+        self._grow(input_batch)
 
     def read(self, input_batch: Any) -> None:
         """The draft model has read this step's tokens, too; they are stale still where older tokens were."""
         if self._stale is None:
             return
-        behind = [name for name in input_batch.req_ids if name in self._behind]
+        behind = {name for name in input_batch.req_ids if name in self._behind}
         if not behind:
             self._mark(input_batch, False)
             return
@@ -160,7 +162,9 @@ class DraftKVGaps:
         self._grow(input_batch, behind)
 
     def catch_up(self, input_batch: Any, rows: Sequence[int], ends: torch.Tensor) -> list[int]:
-        """Let the draft model read what these requests are behind. Waits for the device if one is.
+        """Let the draft model read what these requests are behind. Waits for the device if one was behind before.
+
+        Of one that lacks tokens of this step alone, as many are read as may be missing: the host knows that.
 
         Args:
             input_batch: of the step.
@@ -170,33 +174,39 @@ class DraftKVGaps:
         Returns:
             Tokens of each pass that was run.
         """
-        rows = [row for row in rows if input_batch.req_ids[row] in self._behind]
+        names = input_batch.req_ids
+        rows = [row for row in rows if names[row] in self._behind]
         if not rows or self._stale is None:
             return []
         index = self._speculator.on_device(rows)
-        upto = ends[index].clamp(min=0)  # [num_rows]
-        starts = self._first_stale(input_batch, index, upto)
         spans = [(0, 0)] * input_batch.num_reqs
-        # Ranks must run the same passes.
-        agreed = self._speculator.agree(torch.stack((starts, upto), dim=1)).tolist()
-        for row, span in zip(rows, agreed, strict=True):
-            spans[row] = tuple(span)
+        for row in rows:
+            spans[row] = 0, self._unread.get(names[row], 0)
+        counts = self._speculator.on_device(np.array([count for _, count in spans], dtype=np.int64))
+        bases = torch.where(counts > 0, ends[: len(spans)] - counts, 0).clamp(min=0)  # [num_reqs], where spans begin
+        if late := [row for row in rows if not spans[row][1]]:
+            at = self._speculator.on_device(late)
+            upto = ends[at].clamp(min=0)  # [num_late]
+            starts = self._first_stale(input_batch, at, upto)
+            # Ranks must run the same passes.
+            agreed = self._speculator.agree(torch.stack((starts, upto), dim=1)).tolist()
+            for row, span in zip(late, agreed, strict=True):
+                spans[row] = tuple(span)
         passes = reading_passes(spans, self._speculator.max_num_tokens)
         for taken in passes:
-            slots = self._speculator.read_spans(input_batch, taken)[self._group]
+            slots = self._speculator.read_spans(input_batch, taken, bases)[self._group]
             self._set(slots, False)
         for row in rows:
-            self._behind.pop(input_batch.req_ids[row])
-            self._right.pop(input_batch.req_ids[row], None)
-            self._told.pop(input_batch.req_ids[row], None)
+            for known in (self._behind, self._right, self._told):
+                known.pop(names[row], None)
         if self._gaps is not None:
             self._gaps.index_fill_(0, index, False)
         return [sum(max(end - start, 1) for start, end in taken) for taken in passes]
 
-    def _grow(self, input_batch: Any, names: Collection[str]) -> None:
-        """These requests are behind by this step's tokens, too: a chunk of a prompt, else the one emitted token."""
+    def _grow(self, input_batch: Any, names: Collection[str] | None = None) -> None:
+        """These requests, or all, are behind by this step's tokens, too: a prompt's chunk, else the emitted token."""
         for index, name in enumerate(input_batch.req_ids):
-            if name in names:
+            if names is None or name in names:
                 chunk = input_batch.is_prefilling_np[index]
                 new = int(input_batch.num_scheduled_tokens[index]) if chunk else 1
                 self._behind[name] = self._behind.get(name, 0) + new

@@ -119,30 +119,31 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
             metadata = self._metadata(num_reqs, query_len, bound, self._step, CUDAGraphMode.NONE)
         self._run_pass(num_reqs, query_len, metadata, slot_mappings)
 
-    def read_spans(self, input_batch: Any, spans: Sequence[Span]) -> torch.Tensor:
+    def read_spans(self, input_batch: Any, spans: Sequence[Span], bases: torch.Tensor) -> torch.Tensor:
         """A pass that draws nothing: the draft model reads tokens that the target has read before.
 
         Args:
             input_batch: of the step.
             spans: positions of each request of the batch; at an empty one a token is read whose KV goes nowhere.
+            bases: [num_reqs] int64, what each request's positions are counted from.
 
         Returns:
             [num_kv_cache_groups, num_tokens] the slots that were written, -1 for none.
         """
         num_reqs, buffers = input_batch.num_reqs, self.input_buffers
+        begins = self.on_device(np.array([start for start, _ in spans])) + bases  # [num_reqs]
         counts = np.array([max(end - start, 1) for start, end in spans], dtype=np.int32)  # [num_reqs]
-        ends = np.array([start for start, _ in spans], dtype=np.int32) + counts
         query_starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
         num_tokens = int(query_starts[-1])
-        rows = np.repeat(np.arange(num_reqs), counts)
-        offsets = np.arange(num_tokens) - query_starts[rows]
-        positions = self.on_device((ends - counts)[rows] + offsets)  # [num_tokens] int64
-        states = input_batch.idx_mapping[self.on_device(rows)]
+        of_row = np.repeat(np.arange(num_reqs), counts)
+        rows = self.on_device(of_row)
+        positions = begins[rows] + self.on_device(np.arange(num_tokens) - query_starts[of_row])  # [num_tokens] int64
+        states = input_batch.idx_mapping[rows]
         reads = self.on_device(np.array([end > start for start, end in spans]))  # [num_reqs]
         buffers.input_ids[:num_tokens] = self.runner.req_states.all_token_ids.gpu[states, positions]
         buffers.positions[:num_tokens] = positions
         buffers.query_start_loc[: num_reqs + 1] = self.on_device(query_starts)
-        buffers.seq_lens[:num_reqs] = self.on_device(ends)
+        buffers.seq_lens[:num_reqs] = begins + self.on_device(counts)
         self._writing[:num_reqs] = torch.where(reads, input_batch.idx_mapping, -1)
         slots = self.block_tables.compute_slot_mappings(
             self._writing[:num_reqs], buffers.query_start_loc[: num_reqs + 1], buffers.positions[:num_tokens],
@@ -152,7 +153,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
             num_reqs=num_reqs,
             batch_desc=BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs),
             query_start_loc_np=query_starts,
-            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[:num_reqs],
             step=0,
             slot_mappings=slots,
         )

@@ -78,6 +78,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.gaps = DraftKVGaps(self)
         self._longest = longest_drafted(vllm_config)
         self._num_proposals = 0
+        self._warm_for: Any = None
         self._none = torch.zeros((), dtype=torch.int32, device=device)
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
@@ -90,17 +91,25 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.gaps = DraftKVGaps(self)
 
     def start_cost_aware(self) -> None:
-        """See :meth:`Drafter.start_cost_aware`; nothing is compiled in service."""
-        if self.cost_aware is None:
-            self.round.warm()
-            if self.runs is not None and self._tail is not None:
-                self.runs.warm(self._tail)
+        """See :meth:`Drafter.start_cost_aware`."""
+        self.warm()  # where the rule was chosen in service
         super().start_cost_aware()
         if self.cost_aware is not None:
             self.cost_aware.in_flight = self.log.in_flight
             if self.runs is not None and not self.gaps.can_catch_up:
                 logger.warning("specdecpp: free runs are off, as the draft model must read every token at once: it has "
                                "a sliding window, or there is context parallelism or a KV connector")  # fmt: skip
+
+    def warm(self) -> None:
+        """Compile our kernels, and vLLM's that its own warm-up does not reach: nothing is compiled in service."""
+        if self._warm_for is self.round.rule:
+            return
+        self._warm_for = self.round.rule
+        self.round.warm()
+        if self.runs is not None and self._tail is not None:
+            self.runs.warm(self._tail)
+        if self.booked_rows is not None and self.device.type == "cuda":
+            self.booked_rows.warm()
 
     def put_in_force(self, rule: StopRule | CostAwareTail, min_length: int) -> None:
         """See :meth:`Drafter.put_in_force`; captured rounds hold the rule that they were captured with.
@@ -185,6 +194,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         passes = 0, self._none
         if self.requests.all_off(name for name, is_beyond in zip(request_ids, beyond, strict=True) if not is_beyond):
             self.gaps.leave_out(input_batch)
+            self._book(limits, ())
         else:
             passes = self._round(costs, input_batch, limits, num_rejected, last_sampled)
         self.submitted[input_batch.idx_mapping] = self.round.lengths[:num_reqs]
@@ -220,14 +230,15 @@ class SpecDecPPSpeculator(CapturedRounds):
         if costs is not None:
             costs.runs = runs
         plan = self._plan(costs, input_batch, limits)
+        self._book(limits, plan.drafts)
         if runs is not None and self._tail is not None:
             runs.find(input_batch, self._tail)
         num_passes, uncounted = 0, self._none
         read: list[int] = []  # tokens of each pass, if more were read than in a usual round
         if plan.reads or not self.gaps.can_catch_up:
             is_short = self._can_read_short(input_batch)
-            if self.runs is not None and is_short and (names := self.runs.took_runs()):
-                self.gaps.have_gaps(input_batch, names, self.runs.has_gap(input_batch))
+            if self.runs is not None and is_short and (ran := self.runs.took_runs()):
+                self.gaps.have_gaps(input_batch, ran, self.runs.has_gap(input_batch))
             read = self._catch_up(input_batch, plan.drafts)
             drafted = self._draft(input_batch, num_rejected, last_sampled, plan.longest)
             num_passes = len(read) + (1 if drafted is None else drafted)
@@ -310,10 +321,6 @@ class SpecDecPPSpeculator(CapturedRounds):
         self._prefill(input_batch, num_rejected, last_sampled, input_batch.num_reqs, skip_attn, None)
         # Every kernel once, not K_max equal passes.
         self._later_passes(input_batch, min(2, self.num_speculative_steps), skip_attn)
-
-    def _graph_size(self, num_reqs: int) -> int | None:
-        """Batch size of the captured rounds that serve so many requests; None if there are none."""
-        return None if self.graphs is None else self.graphs.size_for(num_reqs)
 
     def _draft(
         self, input_batch: Any, num_rejected: torch.Tensor, last_sampled: torch.Tensor, max_length: int

@@ -6,8 +6,11 @@ different numbers of them, would run piecewise. What it captures here besides:
 
 * one token of each request, exactly the graphs of an engine without speculation: K = 0 costs what off costs;
 * where the attention backend can replay any mix of 1 to K + 1 tokens a request: graphs of such mixes, in the place of
-  those of K + 1 tokens each (vLLM's ``varlen_decode``, which it keeps for adaptive verification);
+  those of K + 1 tokens each (vLLM's ``varlen_decode``);
 * elsewhere: a single request at each length. Different lengths in one batch run piecewise there.
+
+With adaptive verification vLLM captures such mixes itself, and books at least two tokens of each request, so no batch
+would find the graphs of one token: its own manager stays.
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ def widen(runner: Any, mode: CUDAGraphMode, draft_layers: Collection[str]) -> st
     if manager is None or not manager.needs_capture():
         return "without CUDA graphs"
     special = {
+        "adaptive verification": manager.varlen_decode or None,
         "microbatches": manager.ubatch_runner,
         "prefill context parallelism": runner.pcp_manager,
         "kv_sharing_fast_prefill": runner.fast_prefill,
@@ -96,7 +100,7 @@ def widen(runner: Any, mode: CUDAGraphMode, draft_layers: Collection[str]) -> st
         mode,
         decode_query_len=runner.decode_query_len,
         lora_capture_cases=runner.lora_capture_cases,
-        varlen_decode=manager.varlen_decode or _takes_any_lengths(runner, draft_layers),
+        varlen_decode=_takes_any_lengths(runner, draft_layers),
     )
     return runner.cudagraph_manager.describe()
 
