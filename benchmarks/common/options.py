@@ -17,7 +17,7 @@ from vllm_specdecpp.setup.models import SOURCES, fetch
 from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 
-def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that all benchmarks of the pair take."""
     parser.add_argument(
         "--pair",
@@ -28,8 +28,7 @@ def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
     )
     parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
-    if sets:
-        parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
+    parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
     parser.add_argument("--prompts", type=int, default=20, help="prompts a set")
     parser.add_argument("--max-tokens", type=int, default=128, help="new tokens a prompt")
     parser.add_argument("--top-k", type=int, help="sample among the target's k likeliest tokens; the paper's is 50")
@@ -114,13 +113,11 @@ def command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace, Sequence[str], float], int],
     argv: list[str] | None,
-    stopped: str = "the same command goes on",
 ) -> int:
     """Parse the options and run; what goes wrong for the user is one line.
 
     Args:
         run: gets the options, the command line, and when it started (``time.monotonic``).
-        stopped: what to say after an interruption.
     """
     started = time.monotonic()
     args = parser.parse_args(argv)
@@ -130,5 +127,5 @@ def command(
         print(f"{module}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; {stopped}", file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
         return 130
