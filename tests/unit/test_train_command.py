@@ -21,6 +21,7 @@ from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, sh
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import train
 from vllm_specdecpp.training.fit.fitting import evaluate, score
+from vllm_specdecpp.training.fit.held_out import name_digest, training_data
 from vllm_specdecpp.training.fit.train import TrainOptions, advice_on, run, train_head
 
 HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
@@ -148,10 +149,20 @@ class TestRun:
 
     def test_two_datasets_of_one_pair(self, data: Path, tmp_path: Path) -> None:
         other = make_dataset(tmp_path / "other", units=1, prompts_digest="1")
-        run(options([data, other], tmp_path / "head", epochs=1))
+        again = make_dataset(tmp_path / "again", units=1)  # prompts of data
+        run(options([data, other, again], tmp_path / "head", epochs=1))
         made = json.loads((tmp_path / "head" / "provenance.json").read_text())
-        assert [entry["folder"] for entry in made["data"]] == ["train", "other"]
-        assert made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"] == len(load_rows([data, other], 0))
+        assert [entry["folder"] for entry in made["data"]] == ["train", "other", "again"]
+        num_rows = made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"]
+        assert num_rows == len(load_rows([data, other, again], 0))
+        ids = sorted(f"{prefix}-{i}" for prefix, num in (("0", 40), ("1", 10)) for i in range(num))
+        assert made["prompts"] == {
+            part: [name_digest((each, "a")) for each in ids if split_by_id(each, 0.25, 0) == held_out]
+            for part, held_out in (("fitted", False), ("held_out", True))
+        }
+        found = training_data(tmp_path / "head")  # is told even when the datasets are gone
+        assert all(found.knows((each, "a")) for each in ids)
+        assert not found.knows((ids[0], "b")) and not found.knows(("new", "a"))
 
     def test_the_scores_are_the_engines(self, data: Path, tmp_path: Path) -> None:
         """What training computes of a row is what HeadEstimator computes of the same step."""
