@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from benchmarks.heads.sweep import PAPERS
+from tests.dataset_files import make_manifest
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.dataset import LabelRows, load_rows
 from vllm_specdecpp.data.prompts import split_by_id
-from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import train
 from vllm_specdecpp.training.fit.fitting import evaluate, score
@@ -28,15 +29,6 @@ HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
 QUICK: dict[str, Any] = {"layers": 1, "lr": 3e-3, "epochs": 4, "batch_size": 64, "validation": 0.25}
 ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_decay": 0.1}
 """To learn a few hundred rows by heart."""
-
-
-def make_manifest(**changes: Any) -> Manifest:
-    made: dict[str, Any] = {
-        "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
-        "sampling": {"temperature": 0.0}, "num_candidates": NUM_CANDIDATES, "prompts_digest": "0", "num_prompts": 40,
-        "unit_size": PROMPTS_A_UNIT, "versions": {},
-    }  # fmt: skip
-    return Manifest(**{**made, **changes})
 
 
 def make_round(request: str, emitted: int, generator: torch.Generator, all_of: int | None) -> RoundRecord:
@@ -56,7 +48,7 @@ def make_round(request: str, emitted: int, generator: torch.Generator, all_of: i
 
 def make_dataset(folder: Path, units: int = 4, all_of: int | None = None, **changes: Any) -> Path:
     """``all_of``: every round accepts so many."""
-    manifest = make_manifest(**changes)
+    manifest = make_manifest(**{"draft": "org/small", "hidden_size": HIDDEN, "prompts_digest": "0", **changes})
     dataset = create_dataset(folder, manifest, force=False)
     for unit in range(units):
         generator = torch.Generator().manual_seed(unit)
@@ -91,7 +83,7 @@ class TestRun:
         assert (head.lag, head.width, head.num_layers) == (settings.lag, settings.width, settings.layers)
         assert list(head.features) == settings.resolved_features and head.standardize is settings.standardize
         assert head.tied is (settings.tied or settings.layers == 0) and not head.training
-        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/large"}
+        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/target"}
         assert head.metadata == metadata
         names = ["config.json", "log.csv", "model.safetensors", "provenance.json"]
         assert sorted(path.name for path in (tmp_path / "head").iterdir()) == names
