@@ -25,7 +25,7 @@ help:
 	@echo "make test       unit and engine tests (no downloads but the environment), and test-v2"
 	@echo "make test-v2    Model Runner V2 and the Triton kernels, interpreted on the CPU"
 	@echo "make test-slow  tests with the real models, and slow variants of what make test proves"
-	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.serve.run"
+	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.campaign"
 	@echo "make check      ruff and mypy"
 	@echo "make docs       README and docs as a site, in build/site; a link that leads nowhere is an error"
 	@echo "make venv       the environment alone, in $(VENV)"
@@ -49,7 +49,7 @@ demo: models
 	@$(PY) -m benchmarks.demo $(ARGS)
 
 bench: models
-	@$(PY) -m benchmarks.serve.run $(ARGS)
+	@$(PY) -m benchmarks.campaign $(ARGS)
 
 test: $(STAMP)
 	@$(PYTEST) $(QUICK) $(ARGS) $(MAY_BE_EMPTY)

@@ -112,9 +112,7 @@ class Engines:
                 SpecDecPPConfig.from_additional_config(start_up).with_changes(changes)
                 wanted = changes["num_speculative_tokens"]
             if wanted > bound:
-                raise ValueError(
-                    f"method {method.label!r}: the engine holds {bound} candidates; raise --max-candidates"
-                )
+                raise ValueError(f"method {method.label!r}: the engine holds {bound} candidates; raise max_candidates")
 
     def start(self) -> None:
         """Start what is needed: an engine that is off, and one for each draft."""

@@ -31,8 +31,8 @@ from typing import Any
 
 from benchmarks.common import options
 from benchmarks.common.methods import OFF
-from benchmarks.common.records import RawFile, Row, load_prompts
-from benchmarks.serve.report import check_free, origin, write_files
+from benchmarks.common.provenance import origin
+from benchmarks.common.records import RawFile, Row, load_prompts, write_files
 
 MODULE = "benchmarks.serve.load"
 OURS = "specdecpp"
@@ -182,9 +182,8 @@ def plot(raw: RawFile, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
+def write_report(raw: RawFile, out: Path) -> str:
     """Write ``out`` (JSONL), the table (.md) and the plot (.png); returns the table."""
-    check_free(out, force)
     written = markdown(raw)
     write_files(out, raw.rows, written)
     plot(raw, out.with_suffix(".png"))
@@ -228,7 +227,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str], started: float) -> int:
             raw.add({"prompt": turn, "method": method, "rate": rate, **row, "measured_in": raw.runs[-1]["run"]})
             figures = ", ".join(f"{row[key]:.4g} {name}" for key, name in FIGURES.items())
             print(f"{rate:g}/s turn {turn} {method}: {figures}; {len(todo) - left - 1} left", flush=True)
-    print(write_report(raw, args.out, args.force))
+    print(write_report(raw, args.out))
     return 0
 
 
