@@ -32,7 +32,7 @@ def load_prompts(folder: Path, sets: Sequence[str], count: int) -> dict[str, lis
 
 
 def make_groups(rows: Sequence[Row], batch: int) -> list[Sequence[Row]]:
-    """Groups of ``batch`` prompts; a last one that is smaller is left out, since it would measure another batch size."""
+    """Groups of ``batch`` prompts; a smaller last one is left out, since it would measure another batch size."""
     return [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
 
 
