@@ -26,7 +26,7 @@ help:
 	@echo "make test-v2    Model Runner V2 and the Triton kernels, interpreted on the CPU"
 	@echo "make test-v033  the same under vLLM 0.33: its Python files over 0.32's CPU kernels"
 	@echo "make test-slow  tests with the real models, and slow variants of what make test proves"
-	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.serve.run"
+	@echo "make bench      the benchmark table; ARGS=... are the options of python -m benchmarks.campaign"
 	@echo "make check      ruff and mypy"
 	@echo "make docs       README and docs as a site, in build/site; a link that leads nowhere is an error"
 	@echo "make venv       the environment alone, in $(VENV)"
@@ -50,7 +50,7 @@ demo: models
 	@$(PY) -m benchmarks.demo $(ARGS)
 
 bench: models
-	@$(PY) -m benchmarks.serve.run $(ARGS)
+	@$(PY) -m benchmarks.campaign $(ARGS)
 
 test: $(STAMP)
 	@$(PYTEST) $(QUICK) $(ARGS) $(MAY_BE_EMPTY)

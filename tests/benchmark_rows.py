@@ -12,7 +12,7 @@ from benchmarks.common.methods import Method
 
 SETTINGS = {"pair": "T + D", "temperature": 0.0, "batch": 1, "max_tokens": 128, "eager": True}
 METHODS = ["off", "draft_model:K=2", "draft_model:K=4", "confidence"]
-PROVENANCE = {"methods": METHODS, "command": "python -m benchmarks.serve.run", "versions": {"vllm": "0"}, "git": "abc"}
+PROVENANCE = {"methods": METHODS, "command": "python -m benchmarks.campaign", "versions": {"vllm": "0"}, "git": "abc"}
 # Seconds that 100 tokens take.
 SECONDS = {"off": 20.0, "draft_model:K=2": 12.5, "draft_model:K=4": 10.0, "confidence": 8.0}
 

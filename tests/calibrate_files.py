@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from tests.dataset_files import make_manifest
 from vllm_specdecpp.data.prompts import Prompt, PromptName, digest
-from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit.held_out import prompt_lists
 
@@ -37,11 +38,9 @@ def make_dataset(
     prompts_digest = digest([Prompt(each, "", "") for each in ids])
     prompts = [Prompt(prompt_id, sets[i % len(sets)], "") for i, prompt_id in enumerate(ids)]
     generator = torch.Generator().manual_seed(seed)
-    manifest = Manifest(
-        target=target, draft=draft, hidden_size=hidden_size, source="on-policy",
-        sampling={"temperature": 0.0}, num_candidates=K, prompts_digest=prompts_digest,
-        num_prompts=len(prompts), unit_size=len(prompts), versions={},
-    )  # fmt: skip
+    manifest = make_manifest(
+        target=target, draft=draft, hidden_size=hidden_size, num_candidates=K, prompts_digest=prompts_digest
+    )
     records = []
     for prompt in prompts:
         for _ in range(rounds):

@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.config import Campaign, Part, load
+from benchmarks.campaign.config import Campaign, load
 from benchmarks.campaign.report import write_report
 from benchmarks.common import options, session
-from benchmarks.common.records import RawFile, Row, load_prompts, make_units
+from benchmarks.common.records import RawFile, Row, load_prompts, make_groups
 
 MODULE = "benchmarks.campaign"
 
@@ -49,17 +49,13 @@ def quick(campaign: Campaign) -> Campaign:
 
 def make_cells(campaign: Campaign, prompts: Mapping[str, list[Row]]) -> list[session.Unit]:
     """The units of all cells, turn after turn, while a set has prompts."""
-
-    def groups(part: Part, batch: int, rows: list[Row], turn: int) -> list[list[Row]]:
-        return make_units({"": rows}, batch)[turn * part.groups : (turn + 1) * part.groups]
-
     return [
-        session.Unit(group, part.temperature, {"temperature": part.temperature, "batch": batch}, tuple(part.parsed()))
+        session.Unit(group, part.temperature, {"temperature": part.temperature, "batch": batch}, part.parsed())
         for turn in range(campaign.turns)
         for part in campaign.parts
         for batch in part.batches
         for rows in prompts.values()
-        for group in groups(part, batch, rows, turn)
+        for group in make_groups(rows, batch)[turn * part.groups : (turn + 1) * part.groups]
     ]
 
 
@@ -70,13 +66,13 @@ def settings_of(campaign: Campaign, args: argparse.Namespace) -> argparse.Namesp
         folder = None if args.models is None else args.models / name
         return str(folder) if folder is not None and folder.is_dir() else name
 
-    known: dict[str, Any] = campaign.model_dump(exclude={"target", "draft", "other_drafts", "parts", "sets"})
+    known: dict[str, Any] = campaign.model_dump(exclude={"target", "draft", "other_drafts", "head", "parts", "sets"})
     return argparse.Namespace(
         **known,
         **vars(args),
         pair=(place(campaign.target), place(campaign.draft)),
         other_drafts={name: place(folder) for name, folder in campaign.other_drafts.items()},
-        head=None,
+        head=campaign.head and place(campaign.head),
     )
 
 

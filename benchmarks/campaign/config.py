@@ -46,6 +46,8 @@ class Campaign(_Strict):
     draft: str
     other_drafts: dict[str, str] = {}
     """Further drafts by the name that a method has after its @."""
+    head: str | None = None
+    """Acceptance head of the draft, for the rule threshold."""
     sets: Annotated[dict[str, list[str]], Field(min_length=1)]
     """Sets of prompts by the name of their family, over which there is a total."""
     parts: Annotated[list[Part], Field(min_length=1)]

@@ -6,28 +6,19 @@ python -m benchmarks.campaign.report benchmarks/results/X.raw.jsonl --out benchm
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.common.methods import NATIVE, OFF, parse_method
-from benchmarks.common.records import RawFile, Row
+from benchmarks.common.provenance import origin
+from benchmarks.common.records import RawFile, Row, write_files
 from benchmarks.common.stats import ALL, Cell, Spread, aggregate, best_fixed_k, complete_units
-from benchmarks.serve.report import (
-    check_free,
-    heading,
-    method_order,
-    origin,
-    report_command,
-    result_rows,
-    spread,
-    write_files,
-)
 
 Place = tuple[float, str, int]
 """Temperature, set, batch."""
@@ -80,11 +71,45 @@ def summary(cells: Cells, judged: str, totals: Sequence[str]) -> Row:
     return result
 
 
-def markdown(cells: Cells, runs: Sequence[dict[str, Any]], judged: str) -> str:
-    """One table over all sets, a row a temperature and batch; and one with every set."""
-    totals = (*runs[-1]["families"], ALL)
+def result_rows(cells: Cells, runs: Sequence[Row]) -> list[Row]:
+    """A row a place and method, with the keys that every benchmark of this project uses."""
+    last, commits = runs[-1], "+".join(dict.fromkeys(run["git"] for run in runs))
+    return [
+        {
+            "pair": last["settings"]["pair"],
+            "set": name,
+            "temperature": temperature,
+            "batch": batch,
+            "method": cell.method,
+            "tokens_per_second": round(cell.tokens_per_second.value, 4),
+            "low": round(cell.tokens_per_second.low, 4),
+            "high": round(cell.tokens_per_second.high, 4),
+            "mean_candidate_length": _rounded(cell.mean_candidate_length),
+            "acceptance": _rounded(cell.acceptance),
+            "command": last["command"],
+            "versions": last["versions"],
+            "git": commits,
+        }
+        for (temperature, name, batch), of in cells.items()
+        for cell in of.values()
+    ]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def markdown(cells: Cells, runs: Sequence[Row], judged: str) -> str:
+    """One table over all sets, a row a temperature and batch; one with every set; of a single temperature and batch
+    also one of all methods."""
+    last, totals = runs[-1], (*runs[-1]["families"], ALL)
+    settings = last["settings"]
+    parts = [f"Pair {settings['pair']}"]
+    parts += [f"top-k {settings['top_k']}"] if settings["top_k"] is not None else []
+    parts += [f"{settings['draft_sample_method']} drafting"] if settings["draft_sample_method"] is not None else []
+    parts += [f"up to {settings['max_tokens']} new tokens", "eager" if settings["eager"] else "compiled"]
     lines = [
-        heading(runs[-1], "", ""),
+        f"{', '.join(parts)}. {last['versions'].get('hardware', '')}.",
         f"Tokens/s; ratios of {judged}, paired by group of prompts, with 95 % bootstrap intervals. The best fixed K",
         "and the best of vLLM's own methods (off, draft_model, ngram, suffix) are the fastest of that very cell.",
         "",
@@ -94,6 +119,8 @@ def markdown(cells: Cells, runs: Sequence[dict[str, Any]], judged: str) -> str:
         "",
         *table({place: of for place, of in cells.items() if place[1] not in totals}, judged),
     ]
+    if len({(temperature, batch) for temperature, _, batch in cells}) == 1:
+        lines += ["", *methods_table(cells)]
     return "\n".join([*lines, *origin(runs)])
 
 
@@ -138,9 +165,31 @@ def table(cells: Cells, judged: str) -> list[str]:
     return rows
 
 
-def _shown(ratio: Spread | None, num_groups: int) -> str:
-    """A ratio with its interval; one group has none."""
-    return spread(ratio) if ratio is None or num_groups > 1 else f"{ratio.value:.2f}"
+def methods_table(cells: Cells) -> list[str]:
+    """Lines of a markdown table, a row a set and method: what it drafted, and how many outputs are those of off."""
+    rows = [
+        "| set | method | groups | tokens/s | over off | over best fixed K | candidates | acceptance | equal to off |",
+        "|---" * 9 + "|",
+    ]
+    for (temperature, name, _), of in cells.items():
+        for cell in of.values():
+            fixed = cell.over_best_fixed_k and f"{_shown(cell.over_best_fixed_k, cell.units)} (K={cell.best_fixed_k})"
+            equal = None if cell.equal_outputs is None or temperature > 0 else f"{cell.equal_outputs}/{cell.units}"
+            length = None if cell.mean_candidate_length is None else f"{cell.mean_candidate_length:.2f}"
+            acceptance = None if cell.acceptance is None else f"{100 * cell.acceptance:.1f} %"
+            rows.append(
+                f"| {name} | {cell.method} | {cell.units} | {_shown(cell.tokens_per_second, cell.units)} "
+                f"| {_shown(cell.over_off, cell.units)} | {fixed or ''} | {length or ''} | {acceptance or ''} "
+                f"| {equal or ''} |"
+            )
+    return rows
+
+
+def _shown(found: Spread | None, num_groups: int) -> str:
+    """A value with its interval; one group has none."""
+    if found is None:
+        return ""
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if num_groups > 1 else f"{found.value:.2f}"
 
 
 def plot(cells: Cells, judged: str, totals: Sequence[str], title: str, path: Path) -> None:
@@ -189,29 +238,39 @@ def write_report(raw: RawFile, out: Path, force: bool = False, judged: str | Non
         ValueError: ``out`` exists and ``force`` is off, no group is finished by all methods, or ``judged`` is not in
             every cell.
     """
-    check_free(out, force)
-    method_order(raw)
+    if out.exists() and not force:
+        raise ValueError(f"--out {out} is there already; choose another name or pass --force to write it anew")
+    if not raw.runs:
+        raise ValueError(f"{raw.path} holds no run: measure first with python -m benchmarks.campaign")
     last = raw.runs[-1]
     if "cells" not in last:
-        raise ValueError(f"{raw.path} holds one temperature and batch; use python -m benchmarks.serve.report")
+        raise ValueError(f"{raw.path} is no campaign's: the commit that it names has its program")
     cells = cells_of(raw.rows, last["cells"], last["families"])
     judged, totals = judged or last["judged"], (*last["families"], ALL)
     if not all(judged in of for of in cells.values()):
         raise ValueError(f"--judged {judged}: not measured in every cell")
     written = markdown(cells, raw.runs, judged)
-    rows: list[Row] = []
-    for (temperature, _, batch), of in cells.items():
-        rows += result_rows(list(of.values()), raw.runs, temperature, batch)
-    write_files(out, rows, written)
+    write_files(out, result_rows(cells, raw.runs), written)
     plot(cells, judged, totals, f"{judged}, tokens/s: {last['settings']['pair']}", out.with_suffix(".png"))
     return f"{written}\n{json.dumps(summary(cells, judged, totals))}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
-    return report_command(
-        "benchmarks.campaign.report", (__doc__ or "").splitlines()[0], write_report, argv, judged=True
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.campaign.report", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("raw", type=Path, help="X.raw.jsonl of a campaign, finished or not")
+    parser.add_argument("--out", type=Path, required=True, help="X.jsonl; X.md and X.png are written beside it")
+    parser.add_argument("--force", action="store_true", help="replace a report that is there already")
+    parser.add_argument("--judged", help="the method that the ratios are of; by default the campaign's")
+    args = parser.parse_args(argv)
+    try:
+        print(write_report(RawFile(args.raw), args.out, args.force, args.judged))
+    except ValueError as error:
+        print(f"{parser.prog.removeprefix('python -m ')}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common.in_worker import restore_proposer, use_native_proposer, use_padding, use_runs, use_text_proposer
@@ -47,8 +47,8 @@ class EngineSettings:
     trace_rounds: int = 0
     other_drafts: Mapping[str, str] = field(default_factory=dict)
 
-    def speculative_config(self, ours: bool = True, draft: str = "", **options: Any) -> dict[str, Any]:
-        """vLLM's option for a speculating engine, with our method and some of its options or with vLLM's own."""
+    def speculative_config(self, ours: bool = True, draft: str = "") -> dict[str, Any]:
+        """vLLM's option for a speculating engine, with our method or with vLLM's own."""
         model = self.other_drafts[draft] if draft else self.draft
         shared: dict[str, Any] = {"model": model, "num_speculative_tokens": self.num_speculative_tokens}
         if self.draft_sample_method is not None:
@@ -56,7 +56,7 @@ class EngineSettings:
         if not ours:
             return {"method": NATIVE, **shared}
         head = {} if self.head is None else {"head": self.head}
-        return {"method": "specdecpp", **shared, "trace_rounds": self.trace_rounds, **head, **options}
+        return {"method": "specdecpp", **shared, "trace_rounds": self.trace_rounds, **head}
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class Engines:
                 SpecDecPPConfig.from_additional_config(start_up).with_changes(changes)
                 wanted = changes["num_speculative_tokens"]
             if wanted > bound:
-                raise ValueError(
-                    f"method {method.label!r}: the engine holds {bound} candidates; raise --max-candidates"
-                )
+                raise ValueError(f"method {method.label!r}: the engine holds {bound} candidates; raise max_candidates")
 
     def start(self) -> None:
         """Start what is needed: an engine that is off, and one for each draft."""
@@ -211,28 +209,15 @@ class Engines:
         temperature: float,
         top_k: int | None = None,
     ) -> Generation:
-        """Generate for one batch of token-id prompts with ``method``; the clock covers prefill and decoding."""
-        self.select(method)
-        engine = OFF if method.name == OFF else _engine_of(method.draft)
-        before = self._counters(engine)
-        result = self.answer(engine, prompts, max_tokens, temperature, top_k)
-        after = self._counters(engine)
-        return replace(result, counters={key: after.get(key, 0) - before.get(key, 0) for key in COUNTERS})
-
-    def answer(
-        self,
-        name: str,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        temperature: float,
-        top_k: int | None = None,
-    ) -> Generation:
-        """Generate for one batch of token-id prompts with one engine as it is; nothing is counted.
+        """Generate for one batch of token-id prompts with ``method``; the clock covers prefill and decoding.
 
         Requests have no seed: a seeded one would draft one-hot, which most traffic does not.
         """
         from vllm import SamplingParams
 
+        self.select(method)
+        engine = OFF if method.name == OFF else _engine_of(method.draft)
+        before = self._counters(engine)
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -240,11 +225,13 @@ class Engines:
         )
         inputs: Any = [{"prompt_token_ids": list(ids)} for ids in prompts]
         start = time.perf_counter()
-        outputs = self._llms[name].generate(inputs, params, use_tqdm=False)
+        outputs = self._llms[engine].generate(inputs, params, use_tqdm=False)
         seconds = time.perf_counter() - start
+        after = self._counters(engine)
         return Generation(
             token_ids=[list(output.outputs[0].token_ids) for output in outputs],
             seconds=seconds,
+            counters={key: after.get(key, 0) - before.get(key, 0) for key in COUNTERS},
             texts=[output.outputs[0].text for output in outputs],
         )
 

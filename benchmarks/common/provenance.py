@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_specdecpp import provenance
 
@@ -38,3 +40,11 @@ def git_state() -> str:
     sha = git("rev-parse", "HEAD") or "unknown"
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return sha + ("-dirty" if changed else "")
+
+
+def origin(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last lines of a page: command, versions, commits."""
+    last = runs[-1]
+    versions = ", ".join(f"{name} {value}" for name, value in last["versions"].items() if name != "hardware")
+    commits = ", ".join(dict.fromkeys(run["git"] for run in runs))
+    return ["", f"`{last['command']}`", "", f"{versions}; git {commits}", ""]

@@ -31,13 +31,9 @@ def load_prompts(folder: Path, sets: Sequence[str], count: int) -> dict[str, lis
     return prompts
 
 
-def make_units(prompts: dict[str, list[Row]], batch: int) -> list[list[Row]]:
-    """Units of ``batch`` prompts of one set, round-robin over the sets: stopping early leaves all sets equally covered.
-
-    A last group that is smaller than the batch is left out, since it would measure another batch size.
-    """
-    groups = [[rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)] for rows in prompts.values()]
-    return [group[turn] for turn in range(max(map(len, groups), default=0)) for group in groups if turn < len(group)]
+def make_groups(rows: Sequence[Row], batch: int) -> list[Sequence[Row]]:
+    """Groups of ``batch`` prompts; a smaller last one is left out, since it would measure another batch size."""
+    return [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
 
 
 def unit_id(unit: Sequence[Row]) -> str:
@@ -48,6 +44,13 @@ def unit_id(unit: Sequence[Row]) -> str:
 def output_hash(outputs: Iterable[Sequence[int]]) -> str:
     """Digest of the generated token ids, to see whether two methods gave the same output."""
     return hashlib.sha256(json.dumps([list(ids) for ids in outputs]).encode()).hexdigest()[:16]
+
+
+def write_files(out: Path, rows: Sequence[Row], page: str) -> None:
+    """The result rows, and beside them the page (.md)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
 class RawFile:

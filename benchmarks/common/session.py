@@ -7,7 +7,7 @@ import argparse
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,12 +23,12 @@ WARM_UP = "Write a short story about a lighthouse keeper who learns to count to 
 class Unit:
     """Prompts of one set that are answered together."""
 
-    prompts: list[Row]
+    prompts: Sequence[Row]
     temperature: float
-    cell: Mapping[str, float] = field(default_factory=dict)
-    """Keys that its raw rows have besides, where the prompts alone do not tell two units apart."""
-    methods: tuple[Method, ...] = ()
-    """Who answers it, if not all methods of the run."""
+    cell: Mapping[str, float]
+    """Keys that its raw rows have besides: the prompts alone do not tell two units apart."""
+    methods: Sequence[Method]
+    """Who answers it."""
 
     @property
     def id(self) -> str:
@@ -82,7 +82,7 @@ def encode(engines: Engines, prompts: Sequence[Row], args: argparse.Namespace) -
     longest = max(map(len, encoded)) + args.max_tokens + args.max_candidates
     if longest > args.max_model_len:
         needed = f"{unit_id(prompts)} needs {longest} (prompt, new tokens, candidates)"
-        raise ValueError(f"--max-model-len {args.max_model_len}: {needed}; raise it")
+        raise ValueError(f"max_model_len {args.max_model_len}: {needed}; raise it")
     return encoded
 
 
@@ -105,13 +105,12 @@ def measure(engines: Engines, unit: Unit, method: Method, args: argparse.Namespa
     }
 
 
-def make_plan(units: Sequence[Unit], methods: list[Method], raw: RawFile) -> Plan:
+def make_plan(units: Sequence[Unit], raw: RawFile) -> Plan:
     """The units that are not finished, each with its missing methods in this unit's order."""
     plan = []
     for turn, unit in enumerate(units):
         done = raw.done(*unit.cell)
-        mine = rotated(list(unit.methods) or methods, turn)
-        order = [method for method in mine if unit.key(method.label) not in done]
+        order = [method for method in rotated(unit.methods, turn) if unit.key(method.label) not in done]
         if order:
             plan.append((unit, order))
     return plan
@@ -152,7 +151,7 @@ def execute(
     args: argparse.Namespace, raw: RawFile, units: Sequence[Unit], methods: list[Method], started: float
 ) -> bool:
     """Start the engines and measure what is missing; returns False if the time budget ended it early."""
-    plan = make_plan(units, methods, raw)
+    plan = make_plan(units, raw)
     missing = sum(len(order) for _, order in plan)
     print(f"{missing} measurements to do: {len(methods)} methods, {len(units)} units of prompts", flush=True)
     if not plan:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that needs a GPU: the GPU tests, draft rounds by how they run, engines against vLLM's own draft model.
+"""All that needs a GPU and vLLM: the GPU tests, and draft rounds by how they run.
 
     python -m benchmarks.gpu                       # everything, about an hour on one H100
     python -m benchmarks.gpu --parts tests rounds --shapes 0.5B --batches 1 8
@@ -22,7 +22,7 @@ from benchmarks.gpu import jobs, plots
 from benchmarks.gpu.shapes import DRAFTS
 
 RESULTS = Path("benchmarks/results/gpu")
-PARTS = ("tests", "rounds", "end_to_end")
+PARTS = ("tests", "rounds")
 
 
 def no_gpu() -> str | None:
@@ -36,7 +36,7 @@ def no_gpu() -> str | None:
 
 def run_job(job: dict[str, Any], timeout: float) -> dict[str, Any]:
     """A job's row: its description with ``rows``, or with ``error``, the last line of what went wrong."""
-    described: dict[str, Any] = {key: job[key] for key in ("measure", "draft", "way") if key in job}
+    described: dict[str, Any] = {key: job[key] for key in ("draft", "way")}
     command = [sys.executable, "-m", "benchmarks.gpu.measure", json.dumps(job)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -60,7 +60,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", choices=list(DRAFTS), default=list(DRAFTS), help="drafts to time")
     parser.add_argument("--batches", nargs="+", type=int, default=jobs.BATCHES)
-    parser.add_argument("--target-layers", type=int, help="fewer layers than 70B's 80, for a smaller GPU")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one engine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder; must not hold results yet")
     return parser.parse_args(argv)
@@ -82,16 +81,12 @@ def main(argv: list[str]) -> int:
     if "tests" in args.parts:
         results["tests"] = run_tests()
         print(results["tests"]["summary"], flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        todo: list[dict[str, Any]] = []
-        if "rounds" in args.parts:
-            todo += jobs.draft_round_jobs(Path(scratch), args.shapes, args.batches)
-        if "end_to_end" in args.parts:
-            todo += jobs.end_to_end_jobs(Path(scratch), args.batches, args.target_layers)
-        for job in todo:
-            row = run_job(job, args.timeout)
-            results["rows"].append(row)
-            print(json.dumps(row), flush=True)
+    if "rounds" in args.parts:
+        with tempfile.TemporaryDirectory() as scratch:
+            for job in jobs.draft_round_jobs(Path(scratch), args.shapes, args.batches):
+                row = run_job(job, args.timeout)
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
     args.results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     plots.write(results["rows"], args.results)

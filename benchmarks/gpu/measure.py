@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One measurement in a process of its own: ``python -m benchmarks.gpu.measure JOB``; the last line is its JSON result.
+"""One engine in a process of its own: ``python -m benchmarks.gpu.measure JOB``; the last line is its JSON result.
 
 An engine that does not start, or a capture that fails, costs its own row and no other.
 """
@@ -18,13 +18,13 @@ from typing import Any
 PROMPT_TOKENS = 128
 
 
-def _engine(job: dict[str, Any], **options: Any) -> Any:
+def _engine(job: dict[str, Any]) -> Any:
     from vllm import LLM
 
     return LLM(
         model=job["target"], load_format="dummy", skip_tokenizer_init=True, max_model_len=2048,
         max_num_seqs=max(job["batches"]), enable_prefix_caching=False, disable_log_stats=False, seed=0,
-        speculative_config=job["speculative_config"], **options,
+        speculative_config=job["speculative_config"],
     )  # fmt: skip
 
 
@@ -113,21 +113,5 @@ def _host_waits(llm: Any, speculator: Any, propose: Any, timed_propose: Any, bat
     return statistics.median(counts)
 
 
-def end_to_end(job: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second at each batch size."""
-    llm = _engine(job, **job.get("engine", {}))
-    rows = []
-    for batch in job["batches"]:
-        _generate(llm, batch, 32)
-        num_tokens = job.get("num_tokens", 128)
-        seconds = min(_generate(llm, batch, num_tokens) for _ in range(2))
-        rows.append({"batch": batch, "tokens_per_second": batch * num_tokens / seconds})
-    return {"rows": rows}
-
-
-MEASUREMENTS = {"draft_rounds": draft_rounds, "end_to_end": end_to_end}
-
-
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    print(json.dumps(MEASUREMENTS[given["measure"]](given)))
+    print(json.dumps(draft_rounds(json.loads(sys.argv[1]))))

@@ -31,8 +31,8 @@ from typing import Any
 
 from benchmarks.common import options
 from benchmarks.common.methods import OFF
-from benchmarks.common.records import RawFile, Row, load_prompts
-from benchmarks.serve.report import check_free, origin, write_files
+from benchmarks.common.provenance import origin
+from benchmarks.common.records import RawFile, Row, load_prompts, write_files
 
 MODULE = "benchmarks.serve.load"
 OURS = "specdecpp"
@@ -48,8 +48,23 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=summary)
-    options.add_options(parser)
-    parser.set_defaults(prompts=16, max_tokens=64)
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        required=True,
+        metavar=("TARGET", "DRAFT"),
+        help="hub ids, folders, or names that vllm_specdecpp.setup.models fetches",
+    )
+    parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
+    parser.add_argument("--sets", nargs="+", default=["alpaca", "gsm8k", "humaneval", "mt_bench"])
+    parser.add_argument("--prompts", type=int, default=16, help="requests a load")
+    parser.add_argument("--max-tokens", type=int, default=64, help="new tokens a request")
+    parser.add_argument("--max-candidates", type=int, default=20, help="num_speculative_tokens of the engine")
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--kv-cache-mib", type=int, default=512, help="KV cache of each engine")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile: starts faster, runs slower")
+    parser.set_defaults(top_k=None, draft_sample_method=None)  # temperature 0
     parser.add_argument("--rates", nargs="+", type=float, required=True, help="requests a second")
     parser.add_argument("--turns", type=int, default=2, help="loads of --prompts requests at each rate")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="of both servers")
@@ -182,9 +197,8 @@ def plot(raw: RawFile, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_report(raw: RawFile, out: Path, force: bool = False) -> str:
+def write_report(raw: RawFile, out: Path) -> str:
     """Write ``out`` (JSONL), the table (.md) and the plot (.png); returns the table."""
-    check_free(out, force)
     written = markdown(raw)
     write_files(out, raw.rows, written)
     plot(raw, out.with_suffix(".png"))
@@ -228,7 +242,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str], started: float) -> int:
             raw.add({"prompt": turn, "method": method, "rate": rate, **row, "measured_in": raw.runs[-1]["run"]})
             figures = ", ".join(f"{row[key]:.4g} {name}" for key, name in FIGURES.items())
             print(f"{rate:g}/s turn {turn} {method}: {figures}; {len(todo) - left - 1} left", flush=True)
-    print(write_report(raw, args.out, args.force))
+    print(write_report(raw, args.out))
     return 0
 
 

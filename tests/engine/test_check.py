@@ -107,6 +107,7 @@ def test_ten_answers(tiny, capsys, monkeypatch):
     assert status == 0 and found["answers"]["equal answers"] == 4 and found["answers"]["on over off"] > 0
 
 
+@pytest.mark.asks(19)
 def test_other_answers_are_told_from_near_ties(monkeypatch):
     """Speculation changes one token; the two likeliest are the further apart the longer the prompt is."""
 

@@ -113,8 +113,8 @@ def test_free_runs_are_left_out_and_come_back() -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("draft_model:8", "raise --max-candidates"),
-        ("confidence:num_speculative_tokens=8", "raise --max-candidates"),
+        ("draft_model:8", "raise max_candidates"),
+        ("confidence:num_speculative_tokens=8", "raise max_candidates"),
         ("confidense", "rule='confidense' must be one of"),
         ("confidence:threshold=1.5", "strictly between 0 and 1"),
         ("threshold", "needs an acceptance head"),
@@ -136,5 +136,5 @@ def test_the_command_line_holds_no_machine_paths(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.chdir(tmp_path / "repo")
     argv = ["--pair", str(tmp_path / "home/m 1"), "org/draft", "--data", str(tmp_path / "data")]
-    expected = "python -m benchmarks.serve.run --pair ~/'m 1' org/draft --data ../data"
-    assert command_line(argv, "benchmarks.serve.run") == expected
+    expected = "python -m benchmarks.start --pair ~/'m 1' org/draft --data ../data"
+    assert command_line(argv, "benchmarks.start") == expected

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import yaml
 
 from benchmarks.campaign import __main__ as campaign
 from benchmarks.campaign.config import Campaign, load
-from benchmarks.campaign.report import cells_of, main, summary
+from benchmarks.campaign.report import cells_of, main, summary, write_report
 from benchmarks.common import session
 from benchmarks.common.records import RawFile
-from benchmarks.serve.report import main as report_main
-from tests.benchmark_rows import FakeEngines, raw_row, write_prompts
+from tests.benchmark_rows import PROVENANCE, SETTINGS, FakeEngines, raw_row, write_prompts
 
 METHODS = ["off", "draft_model:K=2", "draft_model:K=4", "confidence"]
 PART = {"temperature": 0, "batches": [1, 4], "methods": ["off", "draft_model:2", "draft_model:4", "confidence"]}
@@ -57,6 +57,12 @@ class TestFile:
             load(tmp_path / "c.yaml")
         assert "\n" not in str(error.value)
 
+    def test_a_head_is_looked_for_among_the_models(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        args = argparse.Namespace(models=tmp_path, data=tmp_path)
+        for head, place in ((None, None), ("mine", str(tmp_path / "mine")), ("org/theirs", "org/theirs")):
+            assert campaign.settings_of(Campaign.model_validate(FILE | {"head": head}), args).head == place
+
     def test_no_file_and_no_yaml(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="No such file"):
             load(tmp_path / "c.yaml")
@@ -93,7 +99,7 @@ class TestCells:
         few = {**PART, "temperature": 1, "methods": ["off", "confidence"]}
         prompts = {"a": [{"id": "a0", "set": "a", "prompt": "?"}]}
         file = Campaign.model_validate(FILE | {"parts": [PART, few], "turns": 1})
-        plan = session.make_plan(campaign.make_cells(file, prompts), file.methods, RawFile(Path("none")))
+        plan = session.make_plan(campaign.make_cells(file, prompts), RawFile(Path("none")))
         assert [(unit.temperature, {m.label for m in order}) for unit, order in plan] == [
             (0.0, set(METHODS)), (1.0, {"off", "confidence"}),
         ]  # fmt: skip
@@ -148,6 +154,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(tmp_path / "c.yaml"), "--data", str(tmp_path), "--out", str(tmp_path / "x.jsonl")]
 
 
+RESULT_KEYS = (
+    "pair set temperature batch method tokens_per_second low high mean_candidate_length acceptance command versions git"
+)
 NUM_MEASUREMENTS = 2 * 2 * 2 * 2 * 4
 """Turns, temperatures, batches, sets, methods."""
 
@@ -159,7 +168,8 @@ class TestCommand:
         assert campaign.main(command) == 0
         assert len(FakeEngines.calls) == NUM_MEASUREMENTS
         rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-        assert len(rows) == 2 * 2 * 4 * 4  # temperatures, batches, sets and totals, methods
+        assert [list(row) for row in rows] == [RESULT_KEYS.split()] * (2 * 2 * 4 * 4)  # T, batches, sets, methods
+        assert (rows[-1]["method"], rows[-1]["mean_candidate_length"]) == ("confidence", 3.0)
         assert {(row["temperature"], row["batch"]) for row in rows} == {(t, b) for t in (0.0, 1.0) for b in (1, 4)}
         # A group of four prompts gives four times the tokens in the same half second.
         rates = {row["batch"]: row["tokens_per_second"] for row in rows}
@@ -210,10 +220,36 @@ class TestCommand:
         assert campaign.main(command) == 2
         assert "pass --force" in capsys.readouterr().err
         assert (tmp_path / "x.jsonl").read_text() == "mine"
+        assert campaign.main([*command, "--force"]) == 0
+        assert len(FakeEngines.calls) == NUM_MEASUREMENTS  # nothing is measured twice
 
-    def test_the_other_report_says_which_to_take(
+    def test_a_time_budget_stops_between_groups(self, command: list[str], tmp_path: Path) -> None:
+        assert campaign.main([*command, "--minutes", "0.01"]) == 0  # 0.6 s; a group "takes" 4 * 0.5 s
+        assert len(RawFile(tmp_path / "x.raw.jsonl").rows) == 4
+        assert not (tmp_path / "x.jsonl").exists()
+
+    def test_one_part_can_grow_and_shows_every_method(self, command: list[str], tmp_path: Path) -> None:
+        one = FILE | {"parts": [{**PART, "batches": [1]}]}
+        for turns in (1, 2):
+            (tmp_path / "c.yaml").write_text(yaml.safe_dump(one | {"turns": turns}))
+            assert campaign.main([*command, "--force"]) == 0
+            assert len(FakeEngines.calls) == turns * 2 * 4
+        table = (tmp_path / "x.md").read_text()
+        same = "8.00 [8.00, 8.00] | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] (K=2)"
+        assert f"| all | confidence | 4 | {same} | 3.00 | 66.7 % | 4/4 |" in table
+        assert f"| a | off | 2 | {same} |  |  |  |" in table
+
+    def test_too_long_a_prompt_is_refused(
         self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        campaign.main(command)
-        assert report_main([str(tmp_path / "x.raw.jsonl"), "--out", str(tmp_path / "y.jsonl")]) == 2
-        assert "use python -m benchmarks.campaign.report" in capsys.readouterr().err
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(FILE | {"max_model_len": 30}))
+        assert campaign.main(command) == 2
+        assert "max_model_len 30: a-0 needs 38" in capsys.readouterr().err
+
+    def test_a_report_needs_a_campaigns_rows(self, tmp_path: Path) -> None:
+        raw = RawFile(tmp_path / "x.raw.jsonl")
+        with pytest.raises(ValueError, match="holds no run: measure first"):
+            write_report(raw, tmp_path / "x.jsonl")
+        raw.start_run(SETTINGS, PROVENANCE)
+        with pytest.raises(ValueError, match="is no campaign's"):
+            write_report(raw, tmp_path / "x.jsonl")

@@ -9,26 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.dataset_files import make_manifest, refused
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, rows_of
-from vllm_specdecpp.data.shards import Manifest, Shard, create_dataset, empty_shard, write_shard
+from vllm_specdecpp.data.shards import Shard, create_dataset, empty_shard, write_shard
 
 HIDDEN_SIZE = 3
 SCALARS = ("top1_prob", "entropy", "margin", "drawn_logprob")
 SHAPES: list[tuple[int, int]] = [(3, 1), (4, 4), (1, 0), (1, 1), (6, 2), (2, 2)]
 """Length of a round, and how many of it are accepted."""
-
-
-def _refused(match: str):
-    return pytest.raises(ValueError, match=f"^specdecpp: [^\n]*{match}[^\n]*$")
-
-
-def _manifest(**changes: Any) -> Manifest:
-    fields: dict[str, Any] = {
-        "target": "org/Target", "draft": "org/Draft", "hidden_size": HIDDEN_SIZE,
-        "source": "on-policy", "sampling": {}, "num_candidates": 6, "prompts_digest": "", "num_prompts": 0,
-        "unit_size": 0, "versions": {},
-    }  # fmt: skip
-    return Manifest(**{**fields, **changes})
 
 
 def _shard(first_token: int, shapes: list[tuple[int, int]], prompts: list[tuple[str, str]]) -> Shard:
@@ -101,12 +89,12 @@ def test_rows_are_no_views_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rows_of_nothing(lag):
-    rows = rows_of(empty_shard(_manifest()), lag)
+    rows = rows_of(empty_shard(make_manifest(hidden_size=HIDDEN_SIZE)), lag)
     assert len(rows) == 0 and rows.hidden.shape == (0, HIDDEN_SIZE)
 
 
 def _write(folder: Path, shards: list[Shard], **changes: Any) -> Path:
-    dataset = create_dataset(folder, _manifest(**changes), False)
+    dataset = create_dataset(folder, make_manifest(**{"hidden_size": HIDDEN_SIZE, **changes}), False)
     for unit, shard in enumerate(shards):
         write_shard(dataset.shard_path(unit), shard, dataset.manifest)
     return folder
@@ -139,18 +127,8 @@ def test_prompts_where(tmp_path):
     dropped = load_rows([folder], 0, prompts_where=lambda prompt: prompt[0] == "p0")
     assert {kept.prompts[i][0] for i in kept.prompt.tolist()} == {"p1", "p2"}
     assert sorted(_steps(kept) + _steps(dropped)) == sorted(_steps(load_rows([folder], 0)))
-    with _refused("no label of the chosen prompts"):
+    with refused("no label of the chosen prompts"):
         load_rows([folder], 0, prompts_where=lambda _: False)
-
-
-def test_max_rows_takes_some_of_all_shards_and_always_the_same(tmp_path):
-    folder = _write(tmp_path / "a", [_shard(100 * i, SHAPES, PROMPTS) for i in range(20)])
-    everything = _steps(load_rows([folder], 0))
-    some = load_rows([folder], 0, max_rows=40)
-    assert len(some) == 40 and set(_steps(some)) < set(everything)
-    assert _steps(some) == _steps(load_rows([folder], 0, max_rows=40))
-    assert min(_steps(some)) // 100 + 3 < max(_steps(some)) // 100, "not the first four shards"
-    assert _steps(load_rows([folder], 0, max_rows=10**6)) != [] and len(load_rows([folder], 0, max_rows=10**6)) == 260
 
 
 def test_select_and_concat():
@@ -171,13 +149,13 @@ def test_select_and_concat():
 )
 def test_mixed_pairs_are_refused_and_named(tmp_path, changes):
     folders = [_write(tmp_path / name, [_shard(0, SHAPES, PROMPTS)], **c) for name, c in (("a", {}), ("b", changes))]
-    with _refused("b is of the pair .*other.*, but .*a of org/Target / org/Draft"):
+    with refused("b is of the pair .*other.*, but .*a of org/target / org/draft"):
         load_rows(folders, 0)
 
 
 def test_another_hidden_size_is_another_pair(tmp_path):
-    folder = create_dataset(tmp_path / "b", _manifest(hidden_size=8), False).folder
-    with _refused("hidden size 8"):
+    folder = create_dataset(tmp_path / "b", make_manifest(hidden_size=8), False).folder
+    with refused("hidden size 8"):
         load_rows([_write(tmp_path / "a", [_shard(0, SHAPES, PROMPTS)]), folder], 0)
 
 
@@ -190,7 +168,7 @@ def test_other_versions_of_the_draft_are_reported(tmp_path, caplog):
 
 def test_the_same_dataset_twice_is_refused(tmp_path):
     folder = _write(tmp_path / "a", [_shard(0, SHAPES, PROMPTS)])
-    with _refused("given twice"):
+    with refused("given twice"):
         load_rows([folder, folder / "shards" / ".."], 0)
 
 
@@ -204,9 +182,9 @@ def test_the_same_dataset_twice_is_refused(tmp_path):
     ids=["no accepted", "no rejected", "none"],
 )
 def test_nothing_to_learn_from(tmp_path, shapes, message):
-    shard = _shard(0, shapes, PROMPTS) if shapes else empty_shard(_manifest())
+    shard = _shard(0, shapes, PROMPTS) if shapes else empty_shard(make_manifest(hidden_size=HIDDEN_SIZE))
     folder = _write(tmp_path / "a", [shard])
-    with _refused(message) as failure:
+    with refused(message) as failure:
         load_rows([folder], 0)
     assert str(folder) in str(failure.value)
 
@@ -215,5 +193,5 @@ def test_a_damaged_shard_is_not_skipped(tmp_path):
     folder = _write(tmp_path / "a", [_shard(100 * i, SHAPES, PROMPTS) for i in range(3)])
     path = folder / "shards" / "00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with _refused("00001.safetensors is truncated"):
+    with refused("00001.safetensors is truncated"):
         load_rows([folder], 0)

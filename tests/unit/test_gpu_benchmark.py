@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import jobs, measure, plots
-from benchmarks.gpu.shapes import DRAFTS, TARGETS, VOCAB
+from benchmarks.gpu import jobs, plots
+from benchmarks.gpu.shapes import DRAFTS, VOCAB
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -33,7 +33,7 @@ def test_results_are_never_overwritten(tmp_path, monkeypatch, capsys):
 
 
 def test_shapes_are_the_sizes_they_are_called():
-    for name, shape in {**DRAFTS, **TARGETS}.items():
+    for name, shape in DRAFTS.items():
         attention = shape.hidden * (2 * shape.hidden + 2 * shape.kv_heads * shape.hidden // shape.heads)
         # Embeddings counted once: the small ones tie them.
         weights = shape.layers * (attention + 3 * shape.hidden * shape.intermediate) + VOCAB * shape.hidden
@@ -42,16 +42,15 @@ def test_shapes_are_the_sizes_they_are_called():
 
 
 def test_jobs_cover_every_way_and_are_json(tmp_path):
-    made = jobs.draft_round_jobs(tmp_path, ["0.5B", "7B"], [1, 64]) + jobs.end_to_end_jobs(tmp_path, [1], layers=2)
-    assert {(job["draft"], job["way"]) for job in made if job["measure"] == "draft_rounds"} >= {
-        (draft, way) for draft in ("0.5B", "7B") for way in jobs.MODES
+    made = jobs.draft_round_jobs(tmp_path, ["0.5B", "7B"], [1, 64])
+    ways = {"native", "if_nodes, rule scored"} | {
+        way for mode in jobs.MODES for way in (mode, *(f"{mode}, {stop} of 20" for stop in jobs.STOPS))
     }
-    ways = [job["way"] for job in made if job["measure"] == "end_to_end"]
-    assert ways[0] == "off" and {way.split(",")[0] for way in ways[1:]} == {"draft_model", "specdecpp"}
-    assert json.loads((tmp_path / "70B" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert {(job["draft"], job["way"]) for job in made} == {(d, way) for d in ("0.5B", "7B") for way in ways}
+    assert json.loads((tmp_path / "target of 7B" / "config.json").read_text())["num_hidden_layers"] == 1
     for job in made:
         assert json.loads(json.dumps(job)) == job
-        assert job["measure"] in measure.MEASUREMENTS
+        assert (job["mode"] is None) == (job["speculative_config"]["method"] == "draft_model")
 
 
 @pytest.mark.parametrize(
@@ -69,18 +68,18 @@ def test_a_job_that_fails_costs_its_own_row(monkeypatch, code, timeout, wanted):
         return run([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "run", instead)
-    job = {"measure": "draft_rounds", "draft": "1B", "way": "eager", "target": "t"}
+    job = {"draft": "1B", "way": "eager", "target": "t"}
     row = command.run_job(job, timeout)
-    assert row == {"measure": "draft_rounds", "draft": "1B", "way": "eager", **wanted}
+    assert row == {"draft": "1B", "way": "eager", **wanted}
 
 
 def test_plots_are_written_for_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
     rows: list[dict[str, Any]] = [
-        {"measure": "draft_rounds", "draft": "1B", "way": "eager", "rows": [{"batch": 1, "ms": 3.0}]},
-        {"measure": "draft_rounds", "draft": "1B", "way": "if_nodes", "error": "no memory"},
-        {"measure": "draft_rounds", "draft": "7B", "way": "eager", "error": "no memory"},
+        {"draft": "1B", "way": "eager", "rows": [{"batch": 1, "ms": 3.0}]},
+        {"draft": "1B", "way": "if_nodes", "error": "no memory"},
+        {"draft": "7B", "way": "eager", "error": "no memory"},
     ]
-    assert plots.lines(rows, "draft_rounds", "1B", "ms") == {"eager": ([1], [3.0])}
+    assert plots.lines(rows, "1B") == {"eager": ([1], [3.0])}
     assert [path.name for path in plots.write(rows, tmp_path)] == ["draft-rounds-1B.png"]
     assert (tmp_path / "draft-rounds-1B.png").stat().st_size > 1000

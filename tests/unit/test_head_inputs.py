@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our heads have beyond the released ones: width, scalars, standardisation, calibration, metadata."""
+"""The formula and the round trip, with what our heads have beyond the released ones: width, scalars, and so on."""
 
 from __future__ import annotations
 
@@ -77,8 +77,9 @@ def test_round_trip(tmp_path: Path, options: dict[str, Any], num_layers: int, ti
     head = make_head(num_layers, tied, **options)
     head.metadata = {"draft": "org/small", "target": "org/large", "w_rej": 6.0, "soft": False, "rule": {"rule": "x"}}
     head.calibration = {"slope": 0.5, "intercepts": [1.0, -2.0], "fitted_on": "a set"}
-    head.save_pretrained(tmp_path)
-    loaded = AcceptanceHead.from_pretrained(tmp_path, expected_hidden_size=HIDDEN, expected_draft="org/small")
+    folder = tmp_path / "new" / "head"
+    head.save_pretrained(folder)
+    loaded = AcceptanceHead.from_pretrained(folder, expected_hidden_size=HIDDEN, expected_draft="org/small")
     hidden, scalars = inputs(head)
     assert torch.equal(loaded(hidden, scalars), head(hidden, scalars))
     assert torch.equal(loaded.probability(hidden, scalars, 2), head.probability(hidden, scalars, 2))
@@ -102,6 +103,7 @@ def test_other_dtypes() -> None:
     assert head.logit(hidden, scalars).dtype == head.probability(hidden, scalars).dtype == torch.float32
     hidden, scalars = inputs(head, 0)
     assert head.probability(hidden, scalars).shape == (0,)
+    assert make_head()(hidden.bfloat16()).dtype == torch.float32
 
 
 def test_dropout_is_of_training_only() -> None:

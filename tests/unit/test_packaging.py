@@ -175,7 +175,7 @@ def make_lines(target: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
-    ("target", "last"), [("test", "-m pytest "), ("demo", "-m benchmarks.demo"), ("bench", "-m benchmarks.serve.run")]
+    ("target", "last"), [("test", "-m pytest "), ("demo", "-m benchmarks.demo"), ("bench", "-m benchmarks.campaign")]
 )
 def test_nothing_is_printed_after_the_command_itself(target: str, last: str) -> None:
     assert last in make_lines(target)[-1]

@@ -15,7 +15,8 @@ from benchmarks.simulate import both
 from benchmarks.simulate.chains import Informed, Ngram, Ours, Place, serve
 from benchmarks.simulate.settings import Setting, true_costs
 from benchmarks.simulate.texts import WRONG, Text, least_seconds, recorded_texts
-from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from tests.dataset_files import make_manifest
+from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.training.collect.responses import write_responses
@@ -33,11 +34,8 @@ def text(drafts: bool = True) -> Text:
 
 
 def record(folder: Path, rounds: dict[str, list[tuple[list[int], int]]], answer: list[int], **sampling: float) -> Path:
-    manifest = Manifest(
-        target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
-        source="on-policy", sampling={"temperature": 0.0, "max_tokens": 40} | sampling, num_candidates=16,
-        prompts_digest="", num_prompts=1, unit_size=1, versions={}, git="", command="", created="",
-    )  # fmt: skip
+    sampling = {"temperature": 0.0, "max_tokens": 40, **sampling}
+    manifest = make_manifest(hidden_size=4, sampling=sampling, num_candidates=16)
     dataset = create_dataset(folder, manifest, False)
     records = [
         RoundRecord(

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.simulate import play as simulate
 from benchmarks.simulate.streams import make, recorded
-from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from tests.dataset_files import make_manifest
+from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.training.collect.responses import write_responses
 
 
@@ -29,11 +30,7 @@ def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float
 
 @pytest.fixture
 def record(tmp_path):
-    manifest = Manifest(
-        target="t", draft="d", target_revision=None, draft_revision=None, hidden_size=4,
-        source="on-policy", sampling={}, num_candidates=5, prompts_digest="", num_prompts=2, unit_size=2, versions={},
-        git="", command="", created="",
-    )  # fmt: skip
+    manifest = make_manifest(hidden_size=4, num_candidates=5)
     dataset = create_dataset(tmp_path / "data", manifest, False)
     rounds = rounds_of(0, [2, 5], 5, 0.25) + rounds_of(1, [0], 5, 0.75)
     prompts = {"0": {"id": "a", "set": "code"}, "1": {"id": "b", "set": "chat"}}

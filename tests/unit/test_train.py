@@ -16,7 +16,7 @@ from vllm_specdecpp.data.dataset import LabelRows
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit import fitting
-from vllm_specdecpp.training.fit.train import TrainOptions, some_prompts, train_head
+from vllm_specdecpp.training.fit.train import TrainOptions, train_head
 
 HIDDEN = 12
 
@@ -276,18 +276,6 @@ class TestStandardisation:
         assert not plain.standardize and "mean" not in plain.state_dict()
 
 
-class TestMaxRows:
-    def test_whole_prompts_always_the_same_and_nested(self) -> None:
-        rows = planted(500)  # 5 a prompt
-        small, large = some_prompts(rows, 52, 0), some_prompts(rows, 204, 0)
-        assert len(small.hidden) == 50 and len(large.hidden) == 200
-        assert set(small.prompt.tolist()) < set(large.prompt.tolist())
-        assert all(count == 5 for count in small.prompt.unique(return_counts=True)[1].tolist())
-        assert torch.equal(some_prompts(rows, 52, 0).hidden, small.hidden)
-        assert set(some_prompts(rows, 52, 1).prompt.tolist()) != set(small.prompt.tolist())
-        assert len(some_prompts(rows, 10**9, 0).hidden) == 500
-
-
 class TestErrors:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_data_that_are_no_numbers(self, bad: float) -> None:
@@ -295,7 +283,3 @@ class TestErrors:
         rows.hidden[7, 2] = bad
         with pytest.raises(ValueError, match=r"^specdecpp: .*no finite number"):
             train_head(rows, None, options())
-
-    def test_max_rows_below_one_prompt(self) -> None:
-        with pytest.raises(ValueError, match=r"^specdecpp: max_rows=4 is less than one prompt's rows \(5\); raise it"):
-            some_prompts(planted(50), 4, 0)

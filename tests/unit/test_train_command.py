@@ -13,29 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.heads.sweep import PAPERS
+from tests.dataset_files import make_manifest
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.dataset import LabelRows, load_rows
 from vllm_specdecpp.data.prompts import split_by_id
-from vllm_specdecpp.data.shards import Manifest, RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import train
 from vllm_specdecpp.training.fit.fitting import evaluate, score
+from vllm_specdecpp.training.fit.held_out import name_digest, training_data
 from vllm_specdecpp.training.fit.train import TrainOptions, advice_on, run, train_head
 
 HIDDEN, PROMPTS_A_UNIT, ROUNDS_A_PROMPT, NUM_CANDIDATES = 6, 10, 6, 4
 QUICK: dict[str, Any] = {"layers": 1, "lr": 3e-3, "epochs": 4, "batch_size": 64, "validation": 0.25}
 ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_decay": 0.1}
 """To learn a few hundred rows by heart."""
-
-
-def make_manifest(**changes: Any) -> Manifest:
-    made: dict[str, Any] = {
-        "target": "org/large", "draft": "org/small", "hidden_size": HIDDEN, "source": "on-policy",
-        "sampling": {"temperature": 0.0}, "num_candidates": NUM_CANDIDATES, "prompts_digest": "0", "num_prompts": 40,
-        "unit_size": PROMPTS_A_UNIT, "versions": {},
-    }  # fmt: skip
-    return Manifest(**{**made, **changes})
+PAPERS: dict[str, Any] = {
+    "lag": 1, "width": None, "layers": 3, "tied": True, "features": ["none"], "standardize": False, "w_rej": 6.0,
+    "lr": 5e-5, "batch_size": 32, "epochs": 3, "dropout": 0.0, "weight_decay": 0.0, "warmup": 0.03,
+}  # fmt: skip
+"""SpecDec++ (arXiv:2405.19715): its head, its loss and its optimiser."""
 
 
 def make_round(request: str, emitted: int, generator: torch.Generator, all_of: int | None) -> RoundRecord:
@@ -55,7 +52,7 @@ def make_round(request: str, emitted: int, generator: torch.Generator, all_of: i
 
 def make_dataset(folder: Path, units: int = 4, all_of: int | None = None, **changes: Any) -> Path:
     """``all_of``: every round accepts so many."""
-    manifest = make_manifest(**changes)
+    manifest = make_manifest(**{"draft": "org/small", "hidden_size": HIDDEN, "prompts_digest": "0", **changes})
     dataset = create_dataset(folder, manifest, force=False)
     for unit in range(units):
         generator = torch.Generator().manual_seed(unit)
@@ -90,7 +87,7 @@ class TestRun:
         assert (head.lag, head.width, head.num_layers) == (settings.lag, settings.width, settings.layers)
         assert list(head.features) == settings.resolved_features and head.standardize is settings.standardize
         assert head.tied is (settings.tied or settings.layers == 0) and not head.training
-        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/large"}
+        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/target"}
         assert head.metadata == metadata
         names = ["config.json", "log.csv", "model.safetensors", "provenance.json"]
         assert sorted(path.name for path in (tmp_path / "head").iterdir()) == names
@@ -141,17 +138,22 @@ class TestRun:
         a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
         assert a == b != c
 
-    def test_learning_curves(self, data: Path, tmp_path: Path) -> None:
-        run(options(data, tmp_path / "head", max_rows=100, epochs=1))
-        made = json.loads((tmp_path / "head" / "provenance.json").read_text())
-        assert 50 < made["metrics"]["num_rows"] <= 100
-
     def test_two_datasets_of_one_pair(self, data: Path, tmp_path: Path) -> None:
         other = make_dataset(tmp_path / "other", units=1, prompts_digest="1")
-        run(options([data, other], tmp_path / "head", epochs=1))
+        again = make_dataset(tmp_path / "again", units=1)  # prompts of data
+        run(options([data, other, again], tmp_path / "head", epochs=1))
         made = json.loads((tmp_path / "head" / "provenance.json").read_text())
-        assert [entry["folder"] for entry in made["data"]] == ["train", "other"]
-        assert made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"] == len(load_rows([data, other], 0))
+        assert [entry["folder"] for entry in made["data"]] == ["train", "other", "again"]
+        num_rows = made["metrics"]["num_rows"] + made["metrics"]["num_validation_rows"]
+        assert num_rows == len(load_rows([data, other, again], 0))
+        ids = sorted(f"{prefix}-{i}" for prefix, num in (("0", 40), ("1", 10)) for i in range(num))
+        assert made["prompts"] == {
+            part: [name_digest((each, "a")) for each in ids if split_by_id(each, 0.25, 0) == held_out]
+            for part, held_out in (("fitted", False), ("held_out", True))
+        }
+        found = training_data(tmp_path / "head")  # is told even when the datasets are gone
+        assert all(found.knows((each, "a")) for each in ids)
+        assert not found.knows((ids[0], "b")) and not found.knows(("new", "a"))
 
     def test_the_scores_are_the_engines(self, data: Path, tmp_path: Path) -> None:
         """What training computes of a row is what HeadEstimator computes of the same step."""
@@ -214,16 +216,14 @@ class TestDefaults:
         assert gains[0] > 0.01 and gains[1] > -0.001
 
     def test_the_papers_options_are_in_the_help(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """And they are those that the benchmark calls the paper's."""
         with pytest.raises(SystemExit):
             cli.main(["train", "--help"])
         text = " ".join(capsys.readouterr().out.split())
         shown = re.search(r"--lag 1 .*--weight-decay 0(?= )", text)
         assert shown is not None
         found = cli.parse(TrainOptions, ["d", "--out", "o", *shown[0].split()], "train")
-        expected = {**PAPERS}
-        assert expected.pop("patience") >= expected["epochs"]  # no early end
-        assert {name: getattr(found, name) for name in expected} == expected
+        assert {name: getattr(found, name) for name in PAPERS} == PAPERS
+        assert found.patience >= found.epochs  # no early end
 
     def test_advice(self, data: Path) -> None:
         def history(best: int, last: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.calibrate_files import write_provenance
+from tests.dataset_files import make_manifest
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import CostModel
@@ -30,10 +31,7 @@ CURVES = {
     "first": {1: 0.05}, "step": {1: 0.044}, "verify": {1: 0.19, 2: 0.20, 9: 0.26}, "read": {2: 0.04}
 }  # fmt: skip
 COSTS = CostModel(**CURVES, max_reqs=1, max_tokens=64)
-MANIFEST = Manifest(
-    target="org/target", draft="org/draft", hidden_size=HIDDEN, source="on-policy",
-    sampling={"temperature": 0.0}, num_candidates=16, prompts_digest="train", num_prompts=8, unit_size=4, versions={},
-)  # fmt: skip
+MANIFEST = make_manifest(hidden_size=HIDDEN, num_candidates=16, prompts_digest="train")
 
 
 def write_dataset(folder: Path, *, seed: int, prefix: str, manifest: Manifest = MANIFEST, num_units: int = 2) -> Path:

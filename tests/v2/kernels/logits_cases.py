@@ -46,6 +46,7 @@ CASES = [
     Case(4, 8200, holes=0.7),
     Case(2, 5000, holes=0.9999),  # parts of nothing but -inf
     Case(2, 20011, "float16", scale=10.0, holes=0.2),
+    Case(3, 151_936, "bfloat16"),  # Qwen's
 ]
 
 

@@ -42,7 +42,7 @@ def train_head(
     Args:
         rows: training rows.
         val_rows: for early stopping; None trains all epochs.
-        options: ``data``, ``out``, ``validation``, ``max_rows`` and ``force`` are not read.
+        options: ``data``, ``out``, ``validation`` and ``force`` are not read.
         on_epoch: called with the history so far after every epoch.
 
     Returns:
@@ -65,18 +65,6 @@ def train_head(
     return head, history
 
 
-def some_prompts(rows: LabelRows, max_rows: int, seed: int) -> LabelRows:
-    """Rows of whole prompts in an order of ``seed``, ``max_rows`` at most; a larger subset holds the smaller ones."""
-    prompts, counts = rows.prompt.unique(return_counts=True)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
-    taken = prompts[order][counts[order].cumsum(0) <= max_rows]
-    if len(taken) == 0:
-        raise ValueError(
-            f"specdecpp: max_rows={max_rows} is less than one prompt's rows ({int(counts[order[0]])}); raise it"
-        )
-    return rows.select(torch.isin(rows.prompt, taken))
-
-
 def run(options: TrainOptions) -> int:
     """Train as ``options`` say, and write the head, ``log.csv`` and ``provenance.json``.
 
@@ -92,8 +80,6 @@ def run(options: TrainOptions) -> int:
         return split_by_id(prompt[0], options.validation, options.seed)
 
     rows = load_rows(options.data, options.lag, prompts_where=lambda prompt: not held_out(prompt))
-    if options.max_rows is not None:
-        rows = some_prompts(rows, options.max_rows, options.seed)
     val_rows = None
     if options.validation > 0:
         val_rows = load_rows(options.data, options.lag, prompts_where=held_out)

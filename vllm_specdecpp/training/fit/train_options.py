@@ -79,9 +79,6 @@ class TrainOptions(CommandOptions):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the weights, the order of the rows, the dropout and the held-out prompts: same seed, same head."""
 
-    max_rows: int | None = Field(default=None, ge=1)
-    """Train on whole prompts up to this many rows only, always the same ones of a seed: for learning curves."""
-
     force: bool = False
     """Replace the head that ``out`` holds."""
 
