@@ -109,7 +109,7 @@ def as_shard(recorded: SimpleNamespace, prefix: str = "") -> Shard:
 
 
 def chains_of(
-    shard: Any, num_candidates: int | None, head: AcceptanceHead | None = None, chosen: Sequence[bool] | None = None
+    shard: Any, num_candidates: int, head: AcceptanceHead | None = None, chosen: Sequence[bool] | None = None
 ) -> Chains:
     """The shard's chains; ``num_candidates`` is what it was recorded with."""
     return chains_of_shard(shard, chosen or [True] * len(shard.prompts), head, num_candidates)

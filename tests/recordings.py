@@ -38,7 +38,7 @@ def config(tiny, **options: Any) -> dict[str, Any]:
 
 def flush(llm: Any, path: Any = None, prompts: Any = None) -> dict[str, Any]:
     """Also starts recording."""
-    arguments = {"path": None if path is None else str(path), "prompts": prompts}
+    arguments = {"path": None if path is None else str(path), "prompts": prompts or {}}
     return llm.collective_rpc("specdecpp_flush_records", kwargs=arguments)[0]
 
 

@@ -6,6 +6,7 @@ The oracle is a Hugging Face forward pass of each model over the same tokens.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from tests.recordings import (
 from tests.tiny_models import HIDDEN_SIZE
 from vllm_specdecpp.data.shards import create_dataset, read_shard
 
+PROMPT = {"id": "any", "set": "s"}
+
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
 def llm(request, tiny):
@@ -46,11 +49,11 @@ def vllms_own() -> list[Any]:
 def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, temperature):
     """Stands first: the other tests of this engine record from the start."""
 
-    def run() -> tuple[Any, Any, Any]:
+    def run() -> tuple[Any, Any, Any, Any]:
         torch.manual_seed(5)
         outputs = harness.generate(llm, REQUESTS, temperature=temperature, seed=7 if temperature else None)
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
-        return harness.token_ids(outputs), rounds, torch.get_rng_state()
+        return harness.token_ids(outputs), rounds, torch.get_rng_state(), {o.request_id: PROMPT for o in outputs}
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     if temperature > 0:  # the case before has switched it on
@@ -60,10 +63,10 @@ def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, tempera
     assert runner.drafter.recorder is None and type(runner.rejection_sampler).__name__ == "OwnNoise"
     harness.configure(llm, rule="confidence", threshold=0.8)
     harness.take_rounds(llm)
-    tokens, rounds, state = run()
+    tokens, rounds, state, _ = run()
     flush(llm)
-    recorded_tokens, recorded_rounds, recorded_state = run()
-    assert flush(llm)["steps"] == sum(len(c) for r in rounds for c, _, _ in r) > 0
+    recorded_tokens, recorded_rounds, recorded_state, prompts = run()
+    assert flush(llm, prompts=prompts)["steps"] == sum(len(c) for r in rounds for c, _, _ in r) > 0
     assert recorded_tokens == tokens
     assert recorded_rounds == rounds
     assert torch.equal(recorded_state, state)
@@ -194,3 +197,32 @@ def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
             assert length in (bound, room) or float(rejected[-1]) > threshold - 1e-4
             lengths.add(length)
     assert len(lengths) >= 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_records(monkeypatch, rank):
+    from vllm_specdecpp.engine.install import SpecDecPPWorkerMixin
+
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(rank_in_group=rank))
+    worker = SpecDecPPWorkerMixin()
+    sampler, drafter = SimpleNamespace(logprobs_mode="raw_logprobs"), SimpleNamespace(recorder=None)
+    worker.model_runner = SimpleNamespace(drafter=drafter, sampler=sampler, rejection_sampler="vLLM's", requests={})
+    worker.vllm_config = SimpleNamespace(speculative_config=None, use_v2_model_runner=False)
+    worker.device = torch.device("cpu")
+    summary = worker.specdecpp_flush_records(None, {})
+    if rank == 0:
+        assert summary["rounds"] == 0
+        assert drafter.recorder is not None and worker.model_runner.rejection_sampler != "vLLM's"
+    else:
+        assert summary == {}
+        assert drafter.recorder is None and worker.model_runner.rejection_sampler == "vLLM's"
+
+
+def test_acceptance_is_the_quotient_cut_at_1():
+    from vllm_specdecpp.engine.recording.sampler import acceptance
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5]])
+    q = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.4, 0.6]])
+    tokens = torch.tensor([0, 2, 0, 0])
+    assert acceptance(p.log(), q, tokens).tolist() == pytest.approx([0.5, 1.0, 0.0, 0.0])
+    assert acceptance(p.log(), None, tokens).tolist() == pytest.approx([0.5, 0.8, 0.0, 0.2])

@@ -263,8 +263,6 @@ class TestBookkeeping:
     def test_the_requests_own_limit_is_no_cut(self) -> None:
         chains = chains_of(hand_made([3], [1], emitted=[1]), 8)
         assert not lengths_of(chains, "confidence", 0.999, 8).cut.any()
-        chains = chains_of(hand_made([3], [1], emitted=[1]), None)  # a recorder whose rule stopped there
-        assert lengths_of(chains, "confidence", 0.999, 3).cut.tolist() == [False, True]
 
 
 class TestPolicies:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.decision.sources import Tokens
+from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog, why_stopped
@@ -38,9 +39,6 @@ from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
 from vllm_specdecpp.engine.v1.rows import draft_greedily, logprobs, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
-
-if TYPE_CHECKING:
-    from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
 
 logger = init_logger("vllm.specdecpp")
 
@@ -152,7 +150,7 @@ class SpecDecPPProposer(DraftPasses):
                 )
                 read = [len(p.token_ids) for p in passes]
                 step["read"] = read if sum(read) > 2 * len(fed) else []
-                trace = None if self.recorder is None else self.recorder.new_trace(rows)
+                trace = None if self.recorder is None else DraftTrace()
                 seeded = sampling_metadata.generators  # see engine.v1.own_noise
                 sampling = draft_greedily(sampling_metadata, seeded)
                 outruns = bool(self.run_sources) and isinstance(self.rule, CostAwareTail)  # on all ranks alike
