@@ -46,9 +46,9 @@ CENTRE: dict[str, Any] = {
 """What ``train`` does by default: for the Qwen pair, with 20,000 labels, nothing larger or less held back is better."""
 
 LARGE: dict[str, Any] = {
-    "lag": 1, "width": None, "layers": 3, "lr": 3e-4, "dropout": 0.1, "weight_decay": 0.1, "epochs": 10, "patience": 3,
+    "width": None, "layers": 3, "lr": 3e-4, "dropout": 0.1, "weight_decay": 0.1, "epochs": 10, "patience": 3,
 }  # fmt: skip
-"""The paper's size with the usual regularisation; the defaults of ``train`` until the first sweep."""
+"""The paper's size with the usual regularisation."""
 
 PAPERS: dict[str, Any] = {
     "lag": 1, "width": None, "layers": 3, "tied": True, "features": ["none"], "standardize": False, "w_rej": 6.0,
@@ -121,7 +121,7 @@ def grid(factors: Sequence[str], shares: Sequence[float]) -> list[Config]:
             "hidden state alone": {"features": ["none"]},
             "hidden state alone, lr 1e-3": {"features": ["none"], "lr": 1e-3},
         },
-        "lag": {"1": {"lag": 1}, "1, hidden state alone": {"lag": 1, "features": ["none"]}},
+        "lag": {"1, hidden state alone": {"lag": 1}},
         "large": {"full width, 3 blocks, held back less": LARGE},
     }
     found += [
@@ -160,7 +160,7 @@ class Data:
         """Fitted to the labels of the training prompts and of those held out."""
         rows, held_out = self.split(lag, seed)
         rows = rows if share == 1 else some_prompts(rows, int(share * len(rows)), seed)
-        return without_head(LabelRows.concat([rows, held_out]), lag)
+        return without_head(LabelRows.concat([rows, held_out]))
 
 
 def train_options_of(config: Config, seed: int, options: HeadSweepOptions) -> TrainOptions:
@@ -206,13 +206,12 @@ def run_one(config: Config, seed: int, data: Data, options: HeadSweepOptions) ->
     }  # fmt: skip
 
 
-def without_head(rows: LabelRows, lag: int) -> dict[str, Estimate]:
+def without_head(rows: LabelRows) -> dict[str, Estimate]:
     """Estimates from the draft's logits, each with a slope and an intercept a position; the strongest one first."""
-    names = [name for name in SCALAR_FEATURES if lag or name != "drawn_logprob"]
     label = targets(rows, soft=True)
 
     def inputs(of: LabelRows) -> Tensor:
-        return encode_scalars(of.scalars, names)  # [n, num_inputs]
+        return encode_scalars(of.scalars, SCALAR_FEATURES)  # [n, num_inputs]
 
     regression = fit_regression(inputs(rows), label)
     found = fit_by_prompts(regression.logit(inputs(rows)), label, rows.position, rows.prompt)

@@ -15,7 +15,6 @@ import torch
 from tests import engine_harness as harness
 from tests.exact_law import _filtered
 from tests.recordings import (
-    EVERY_SCALAR,
     LABEL_TOLERANCE,
     REQUESTS,
     assert_rounds_are_the_logged_ones,
@@ -168,11 +167,11 @@ def test_preempted_requests(tiny, tmp_path, reference):
 
 def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
     """The rule's inputs, recomputed from the record: states and scalars of the right pass, for the right request."""
-    from vllm_specdecpp.decision.features import encode_scalars
+    from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
     from vllm_specdecpp.head.model import AcceptanceHead
 
     torch.manual_seed(3)
-    head = AcceptanceHead(HIDDEN_SIZE, num_layers=1, features=EVERY_SCALAR)
+    head = AcceptanceHead(HIDDEN_SIZE, num_layers=1, features=SCALAR_FEATURES, lag=0)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(0, 0.05)
@@ -182,16 +181,12 @@ def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
     options = config(tiny, rule="threshold", threshold=threshold, head=str(tmp_path / "head"))
     with harness.engine(tiny.target, options) as llm:
         _, shard = record(llm, tmp_path / "data", REQUESTS, max_tokens=max_tokens)
-    scalars = encode_scalars({name: getattr(shard, name) for name in EVERY_SCALAR}, EVERY_SCALAR)
+    scalars = encode_scalars({name: getattr(shard, name) for name in SCALAR_FEATURES}, SCALAR_FEATURES)
     lengths = set()
     for rounds in rounds_by_request(shard).values():
         for steps, index in rounds:
             length = steps.stop - steps.start
-            # The state that read candidate k is that of step k + 1, its scalars are those of step k.
-            read = slice(steps.start + 1, steps.stop)
-            produced = slice(steps.start, steps.stop - 1)
-            accept = head.probability(shard.hidden_states[read], scalars[produced]) if length > 1 else torch.ones(0)
-            rejected = 1 - accept.cumprod(0)
+            rejected = 1 - head.probability(shard.hidden_states[steps], scalars[steps]).cumprod(0)
             assert (rejected[:-1] <= threshold + 1e-4).all()
             room = max_tokens - int(shard.emitted[index]) - 1
             assert length in (bound, room) or float(rejected[-1]) > threshold - 1e-4

@@ -48,7 +48,7 @@ def make_data(folder: Path, ids: Sequence[str], seed: int) -> Path:
             records.append(
                 RoundRecord(
                     request_id=prompt_id, hidden_states=hidden[:K], token_ids=[1] * K, top1_prob=guess,
-                    entropy=3 * (1 - guess), margin=guess * 4, drawn_logprob=guess.log(),
+                    entropy=3 * (1 - guess), margin=guess * 4,
                     soft_label=torch.full((K,), math.nan), num_accepted=([*accepted, 0.0]).index(0.0),
                     num_verified=K, emitted=at, temperature=0.0,
                 )
@@ -145,9 +145,9 @@ class TestRuns:
         seen: list[LabelRows] = []
         original = head_sweep.without_head
 
-        def spy(rows: LabelRows, lag: int) -> Any:
+        def spy(rows: LabelRows) -> Any:
             seen.append(rows)
-            return original(rows, lag)
+            return original(rows)
 
         monkeypatch.setattr(head_sweep, "without_head", spy)
         chosen = options(folder, tmp_path / "x.jsonl")
@@ -158,15 +158,11 @@ class TestRuns:
         assert [len(rows) for rows in seen] == [row["rows"] + row["held_out_rows"] for row in (whole, part)]
 
     def test_the_estimates_without_a_head(self, folder: Path, tmp_path: Path) -> None:
-        """At lag 1 the drawn token's probability is one of the scalars, at lag 0 it is not there."""
-        data = Data(options(folder, tmp_path / "x.jsonl"))
-        for lag in (0, 1):
-            rows = data.rows("on-policy", lag)
-            told = rows.accepted * 0.8 + 0.1
-            known = {**rows.scalars, ("drawn_logprob" if lag else "margin"): told.log() if lag else told}
-            rows = replace(rows, scalars=known)
-            p = head_sweep.without_head(rows, lag)["logit_features"](Scored(rows, torch.zeros(len(rows))))
-            assert metrics.auc(p, rows.accepted) > 0.99
+        """They read every scalar."""
+        rows = Data(options(folder, tmp_path / "x.jsonl")).rows("on-policy", 0)
+        rows = replace(rows, scalars={**rows.scalars, "margin": rows.accepted * 0.8 + 0.1})
+        p = head_sweep.without_head(rows)["logit_features"](Scored(rows, torch.zeros(len(rows))))
+        assert metrics.auc(p, rows.accepted) > 0.99
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
@@ -201,15 +197,13 @@ class TestReport:
         assert main(longer) == 0
         assert raw.read_bytes().startswith(before)
         measured = [(row["factor"], row["value"], row["seed"]) for row in rows_in(raw) if "run" not in row]
-        assert len(set(measured)) == len(measured) == 8 and measured[2:4] == [
-            ("lag", "1", 0), ("lag", "1, hidden state alone", 0),
-        ]  # fmt: skip
+        assert len(set(measured)) == len(measured) == 6 and measured[2] == ("lag", "1, hidden state alone", 0)
         text = page.read_text()
         assert "By hand: the head is fine." in text and text.count("<!-- notes -->") == 1
-        assert text.count("\n| lag |") == 2 and text.startswith("# Acceptance heads for small → large\n")
+        assert text.count("\n| lag |") == 1 and text.startswith("# Acceptance heads for small → large\n")
         assert out.with_suffix(".png").stat().st_size > 10_000
         lines = rows_in(out)
-        assert len(lines) == 4 * 3 and {line["seeds"] for line in lines} == {2}
+        assert len(lines) == 3 * 3 and {line["seeds"] for line in lines} == {2}
         centre = next(line for line in lines if line["factor"] == "centre" and line["set"] == "all")
         values = [
             row["sets"]["all"]["head"]["log_loss"] for row in rows_in(raw) if row.get("factor") == "centre"

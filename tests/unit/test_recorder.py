@@ -50,9 +50,9 @@ class Engine:
         self.steps = []
         for step in range(int(wanted.max())):
             running = (wanted > step).nonzero().squeeze(1)
-            states, scalars = torch.randn(len(running), HIDDEN_SIZE), torch.rand(4, len(running))
+            states, scalars = torch.randn(len(running), HIDDEN_SIZE), torch.rand(3, len(running))
             self.steps.append((running, states, scalars))
-            trace.step(running, StepFeatures(states, *scalars[:3]), scalars[3])
+            trace.step(running, StepFeatures(states, *scalars))
         self.recorder.drafted(rows, [list(range(100, 100 + n)) for n in lengths.values()], trace)
 
     def verify(self, outcomes: dict[str, tuple[int, int] | None]) -> None:
@@ -101,7 +101,7 @@ def test_a_batch_of_different_lengths(tmp_path):
     assert shard.emitted.tolist() == [7 + 1 - NUM_PROMPT_TOKENS] * 2
     steps = [*want["c"], *want["a"]]
     assert torch.equal(shard.hidden_states, torch.stack([state for state, _ in steps]))
-    columns = torch.stack([shard.top1_prob, shard.entropy, shard.margin, shard.drawn_logprob], dim=1)
+    columns = torch.stack([shard.top1_prob, shard.entropy, shard.margin], dim=1)
     assert columns.tolist() == [scalars for _, scalars in steps]
 
 

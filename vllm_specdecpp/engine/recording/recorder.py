@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.data.shards import RoundRecord, empty_shard, open_dataset, shard_from_rounds, write_shard
-from vllm_specdecpp.decision.features import StepFeatures
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.engine.v1.inputs import RowState
 
-FEATURES = frozenset({"hidden_states", "top1_prob", "entropy", "margin", "drawn_logprob"})
+FEATURES = frozenset({"hidden_states", *SCALAR_FEATURES})
 """Fields of :class:`StepFeatures` that are recorded."""
 MAX_BYTES = 1 << 30
 """Of the rounds that are kept in memory until a flush; those beyond are dropped, and counted."""
@@ -36,24 +36,23 @@ class DraftTrace:
         self._hidden_states: list[torch.Tensor] = []
         self._scalars: list[torch.Tensor] = []
 
-    def step(self, rows: torch.Tensor, features: StepFeatures, drawn_logprob: torch.Tensor | None) -> None:
+    def step(self, rows: torch.Tensor, features: StepFeatures) -> None:
         """One pass and the candidates drawn from it.
 
         Args:
             rows: [num_rows] int64, the requests that drew a candidate.
             features: of ``rows``.
-            drawn_logprob: [num_rows] log q at temperature 1 of the candidate that was drawn.
         """
         assert features.hidden_states is not None
-        columns = (features.top1_prob, features.entropy, features.margin, drawn_logprob)
+        columns = (getattr(features, name) for name in SCALAR_FEATURES)
         self._rows.append(rows)
         self._hidden_states.append(features.hidden_states)
-        self._scalars.append(torch.stack([c.float() for c in columns if c is not None]))  # [4, num_rows]
+        self._scalars.append(torch.stack([column.float() for column in columns]))  # [3, num_rows]
 
     def by_request(self, num_reqs: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each request's hidden states [num_steps, hidden_size] and scalars [4, num_steps], on the CPU."""
+        """Each request's hidden states [num_steps, hidden_size] and scalars [3, num_steps], on the CPU."""
         if not self._rows:
-            return [(torch.empty(0), torch.empty(4, 0))] * num_reqs
+            return [(torch.empty(0), torch.empty(len(SCALAR_FEATURES), 0))] * num_reqs
         rows = torch.cat(self._rows).cpu()  # [num_drawn], step after step
         hidden_states = torch.cat(self._hidden_states).cpu()
         scalars = torch.cat(self._scalars, dim=1).cpu()
@@ -67,7 +66,7 @@ class _Pending:
 
     token_ids: list[int]
     hidden_states: torch.Tensor  # [num_steps, hidden_size]
-    scalars: torch.Tensor  # [4, num_steps] top1_prob, entropy, margin, drawn_logprob
+    scalars: torch.Tensor  # [3, num_steps] SCALAR_FEATURES
     emitted: int
     temperature: float
 
@@ -138,16 +137,12 @@ class RoundRecorder:
         soft_label = torch.full((num,), torch.nan)
         if accept_probs is not None and draft.temperature >= GREEDY_BELOW:
             soft_label = accept_probs.float().cpu()
-        top1_prob, entropy, margin, drawn_logprob = draft.scalars[:, :num].clone()
         self._rounds.append(
             RoundRecord(
                 request_id=request_id,
                 hidden_states=draft.hidden_states[:num].clone(),
                 token_ids=draft.token_ids[:num],
-                top1_prob=top1_prob,
-                entropy=entropy,
-                margin=margin,
-                drawn_logprob=drawn_logprob,
+                **dict(zip(SCALAR_FEATURES, draft.scalars[:, :num].clone(), strict=True)),
                 soft_label=soft_label,
                 num_accepted=num_accepted,
                 num_verified=num,

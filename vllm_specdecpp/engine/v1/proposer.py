@@ -37,7 +37,7 @@ from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
-from vllm_specdecpp.engine.v1.rows import draft_greedily, logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.rows import draft_greedily, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
 
 logger = init_logger("vllm.specdecpp")
@@ -290,16 +290,12 @@ class SpecDecPPProposer(DraftPasses):
             )
             state.observe(features, running)
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
-            # Drawing divides the logits by the temperature in place.
-            raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
-            drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
-            column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
+            column = state.append(token_ids, running)  # [num_reqs]
             submits = column[running] >= 0  # [num_running]
             if trace is not None:
-                logprobs_of = None if drawn_logprobs is None else drawn_logprobs[submits]
-                trace.step(running[submits], features.select(submits), logprobs_of)
+                trace.step(running[submits], features.select(submits))
             drawn.append(column)
             if probs is not None:
                 probabilities.append(scatter(probs, running, num_reqs, fill=0))

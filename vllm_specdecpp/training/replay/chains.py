@@ -241,12 +241,10 @@ def chains_of_shard(shard: Shard, chosen: Sequence[bool], head: AcceptanceHead |
 @torch.no_grad()
 def _score(head: AcceptanceHead, hidden_states: Tensor, order: Tensor, scalars: dict[str, Tensor]) -> Tensor:
     """The head's logit at every step of ``order``: [num_steps] float32."""
-    # A lagged head reads the scalars of the pass that produced the candidate: the step before, in the chain's order.
-    behind = (torch.arange(len(order)) - head.lag).clamp(min=0)  # [num_steps]
     logits = []
     for rows in torch.arange(len(order)).split(_CHUNK):
         inputs = None
         if head.features:
-            inputs = encode_scalars({name: scalars[name][behind[rows]] for name in head.features}, head.features)
+            inputs = encode_scalars({name: scalars[name][rows] for name in head.features}, head.features)
         logits.append(head.logit(hidden_states[order[rows]], inputs).float())
     return torch.cat(logits) if logits else torch.zeros(0)
