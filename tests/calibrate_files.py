@@ -52,7 +52,7 @@ def make_dataset(
             records.append(
                 RoundRecord(
                     request_id=prompt.id, hidden_states=hidden[:K], token_ids=[1] * K, top1_prob=guess,
-                    entropy=3 * (1 - guess), margin=guess * 4, drawn_logprob=guess.log(),
+                    entropy=3 * (1 - guess), margin=guess * 4,
                     soft_label=torch.full((K,), math.nan), num_accepted=(accepted + [0.0]).index(0.0), num_verified=K,
                     emitted=0, temperature=0.0,
                 )

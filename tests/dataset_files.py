@@ -43,7 +43,7 @@ def make_round(
         "request_id": request_id,
         "hidden_states": torch.randn(drafted, HIDDEN_SIZE).bfloat16(),
         "token_ids": [rnd.randrange(100) for _ in range(drafted)],
-        **{name: torch.rand(drafted) for name in ("top1_prob", "entropy", "margin", "drawn_logprob", "soft_label")},
+        **{name: torch.rand(drafted) for name in ("top1_prob", "entropy", "margin", "soft_label")},
         "num_accepted": accepted, "num_verified": verified, "emitted": rnd.randrange(50), "temperature": 0.5,
     }  # fmt: skip
     return RoundRecord(**{**fields, **changes})

@@ -19,7 +19,7 @@ from vllm_specdecpp.decision import (
 from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN = 4
-RULES = ["fixed", "head", "confidence", "entropy", "head with scalars", "look-ahead head"]
+RULES = ["fixed", "head", "confidence", "entropy", "look-ahead head"]
 
 
 def all_rules(threshold: float = 0.5) -> list[StopRule]:
@@ -32,8 +32,6 @@ def all_rules(threshold: float = 0.5) -> list[StopRule]:
             torch.nn.init.normal_(parameter, std=0.8, generator=generator)
         return HeadEstimator(head)
 
-    estimators = (
-        head(), ConfidenceEstimator(), EntropyEstimator(),
-        head(34, features=SCALAR_FEATURES), head(34, features=SCALAR_FEATURES[:3], lag=0),
-    )  # fmt: skip
+    ahead = head(34, features=SCALAR_FEATURES, lag=0)
+    estimators = head(), ConfidenceEstimator(), EntropyEstimator(), ahead
     return [FixedRule(), *(ThresholdRule(estimator, threshold) for estimator in estimators)]

@@ -21,7 +21,7 @@ from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, chains_of_shard
 
 HIDDEN = 8
-SCALARS = ("top1_prob", "entropy", "margin", "drawn_logprob")
+SCALARS = ("top1_prob", "entropy", "margin")
 
 
 class Process:
@@ -46,13 +46,13 @@ class Process:
         here = start + k if wrong is None else None
         key = self._seed * 1_000_003 + (start + k if wrong is None else 10_000_000 + wrong * 1000 + start + k - wrong)
         generator = torch.Generator().manual_seed(key)
-        noise = torch.rand(3, generator=generator).tolist()
+        noise = torch.rand(2, generator=generator).tolist()
         top1 = float(self._confidence[here]) if here is not None else noise[0]
         hidden = torch.randn(HIDDEN, generator=generator)
         hidden[0] = top1 * 4 - 2
         return {
             "hidden_states": hidden, "top1_prob": top1, "entropy": (1 - top1) * (1 + noise[1]),
-            "margin": 5 * top1 + noise[1], "drawn_logprob": -noise[2], "token_ids": key % 1000,
+            "margin": 5 * top1 + noise[1], "token_ids": key % 1000,
         }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def as_shard(recorded: SimpleNamespace, prefix: str = "") -> Shard:
 
 
 def chains_of(
-    shard: Any, num_candidates: int | None, head: AcceptanceHead | None = None, chosen: Sequence[bool] | None = None
+    shard: Any, num_candidates: int, head: AcceptanceHead | None = None, chosen: Sequence[bool] | None = None
 ) -> Chains:
     """The shard's chains; ``num_candidates`` is what it was recorded with."""
     return chains_of_shard(shard, chosen or [True] * len(shard.prompts), head, num_candidates)
@@ -159,10 +159,9 @@ def rule_length(
         if rule == "entropy":
             return torch.exp(-torch.tensor(step["entropy"]))
         assert head is not None
-        behind = process.step(place, k - head.lag)
         scalars = None
         if head.features:
-            scalars = encode_scalars({name: torch.tensor([behind[name]]) for name in SCALARS}, head.features)
+            scalars = encode_scalars({name: torch.tensor([step[name]]) for name in SCALARS}, head.features)
         with torch.no_grad():
             return head.probability(step["hidden_states"][None], scalars, k + 1 - head.lag)[0]
 

@@ -22,9 +22,6 @@ _MUST_BE = {
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
     "online_calibration": "must be true or false (e.g. true)",
     "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
-    "record_dir": "must name a folder (e.g. 'recorded'), or be left out to record nothing",
-    "record_fraction": "must be above 0 and at most 1 (e.g. 0.05)",
-    "record_max_gib": "must be above 0 (e.g. 1.0)",
 }
 
 
@@ -76,16 +73,6 @@ class SpecDecPPConfig(BaseModel):
     trace_rounds: int = Field(default=0, ge=0)
     """How many of the last rounds are kept for inspection; 0 keeps counters only."""
 
-    record_dir: str | None = Field(default=None, min_length=1)
-    """Folder into which training data for a head is recorded from the traffic: hidden states, token ids, outcomes.
-    A shard is written every 4096 steps; the last one only when vLLM ends in order (``--shutdown-timeout 30``)."""
-
-    record_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of the requests that is recorded, chosen by a hash of the request's id."""
-
-    record_max_gib: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Recording stops before the folder's shards exceed this many GiB."""
-
     @field_validator("rule")
     @classmethod
     def _known_rule(cls, rule: str | None) -> str | None:
@@ -133,12 +120,11 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
             )
-        for name in ("head", "record_dir"):
-            if not self.drafts and getattr(self, name) is not None:
-                raise ValueError(
-                    f"sources={self.sources} has no draft model that {name}={getattr(self, name)!r} could be of; "
-                    "leave one of the two out"
-                )
+        if not self.drafts and self.head is not None:
+            raise ValueError(
+                f"sources={self.sources} has no draft model that head={self.head!r} could be of; leave one of the "
+                "two out"
+            )
         may_idle = may_idle and self.drafts
         if self.sources is not None and self.run_sources and entry.name != "cost_aware" and not may_idle:
             raise ValueError(
@@ -236,7 +222,7 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
         """
-        for name in ("model", "head", "head_revision", "sources", "record_dir", "record_fraction", "record_max_gib"):
+        for name in ("model", "head", "head_revision", "sources"):
             if name in changes:
                 raise ValueError(f"specdecpp: {name}={changes[name]!r} cannot change at run time; restart with it")
         options = self.model_dump(exclude_none=True)

@@ -141,7 +141,7 @@ class StaticRounds:
         hidden_states = self.draft(input_ids, positions)[:, -1]
         logits = self.draft.logits(hidden_states)
         self.round.observe_pass(step, logits, hidden_states)
-        self.round.append_drawn(logits.argmax(dim=-1), logits)
+        self.round.append_drawn(logits.argmax(dim=-1))
 
     def eager(self, size: int) -> None:
         """The round without graphs: the host asks after each pass."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -28,11 +29,15 @@ class TestCollect:
         }  # fmt: skip
         return CollectOptions(**fields)
 
-    def test_on_policy(self, tiny, tmp_path, reference, capsys):
+    def test_on_policy(self, tiny, tmp_path, reference, capsys, monkeypatch):
+        """Where vLLM would choose Model Runner V2, as on a GPU: V1 alone records."""
         from vllm_specdecpp.training.collect.command import run
 
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+        monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
         options = self.options(tiny, tmp_path)
         assert run(options) == 0
+        assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ  # the next engine is not to record
         told = capsys.readouterr()
         assert "1 prompts were left out: too long" in told.err and "labels" in told.out
         dataset = open_dataset(options.out)

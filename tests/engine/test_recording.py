@@ -6,6 +6,7 @@ The oracle is a Hugging Face forward pass of each model over the same tokens.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 from tests import engine_harness as harness
 from tests.exact_law import _filtered
 from tests.recordings import (
-    EVERY_SCALAR,
     LABEL_TOLERANCE,
     REQUESTS,
     assert_rounds_are_the_logged_ones,
@@ -27,6 +27,8 @@ from tests.recordings import (
 )
 from tests.tiny_models import HIDDEN_SIZE
 from vllm_specdecpp.data.shards import create_dataset, read_shard
+
+PROMPT = {"id": "any", "set": "s"}
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
@@ -46,11 +48,11 @@ def vllms_own() -> list[Any]:
 def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, temperature):
     """Stands first: the other tests of this engine record from the start."""
 
-    def run() -> tuple[Any, Any, Any]:
+    def run() -> tuple[Any, Any, Any, Any]:
         torch.manual_seed(5)
         outputs = harness.generate(llm, REQUESTS, temperature=temperature, seed=7 if temperature else None)
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
-        return harness.token_ids(outputs), rounds, torch.get_rng_state()
+        return harness.token_ids(outputs), rounds, torch.get_rng_state(), {o.request_id: PROMPT for o in outputs}
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     if temperature > 0:  # the case before has switched it on
@@ -60,10 +62,10 @@ def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, tempera
     assert runner.drafter.recorder is None and type(runner.rejection_sampler).__name__ == "OwnNoise"
     harness.configure(llm, rule="confidence", threshold=0.8)
     harness.take_rounds(llm)
-    tokens, rounds, state = run()
+    tokens, rounds, state, _ = run()
     flush(llm)
-    recorded_tokens, recorded_rounds, recorded_state = run()
-    assert flush(llm)["steps"] == sum(len(c) for r in rounds for c, _, _ in r) > 0
+    recorded_tokens, recorded_rounds, recorded_state, prompts = run()
+    assert flush(llm, prompts=prompts)["steps"] == sum(len(c) for r in rounds for c, _, _ in r) > 0
     assert recorded_tokens == tokens
     assert recorded_rounds == rounds
     assert torch.equal(recorded_state, state)
@@ -165,11 +167,11 @@ def test_preempted_requests(tiny, tmp_path, reference):
 
 def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
     """The rule's inputs, recomputed from the record: states and scalars of the right pass, for the right request."""
-    from vllm_specdecpp.decision.features import encode_scalars
+    from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
     from vllm_specdecpp.head.model import AcceptanceHead
 
     torch.manual_seed(3)
-    head = AcceptanceHead(HIDDEN_SIZE, num_layers=1, features=EVERY_SCALAR)
+    head = AcceptanceHead(HIDDEN_SIZE, num_layers=1, features=SCALAR_FEATURES, lag=0)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(0, 0.05)
@@ -179,18 +181,43 @@ def test_a_head_that_reads_scalars_stops_where_its_score_says(tiny, tmp_path):
     options = config(tiny, rule="threshold", threshold=threshold, head=str(tmp_path / "head"))
     with harness.engine(tiny.target, options) as llm:
         _, shard = record(llm, tmp_path / "data", REQUESTS, max_tokens=max_tokens)
-    scalars = encode_scalars({name: getattr(shard, name) for name in EVERY_SCALAR}, EVERY_SCALAR)
+    scalars = encode_scalars({name: getattr(shard, name) for name in SCALAR_FEATURES}, SCALAR_FEATURES)
     lengths = set()
     for rounds in rounds_by_request(shard).values():
         for steps, index in rounds:
             length = steps.stop - steps.start
-            # The state that read candidate k is that of step k + 1, its scalars are those of step k.
-            read = slice(steps.start + 1, steps.stop)
-            produced = slice(steps.start, steps.stop - 1)
-            accept = head.probability(shard.hidden_states[read], scalars[produced]) if length > 1 else torch.ones(0)
-            rejected = 1 - accept.cumprod(0)
+            rejected = 1 - head.probability(shard.hidden_states[steps], scalars[steps]).cumprod(0)
             assert (rejected[:-1] <= threshold + 1e-4).all()
             room = max_tokens - int(shard.emitted[index]) - 1
             assert length in (bound, room) or float(rejected[-1]) > threshold - 1e-4
             lengths.add(length)
     assert len(lengths) >= 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_records(monkeypatch, rank):
+    from vllm_specdecpp.engine.install import SpecDecPPWorkerMixin
+
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(rank_in_group=rank))
+    worker = SpecDecPPWorkerMixin()
+    sampler, drafter = SimpleNamespace(logprobs_mode="raw_logprobs"), SimpleNamespace(recorder=None)
+    worker.model_runner = SimpleNamespace(drafter=drafter, sampler=sampler, rejection_sampler="vLLM's", requests={})
+    worker.vllm_config = SimpleNamespace(speculative_config=None, use_v2_model_runner=False)
+    worker.device = torch.device("cpu")
+    summary = worker.specdecpp_flush_records(None, {})
+    if rank == 0:
+        assert summary["rounds"] == 0
+        assert drafter.recorder is not None and worker.model_runner.rejection_sampler != "vLLM's"
+    else:
+        assert summary == {}
+        assert drafter.recorder is None and worker.model_runner.rejection_sampler == "vLLM's"
+
+
+def test_acceptance_is_the_quotient_cut_at_1():
+    from vllm_specdecpp.engine.recording.sampler import acceptance
+
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5]])
+    q = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.5, 0.5, 0.0], [0.0, 0.4, 0.6]])
+    tokens = torch.tensor([0, 2, 0, 0])
+    assert acceptance(p.log(), q, tokens).tolist() == pytest.approx([0.5, 1.0, 0.0, 0.0])
+    assert acceptance(p.log(), None, tokens).tolist() == pytest.approx([0.5, 0.8, 0.0, 0.2])

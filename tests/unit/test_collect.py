@@ -52,7 +52,7 @@ class FakeCollector:
         rounds = [
             RoundRecord(
                 request_id=p.id, hidden_states=torch.zeros(1, self.manifest.hidden_size), token_ids=[3],
-                top1_prob=scalars, entropy=scalars, margin=scalars, drawn_logprob=scalars, soft_label=scalars,
+                top1_prob=scalars, entropy=scalars, margin=scalars, soft_label=scalars,
                 num_accepted=1, num_verified=1, emitted=1, temperature=0.0,
             )
             for p in prompts

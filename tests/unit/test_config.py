@@ -43,18 +43,6 @@ def test_the_rule_that_the_other_options_ask_for(options: dict[str, Any], rule: 
     assert (config.resolved_rule, config.resolved_threshold) == (rule, threshold)
 
 
-def test_nothing_is_recorded_by_default() -> None:
-    config, _ = split(model="draft")
-    assert (config.record_dir, config.record_fraction, config.record_max_gib) == (None, 1.0, 1.0)
-
-
-def test_recording_is_ours_and_travels_to_the_worker() -> None:
-    config, passed_on = split(**{"model": "d", "record-dir": "r", "record_fraction": 1, "record_max_gib": 0.5})
-    assert (config.record_dir, config.record_fraction, config.record_max_gib) == ("r", 1.0, 0.5)
-    assert not any(key.startswith("record") for key in passed_on)
-    assert SpecDecPPConfig.from_additional_config(config.to_additional_config()) == config
-
-
 def test_fixed_has_no_threshold() -> None:
     config, _ = split(model="draft", rule="fixed")
     assert (config.resolved_rule, config.resolved_threshold) == ("fixed", None)
@@ -118,14 +106,6 @@ def test_the_users_dict_is_left_alone() -> None:
             "min_speculative_tokens=5 exceeds num_speculative_tokens=4; lower the first or raise the second",
         ),
         ({"model": "d", "trace_rounds": -1}, "trace_rounds=-1 must be a whole number, 0 or more"),
-        ({"model": "d", "record_dir": ""}, "record_dir='' must name a folder (e.g. 'recorded')"),
-        ({"model": "d", "record_dir": 3}, "record_dir=3 must name a folder"),
-        ({"model": "d", "record_fraction": 0}, "record_fraction=0 must be above 0 and at most 1 (e.g. 0.05)"),
-        ({"model": "d", "record_fraction": 1.01}, "record_fraction=1.01 must be above 0 and at most 1"),
-        ({"model": "d", "record_fraction": float("nan")}, "record_fraction=nan must be above 0 and at most 1"),
-        ({"model": "d", "record_max_gib": 0}, "record_max_gib=0 must be above 0 (e.g. 1.0)"),
-        ({"model": "d", "record_max_gib": float("inf")}, "record_max_gib=inf must be above 0"),
-        ({"model": "d", "record_max_gib": "2"}, "record_max_gib='2' is text; write the number without quotes"),
         ({"model": "d", "rule": "magic"}, "rule='magic' must be one of 'cost_aware', 'fixed', 'threshold',"),
         ({"model": "d", "rule": "cost_aware", "threshold": 0.3}, "threshold=0.3 has no meaning with rule='cost_aware'"),
         (
@@ -239,9 +219,6 @@ class TestWithChanges:
         [
             ({"model": "e"}, "model='e' cannot change at run time"),
             ({"head": "g"}, "head='g' cannot change at run time"),
-            ({"record_dir": "r"}, "record_dir='r' cannot change at run time; restart with it"),
-            ({"record_fraction": 0.5}, "record_fraction=0.5 cannot change at run time"),
-            ({"record_max_gib": 2.0}, "record_max_gib=2.0 cannot change at run time"),
             ({"rule": "threshold"}, "needs an acceptance head"),
             ({"threshold": 1}, "threshold=1 must lie strictly"),
             ({"min_speculative_tokens": 30}, "min_speculative_tokens=30 exceeds num_speculative_tokens=20"),
@@ -274,7 +251,6 @@ def test_importing_the_schema_loads_neither_torch_nor_vllm() -> None:
         ({"sources": ["draft_model", "draft_model"]}, "sources=.* must name one or more of"),
         ({"sources": "suffix"}, "sources='suffix' must name one or more of"),
         ({"sources": ["suffix"], "head": "h"}, "sources=.* has no draft model that head='h' could be of; leave one"),
-        ({"sources": ["suffix"], "record_dir": "r"}, "sources=.* has no draft model that record_dir='r' could be of"),
         ({"sources": ["suffix"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
         ({"sources": ["suffix", "draft_model"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
     ],

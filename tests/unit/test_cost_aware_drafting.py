@@ -109,28 +109,25 @@ def test_followers_do_as_rank_0_says() -> None:
 
 
 def test_a_lagged_head_scores_the_candidate_before() -> None:
-    """The paper's head with scalars: what reaches the rule at step k is the score of candidate k - 1."""
-    head = AcceptanceHead(3, 1, features=["top1_prob", "drawn_logprob"], lag=1)
+    """The paper's head: what reaches the rule at step k is the score of candidate k - 1."""
+    head = AcceptanceHead(3, 1, lag=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.7, generator=generator)
     estimator = HeadEstimator(head.eval())
     state = _begin(_rule(lag=1), [8], estimator)
     hidden = torch.randn(9, 1, 3, generator=generator)
-    top1 = torch.rand(9, 1, generator=generator)
-    logprobs = -torch.rand(9, 1, generator=generator)
     step = 0
     while state.goes_on():
-        state.observe(StepFeatures(hidden[step], top1[step]))
-        state.append(torch.tensor([1]), drawn_logprobs=logprobs[step])
+        state.observe(StepFeatures(hidden[step]))
+        state.append(torch.tensor([1]))
         step += 1
     assert step >= 3
     tail: Any = state.rule
     seen = Report.of(tail.report(state.lengths).numpy(), 1, 8).scores
     assert np.isnan(seen[0]).all()
     for k in range(1, step):
-        previous = StepFeatures(top1_prob=top1[k - 1], drawn_logprob=logprobs[k - 1])
-        expected = float(estimator(StepFeatures(hidden[k], top1[k], previous=previous), k).logit().detach())
+        expected = float(estimator(StepFeatures(hidden[k]), k).logit().detach())
         assert float(seen[k]) == pytest.approx(expected, abs=1e-4)
 
 

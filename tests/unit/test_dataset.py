@@ -14,7 +14,7 @@ from vllm_specdecpp.data.dataset import LabelRows, load_rows, rows_of
 from vllm_specdecpp.data.shards import Shard, create_dataset, empty_shard, write_shard
 
 HIDDEN_SIZE = 3
-SCALARS = ("top1_prob", "entropy", "margin", "drawn_logprob")
+SCALARS = ("top1_prob", "entropy", "margin")
 SHAPES: list[tuple[int, int]] = [(3, 1), (4, 4), (1, 0), (1, 1), (6, 2), (2, 2)]
 """Length of a round, and how many of it are accepted."""
 
@@ -62,7 +62,7 @@ def _check(rows: LabelRows, shard: Shard, lag: int) -> None:
     want = _plain(shard, lag)
     index = torch.tensor([step for step, *_ in want], dtype=torch.int64)
     assert torch.equal(rows.hidden, shard.hidden_states[index + lag])
-    assert set(rows.scalars) == set(SCALARS if lag else SCALARS[:3])
+    assert set(rows.scalars) == set(SCALARS)
     for name, column in rows.scalars.items():
         assert torch.equal(column, getattr(shard, name)[index]), name
     torch.testing.assert_close(rows.soft, shard.soft_label[index], equal_nan=True)

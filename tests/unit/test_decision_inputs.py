@@ -130,8 +130,8 @@ class TestMakeRule:
 
     def test_what_a_head_needs(self) -> None:
         config = SpecDecPPConfig(model="d", head="h", rule="threshold")
-        head = AcceptanceHead(HIDDEN, features=["entropy", "drawn_logprob"])
-        assert make_rule(config, head).needs == {"hidden_states", "entropy", "drawn_logprob"}
+        head = AcceptanceHead(HIDDEN, features=["entropy", "margin"], lag=0)
+        assert make_rule(config, head).needs == {"hidden_states", "entropy", "margin"}
 
     def test_a_head_that_is_not_loaded(self) -> None:
         with pytest.raises(ValueError, match="rule='threshold' needs an acceptance head and none is loaded"):

@@ -49,7 +49,7 @@ def draft_round(state: DraftRound, prefix: int, draft: Tensor) -> Tensor:
         # The pass that has read Y_{k-1}.
         features = features_from_logits(draft[last].log(), STATES[last], margin=True)
         state.observe(features)
-        state.append(DRAWS[:, step], drawn_logprobs=draft[last, DRAWS[:, step]].log())
+        state.append(DRAWS[:, step])
         last = DRAWS[:, step]
         step += 1
     return state.lengths
@@ -121,9 +121,9 @@ class DropsUnlikelyTokens(DraftRound):
         assert features.hidden_states is not None
         self.last = (features.hidden_states[:, None] == STATES).all(-1).long().argmax(-1)  # [num_reqs] the token read
 
-    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+    def append(self, token_ids: Tensor, rows: Rows = slice(None)) -> Tensor:
         dropped = self.running.bool() & (self.draft[self.last, token_ids] < 0.5)  # [num_reqs]
-        column = super().append(token_ids, rows, drawn_logprobs)
+        column = super().append(token_ids, rows)
         self.lengths -= dropped.int()
         self.running[dropped] = 0
         return column
@@ -132,26 +132,15 @@ class DropsUnlikelyTokens(DraftRound):
 class LooksAtTheDrawnToken(DraftRound):
     """Planted bias: the likely first token stops the draft before it, so only unlikely ones are verified."""
 
-    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
-        column = super().append(token_ids, rows, drawn_logprobs)
+    def append(self, token_ids: Tensor, rows: Rows = slice(None)) -> Tensor:
+        column = super().append(token_ids, rows)
         dropped = (token_ids == 0) & (self.lengths == 1)  # [num_reqs]
         self.lengths[dropped] = self.running[dropped] = 0
         return column
 
 
-class ReadsTheDrawnProbability(DraftRound):
-    """Planted bias: log q(Y_k) decides whether Y_k itself is submitted, where only log q(Y_{k-1}) may."""
-
-    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
-        column = super().append(token_ids, rows, drawn_logprobs)
-        assert drawn_logprobs is not None
-        dropped = (drawn_logprobs.exp() > 0.4) & (self.lengths == 1)  # [num_reqs]
-        self.lengths[dropped] = self.running[dropped] = 0
-        return column
-
-
 class TestLossless:
-    @pytest.mark.parametrize("index", range(6), ids=RULES)
+    @pytest.mark.parametrize("index", range(5), ids=RULES)
     @pytest.mark.parametrize("h", [0.3, 0.5, 0.6, 0.8])
     @pytest.mark.parametrize("min_length", [1, 2])
     @pytest.mark.parametrize("eos", [None, 1])
@@ -169,7 +158,7 @@ class TestLossless:
 
         assert largest_error(emitted_law(make_round, start=start), start) < ENUMERATION_TOLERANCE
 
-    @pytest.mark.parametrize("index", range(1, 6), ids=RULES[1:])
+    @pytest.mark.parametrize("index", range(1, 5), ids=RULES[1:])
     def test_the_enumeration_sees_different_lengths(self, index: int) -> None:
         """Else the law would prove nothing about the rule."""
         seen: set[int] = set()
@@ -177,7 +166,7 @@ class TestLossless:
             for prefix in range(VOCAB):
                 state = DraftRound(all_rules(h)[index], torch.full((len(DRAWS),), K_MAX))
                 seen |= set(draft_round(state, prefix, DRAFT).tolist())
-        assert seen == ({2, 3} if index in (1, 4) else {1, 2, 3})
+        assert seen == ({2, 3} if index == 1 else {1, 2, 3})
 
     def test_dropping_a_token_for_its_own_value_is_caught(self) -> None:
         law = emitted_law(lambda num_reqs: DropsUnlikelyTokens(num_reqs, DRAFT))
@@ -187,17 +176,13 @@ class TestLossless:
         law = emitted_law(lambda num_reqs: LooksAtTheDrawnToken(FixedRule(), torch.full((num_reqs,), K_MAX)))
         assert largest_error(law) > 0.01
 
-    def test_stopping_before_a_token_for_its_own_probability_is_caught(self) -> None:
-        law = emitted_law(lambda num_reqs: ReadsTheDrawnProbability(FixedRule(), torch.full((num_reqs,), K_MAX)))
-        assert largest_error(law) > 0.01
-
     def test_with_one_hot_drafting_even_dropping_is_exact(self) -> None:
         """A greedy draft's token is a function of the prefix, so it carries no information of its own."""
         one_hot = torch.nn.functional.one_hot(DRAFT.argmax(-1), VOCAB).double()
         law = emitted_law(lambda num_reqs: DropsUnlikelyTokens(num_reqs, one_hot), draft=one_hot)
         assert largest_error(law) < ENUMERATION_TOLERANCE
 
-    @pytest.mark.parametrize("index", range(6), ids=RULES)
+    @pytest.mark.parametrize("index", range(5), ids=RULES)
     @pytest.mark.parametrize("step", range(6))
     def test_the_decision_ignores_the_tokens_it_is_about(self, index: int, step: int) -> None:
         """Whether candidate k+1 is drawn is the same whatever Y_k is; its features come from Y_{k-1} and before."""
@@ -210,8 +195,7 @@ class TestLossless:
             out = []
             for k in range(step + 1):
                 state.observe(features_from_logits(logits[k], hidden[k], margin=True))
-                drawn_logprobs = logits[k].log_softmax(-1).gather(1, tokens[k][:, None]).squeeze(1)
-                state.append(tokens[k], drawn_logprobs=drawn_logprobs)
+                state.append(tokens[k])
                 out.append(state.running.bool().tolist())
             return out
 

@@ -46,29 +46,24 @@ class TestMargin:
         features = features_from_logits(logits, top1=others, entropy=others, margin=True)
         assert features.margin is not None and (features.top1_prob is not None) is others
 
-    def test_the_draw_is_not_known_yet(self) -> None:
-        features = features_from_logits(torch.randn(2, 5), margin=True)
-        assert features.drawn_logprob is None and features.previous is None
-
 
 def columns(num_rows: int = 7) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(num_rows, 50, generator=generator) * 4
     features = features_from_logits(logits, margin=True)
-    drawn = torch.log_softmax(logits, -1)[:, 3]
     found = {"top1_prob": features.top1_prob, "entropy": features.entropy, "margin": features.margin}
-    return {name: column for name, column in found.items() if column is not None} | {"drawn_logprob": drawn}
+    return {name: column for name, column in found.items() if column is not None}
 
 
 class TestEncoding:
     def test_what_each_says(self) -> None:
         found = encode_scalars(columns(), SCALAR_FEATURES)
-        p, h, m, q = (columns()[name].double() for name in SCALAR_FEATURES)
-        expected = [(p / (1 - p)).log() / 4, p, h.log() / 4, (-h).exp(), (1 + m).log(), q / 4, q.exp()]
+        p, h, m = (columns()[name].double() for name in SCALAR_FEATURES)
+        expected = [(p / (1 - p)).log() / 4, p, h.log() / 4, (-h).exp(), (1 + m).log()]
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), torch.stack(expected, -1), atol=TOLERANCE, rtol=1e-4)
 
-    @pytest.mark.parametrize("names", [[], ["entropy"], ["drawn_logprob", "top1_prob"], list(SCALAR_FEATURES)])
+    @pytest.mark.parametrize("names", [[], ["entropy"], ["margin", "top1_prob"], list(SCALAR_FEATURES)])
     def test_order_and_number_of_columns(self, names: list[str]) -> None:
         found = encode_scalars(columns(), names)
         assert found.shape == (7, num_inputs(names))
@@ -84,7 +79,6 @@ class TestEncoding:
             "top1_prob": [0.0, 1e-30, 0.3, 0.9, 1 - 2**-24, 1.0],
             "entropy": [-1e-7, 0.0, 1e-30, 0.1, 3.0, 11.9],
             "margin": [0.0, 1e-3, 2.0, 40.0, 1e4, math.inf],
-            "drawn_logprob": [-math.inf, -1e4, -3.0, -0.1, 0.0, 1e-7],
         }[name]
         found = encode_scalars({name: torch.tensor(extremes)}, [name])
         assert bool(found.isfinite().all()) and float(found.abs().max()) <= LIMIT
@@ -107,10 +101,11 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("names", "lag", "message"),
         [
-            (["top1"], 1, "features='top1' is unknown; choose among top1_prob, entropy, margin, drawn_logprob"),
+            (["top1"], 1, "features='top1' is unknown; choose among top1_prob, entropy, margin"),
             (["hidden_states"], 1, "features='hidden_states' is unknown"),
             (["margin", "margin"], 1, "features=margin,margin names one twice"),
-            (["drawn_logprob"], 0, "features='drawn_logprob' with lag=0 would decide about a candidate by its own"),
+            (["drawn_logprob"], 1, "features='drawn_logprob' is unknown"),
+            (["margin"], 1, "features=margin with lag=1: such a head reads the hidden state alone; leave one"),
         ],
     )
     def test_names_that_cannot_be(self, names: list[str], lag: int, message: str) -> None:
@@ -121,5 +116,5 @@ class TestErrors:
 
     def test_every_scalar_is_a_field(self) -> None:
         assert set(SCALAR_FEATURES) < set(StepFeatures.__dataclass_fields__)
-        check_features(SCALAR_FEATURES, 1)
-        check_features([name for name in SCALAR_FEATURES if name != "drawn_logprob"], 0)
+        check_features(SCALAR_FEATURES, 0)
+        check_features([], 1)

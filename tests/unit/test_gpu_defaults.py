@@ -163,7 +163,7 @@ def _engine_args(monkeypatch: Any, original: Callable[[Any], Any]) -> Any:
 
     monkeypatch.setattr(options, "expand", lambda args: _config())
     monkeypatch.setattr(options, "_may_run_v2", lambda config: True)
-    for name in ("_check_model_runner", "_check_data_parallel", "_check_head", "_check_record_dir"):
+    for name in ("_check_model_runner", "_check_data_parallel", "_check_head"):
         monkeypatch.setattr(options, name, lambda *_: None)
     monkeypatch.setattr(options, "schedule_one_row", lambda _: None)
     monkeypatch.setattr(options.draft_layers, "keep_alike", lambda _: None)

@@ -23,10 +23,10 @@ FEATURES = ["margin", "top1_prob"]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"width": WIDTH},
-    {"features": FEATURES},
+    {"features": FEATURES, "lag": 0},
     {"standardize": True},
     {"lag": 0},
-    {"width": WIDTH, "features": list(SCALAR_FEATURES), "standardize": True},
+    {"width": WIDTH, "features": list(SCALAR_FEATURES), "standardize": True, "lag": 0},
     {"width": 1, "features": ["entropy"], "standardize": True, "lag": 0},
 ]
 
@@ -97,7 +97,7 @@ def test_a_plain_heads_config_is_the_released_formats(tmp_path: Path) -> None:
 
 
 def test_other_dtypes() -> None:
-    head = make_head(features=FEATURES, standardize=True, width=WIDTH).bfloat16()
+    head = make_head(features=FEATURES, lag=0, standardize=True, width=WIDTH).bfloat16()
     hidden, scalars = inputs(head)
     assert head(hidden, scalars).dtype == torch.bfloat16
     assert head.logit(hidden, scalars).dtype == head.probability(hidden, scalars).dtype == torch.float32
@@ -107,7 +107,7 @@ def test_other_dtypes() -> None:
 
 
 def test_dropout_is_of_training_only() -> None:
-    head = make_head(features=FEATURES)
+    head = make_head(features=FEATURES, lag=0)
     hidden, scalars = inputs(head)
     plain = head(hidden, scalars)
     head.dropout = 0.5
@@ -162,7 +162,7 @@ class TestErrors:
         ("options", "message"),
         [
             ({"features": ["top_1"]}, "features='top_1' is unknown; choose among"),
-            ({"features": ["drawn_logprob"], "lag": 0}, "is not lossless; leave it out, or use lag=1"),
+            ({"features": FEATURES}, "features=margin,top1_prob with lag=1: such a head reads the hidden state alone"),
         ],
     )
     def test_what_cannot_be(self, options: dict[str, Any], message: str) -> None:
@@ -173,7 +173,7 @@ class TestErrors:
 
     @pytest.mark.parametrize(("features", "columns"), [(FEATURES, None), (FEATURES, 2), ([], 3)])
     def test_scalars_of_another_head(self, features: list[str], columns: int | None) -> None:
-        head = make_head(features=features)
+        head = make_head(features=features, lag=0)
         with pytest.raises(ValueError, match=r"^specdecpp: the head reads features=.* as \d scalars a row, but got"):
             head(torch.zeros(2, HIDDEN), None if columns is None else torch.zeros(2, columns))
 
@@ -185,12 +185,12 @@ class TestErrors:
             ({"features": "margin"}, "features='margin': Input should be a valid array"),
             ({"features": ["margins"]}, "features='margins' is unknown"),
             ({"lag": 2}, "lag=2: Input should be 0 or 1"),
-            ({"lag": 0, "features": ["drawn_logprob"]}, "is not lossless"),
+            ({"features": ["margin"]}, "features=margin with lag=1"),
             ({"standardize": 1}, "standardize=1: Input should be a valid boolean"),
             ({"calibration": {"slope": 1}}, "calibration.intercepts: Field required"),
             ({"standardize": True}, "lacks mean, scale; fetch or train the head again"),
             ({"width": 4}, "lacks project.weight, project.bias"),
-            ({"features": ["margin"]}, "has shape [8, 8], but config.json (hidden_size 8) wants [9, 9]"),
+            ({"lag": 0, "features": ["margin"]}, "has shape [8, 8], but config.json (hidden_size 8) wants [9, 9]"),
         ],
     )
     def test_a_config_that_cannot_be(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -248,7 +248,7 @@ class TestDraft:
 
 class TestUpdateConfig:
     def test_other_keys_stay(self, tmp_path: Path) -> None:
-        head = make_head(features=FEATURES)
+        head = make_head(features=FEATURES, lag=0)
         head.metadata = {"draft": "d", "note": "mine"}
         head.save_pretrained(tmp_path)
         weights = (tmp_path / "model.safetensors").read_bytes()

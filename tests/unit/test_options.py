@@ -191,15 +191,14 @@ def test_vllms_choice_of_a_model_runner_stands(no_hub, choose, runner, triton, r
     assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == runner
 
 
-@pytest.mark.parametrize("only_v1", [{"record_dir": "recorded"}, {"rule": "alternate"}])
-def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, monkeypatch, only_v1):
+def test_what_only_v1_can_serve_selects_it_unless_v2_is_asked_for(no_hub, choose, monkeypatch):
     toy_rule.registered(monkeypatch)
     choose(None)
-    assert options.expand(_args(speculative_config=_ours(**only_v1))) is not None
+    assert options.expand(_args(speculative_config=_ours(rule="alternate"))) is not None
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     choose("1")
-    with pytest.raises(ValueError, match=f"^specdecpp: {next(iter(only_v1))}=.*VLLM_USE_V2_MODEL_RUNNER=0"):
-        options.expand(_args(speculative_config=_ours(**only_v1)))
+    with pytest.raises(ValueError, match="^specdecpp: rule='alternate'.*VLLM_USE_V2_MODEL_RUNNER=0"):
+        options.expand(_args(speculative_config=_ours(rule="alternate")))
 
 
 @pytest.mark.parametrize("runner", [None, "1"])
@@ -222,10 +221,11 @@ def test_what_only_v2_can_serve_is_refused_on_v1(no_hub, choose, runner, triton,
         options.expand(_args(speculative_config=_ours(**ours), **args))
 
 
-def test_options_of_both_runners_cannot_be_combined(no_hub, choose):
+def test_options_of_both_runners_cannot_be_combined(no_hub, choose, monkeypatch):
+    toy_rule.registered(monkeypatch)
     choose(None)
-    with pytest.raises(ValueError, match="^specdecpp: record_dir=.*async-scheduling"):
-        options.expand(_args(speculative_config=_ours(record_dir="recorded"), async_scheduling=True))
+    with pytest.raises(ValueError, match="^specdecpp: rule='alternate'.*async-scheduling"):
+        options.expand(_args(speculative_config=_ours(rule="alternate"), async_scheduling=True))
 
 
 def test_adaptive_verification_needs_estimates(no_hub, choose):
@@ -239,10 +239,11 @@ def test_adaptive_verification_needs_estimates(no_hub, choose):
 
 @pytest.mark.parametrize(
     ("chosen", "ours", "async_scheduling"),
-    [(False, {}, True), (True, {"record_dir": "recorded"}, None)],
+    [(False, {}, True), (True, {"rule": "alternate"}, None)],
 )
-def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, chosen, ours, async_scheduling):
+def test_the_runner_that_vllm_chose_in_the_end_is_checked(no_hub, monkeypatch, chosen, ours, async_scheduling):
     """vLLM prefers V1 for some models and options, which only shows once its own configuration is made."""
+    toy_rule.registered(monkeypatch)
     config, _ = options.SpecDecPPConfig.from_speculative_config(_ours(**ours), passthrough=[])
     args = _args(speculative_config={"method": "draft_model"}, async_scheduling=async_scheduling)
     with pytest.raises(ValueError, match="^specdecpp: "):

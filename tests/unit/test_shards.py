@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.dataset_files import (
     PROMPTS,
@@ -76,6 +77,15 @@ def test_written_and_read(tmp_path):
             assert getattr(found, name).dtype == value.dtype and torch.equal(getattr(found, name), value), name
     assert found.prompts == shard.prompts
     assert open_dataset(str(tmp_path / "d")).manifest == make_manifest()
+
+
+def test_a_column_that_heads_once_read_is_passed_over(tmp_path):
+    dataset = make_dataset(tmp_path / "d")
+    path = dataset.shard_path(0)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"drawn_logprob": torch.zeros(make_shard().num_steps)}, path, metadata)
+    assert torch.equal(dataset.shard(0).margin, make_shard().margin)
 
 
 def test_tensors_that_share_memory_are_written(tmp_path):

@@ -39,7 +39,7 @@ def record(folder: Path, rounds: dict[str, list[tuple[list[int], int]]], answer:
     dataset = create_dataset(folder, manifest, False)
     records = [
         RoundRecord(
-            request_id=name, hidden_states=torch.zeros(len(ids), 4), token_ids=ids, drawn_logprob=torch.zeros(len(ids)),
+            request_id=name, hidden_states=torch.zeros(len(ids), 4), token_ids=ids,
             soft_label=torch.full((len(ids),), torch.nan), num_accepted=won, num_verified=len(ids), emitted=1 + at,
             temperature=0.0, entropy=torch.zeros(len(ids)), margin=torch.zeros(len(ids)),
             top1_prob=torch.linspace(0.9, 0.5, len(ids)),

@@ -21,7 +21,7 @@ def rounds_of(prompt: int, accepted: list[int], num_candidates: int, top1: float
     return [
         RoundRecord(
             request_id=str(prompt), hidden_states=torch.zeros(num_candidates, 4), token_ids=[7] * num_candidates,
-            drawn_logprob=torch.zeros(num_candidates), soft_label=torch.full((num_candidates,), torch.nan),
+            soft_label=torch.full((num_candidates,), torch.nan),
             num_accepted=run, num_verified=num_candidates, emitted=1 + 3 * at, temperature=0.0, **columns,
         )
         for at, run in enumerate(accepted)

@@ -32,7 +32,7 @@ def options(**changes: Any) -> TrainOptions:
 
 def make_rows(hidden: Tensor, accepted: Tensor, soft: Tensor | None = None, **scalars: Tensor) -> LabelRows:
     n = len(hidden)
-    defaults = {"top1_prob": 0.5, "entropy": 1.0, "margin": 1.0, "drawn_logprob": -1.0}
+    defaults = {"top1_prob": 0.5, "entropy": 1.0, "margin": 1.0}
     return LabelRows(
         hidden=hidden,
         scalars={name: scalars.get(name, torch.full((n,), value)) for name, value in defaults.items()},
@@ -90,16 +90,15 @@ class TestLearning:
         assert auc(head, planted(1000, 2)) == pytest.approx(0.5, abs=0.2)
         assert auc(head, val_rows) == pytest.approx(0.5, abs=0.12)
 
-    @pytest.mark.parametrize("name", ["top1_prob", "entropy", "margin", "drawn_logprob"])
+    @pytest.mark.parametrize("name", ["top1_prob", "entropy", "margin"])
     def test_a_scalar_alone_tells(self, name: str) -> None:
         def rows(seed: int, num_rows: int = 1500) -> LabelRows:
             generator = torch.Generator().manual_seed(seed)
             accepted = torch.rand(num_rows, generator=generator) < 0.6
             value = 0.2 + 0.5 * accepted + 0.2 * torch.rand(num_rows, generator=generator)
-            value = -3 * (1 - value) if name == "drawn_logprob" else value
             return make_rows(torch.randn(num_rows, HIDDEN, generator=generator), accepted, **{name: value})
 
-        with_it, _ = train_head(rows(0), rows(1), options(features=[name], lr=0.02, lag=1))
+        with_it, _ = train_head(rows(0), rows(1), options(features=[name], lr=0.02))
         without, _ = train_head(rows(0), rows(1), options(lr=0.02))
         assert auc(with_it, rows(2)) > 0.95
         assert auc(without, rows(2)) == pytest.approx(0.5, abs=0.1)

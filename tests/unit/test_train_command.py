@@ -44,7 +44,6 @@ def make_round(request: str, emitted: int, generator: torch.Generator, all_of: i
     scalars = {name: torch.rand(NUM_CANDIDATES, generator=generator) for name in ("top1_prob", "entropy", "margin")}
     return RoundRecord(
         request_id=request, hidden_states=hidden.bfloat16(), token_ids=[1] * NUM_CANDIDATES, **scalars,
-        drawn_logprob=-torch.rand(NUM_CANDIDATES, generator=generator),
         soft_label=torch.full((NUM_CANDIDATES,), math.nan), num_accepted=num_accepted, num_verified=NUM_CANDIDATES,
         emitted=emitted, temperature=0.0,
     )  # fmt: skip
@@ -159,14 +158,14 @@ class TestRun:
         """What training computes of a row is what HeadEstimator computes of the same step."""
         from vllm_specdecpp.decision import HeadEstimator, StepFeatures
 
-        run(options(data, tmp_path / "head", epochs=1, lag=1))
+        run(options(data, tmp_path / "head", epochs=1))
         head = AcceptanceHead.from_pretrained(tmp_path / "head")
-        rows = load_rows([data], 1).select(torch.arange(7))
+        assert head.features
+        rows = load_rows([data], 0).select(torch.arange(7))
         with torch.no_grad():
             trained = score(head, rows).sigmoid()
         scalars: dict[str, Any] = dict(rows.scalars)
-        previous = StepFeatures(**scalars)
-        served = HeadEstimator(head)(StepFeatures(rows.hidden, previous=previous), 1)
+        served = HeadEstimator(head)(StepFeatures(rows.hidden, **scalars), 1)
         assert torch.equal(trained, served)
 
 
@@ -199,7 +198,7 @@ class TestDefaults:
             prompt = torch.arange(num_rows) // 50
             names = tuple((str(i), "a") for i in range(int(prompt[-1]) + 1))
             return LabelRows(
-                hidden, {**scalars, "drawn_logprob": -guess.exp()}, torch.ones(num_rows, dtype=torch.int64), accepted,
+                hidden, scalars, torch.ones(num_rows, dtype=torch.int64), accepted,
                 torch.full((num_rows,), math.nan), prompt, names,
             )  # fmt: skip
 
@@ -255,7 +254,7 @@ class TestRefusals:
             (["--features", "top1"], "--features top1: input should be 'top1_prob'"),
             (["--features", "margin", "margin"], "features=margin,margin names one twice"),
             (["--features", "none", "margin"], "features=none goes alone"),
-            (["--features", "drawn_logprob"], "is not lossless; leave it out, or use lag=1"),
+            (["--lag", "1", "--features", "margin"], "features=margin with lag=1: such a head reads the hidden state"),
             (["--lag", "2"], "--lag 2: input should be 0 or 1"),
             (["--w-rej", "0"], "--w-rej 0: input should be greater than 0"),
             (["--dropout", "1"], "--dropout 1: input should be less than 1"),

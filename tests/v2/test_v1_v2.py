@@ -20,9 +20,9 @@ from vllm_specdecpp.head.model import AcceptanceHead
 
 @pytest.fixture
 def head(tmp_path):
-    """A head that reads the pass before as well: the features' path through both adapters."""
+    """A head that reads scalars: the features' path through both adapters."""
     torch.manual_seed(2)
-    head = AcceptanceHead(HIDDEN_SIZE, 2, features=("top1_prob", "drawn_logprob", "entropy"))
+    head = AcceptanceHead(HIDDEN_SIZE, 2, features=("top1_prob", "margin", "entropy"), lag=0)
     with torch.no_grad():
         head.output.weight.mul_(3.0)
         head.output.bias.copy_(torch.tensor([0.0, 1.0]))

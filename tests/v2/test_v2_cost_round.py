@@ -29,10 +29,8 @@ CASES = [
 
 
 def _estimator(lag: int) -> Estimator:
-    """Training-free, or the paper's head with everything that it may read of the pass before."""
-    if not lag:
-        return ConfidenceEstimator()
-    return HeadEstimator(_head(features=("top1_prob", "entropy", "drawn_logprob", "margin")))
+    """Training-free, or the paper's head."""
+    return HeadEstimator(_head()) if lag else ConfidenceEstimator()
 
 
 class _Twins:
@@ -98,7 +96,7 @@ class _Twins:
         ends = (device.limits[:n, 2:] == tokens[:n, None]).any(dim=1).numpy()
         host.end(ends)
         self.oracle.end(ends)
-        column = device.append_drawn(tokens, logits)
+        column = device.append_drawn(tokens)
         assert column.tolist() == [*np.where(submit, tokens[:n], -1).tolist(), *[-1] * PADDING]
         assert device.running.tolist() == [*host.running.tolist(), *[False] * PADDING]
         assert bool(device.any_running) == host.running.any()

@@ -115,7 +115,7 @@ def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch
         if peeks and step == 2:
             given.scores = torch.where(tokens == tokens.mode().values, 0.2, 0.8)
         device.observe_pass(step, logits, logits)
-        device.append_drawn(tokens, logits)
+        device.append_drawn(tokens)
     return device.draft_tokens
 
 

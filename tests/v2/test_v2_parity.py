@@ -127,4 +127,4 @@ def test_configure_refuses_bad_values(pair):
 def test_what_v1_alone_records_is_refused(pair):
     llm, _ = pair
     with pytest.raises(ValueError, match="^specdecpp: .*VLLM_USE_V2_MODEL_RUNNER=0"):
-        llm.collective_rpc("specdecpp_flush_records")
+        llm.collective_rpc("specdecpp_flush_records", args=(None, {}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, HeadEstimator
-from vllm_specdecpp.decision.features import features_from_logits
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, features_from_logits
 from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import FixedRule, ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
@@ -34,12 +34,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "entropy": lambda: ThresholdRule(EntropyEstimator(), 0.9),
     "the paper's head": lambda: ThresholdRule(HeadEstimator(_head()), 0.6),
     "look-ahead head": lambda: ThresholdRule(HeadEstimator(_head(lag=0, features=("top1_prob", "margin"))), 0.6),
-    "lagged head with the drawn token alone": lambda: ThresholdRule(
-        HeadEstimator(_head(features=("drawn_logprob",))), 0.6
-    ),
-    "lagged head with features": lambda: ThresholdRule(
-        HeadEstimator(_head(features=("top1_prob", "entropy", "drawn_logprob", "margin"))), 0.6
-    ),
+    "with all features": lambda: ThresholdRule(HeadEstimator(_head(lag=0, features=SCALAR_FEATURES)), 0.6),
 }
 
 
@@ -77,10 +72,9 @@ def test_decisions_equal_the_hosts(name, min_length):
         logits, hidden_states, token_ids = _pass(step, num_reqs)
         ran = state.running.bool()
         state.observe(features_from_logits(logits, hidden_states, margin=True))
-        logprobs = logits.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1)
-        state.append(token_ids, drawn_logprobs=logprobs)
+        state.append(token_ids)
         device.observe_pass(step, logits, hidden_states)
-        column = device.append_drawn(token_ids, logits)
+        column = device.append_drawn(token_ids)
         assert column.tolist() == torch.where(ran, token_ids, -1).tolist()
         assert device.running[:num_reqs].tolist() == state.running.tolist()
         torch.testing.assert_close(device.survival[:num_reqs], state.survival, rtol=1e-5, atol=1e-7)

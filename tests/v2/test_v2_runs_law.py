@@ -71,7 +71,7 @@ class Batch:
             drawn = torch.multinomial(q.softmax(-1), NUM_REQS, replacement=True) if probabilistic else logits.argmax(1)
             given.scores = torch.full((NUM_REQS,), 0.9)
             device.observe_pass(step, logits, logits)
-            device.append_drawn(drawn, logits)
+            device.append_drawn(drawn)
             if self.speculator.draft_logits is not None:  # vLLM keeps those of all rows
                 self.speculator.draft_logits[:, step - 1] = q
         self.drafted = device.lengths.clone()

@@ -47,8 +47,8 @@ class Manifest:
     hidden_size: int
     """Of the draft model."""
 
-    source: Literal["on-policy", "server"]
-    """What made the labels."""
+    source: Literal["on-policy"] = "on-policy"
+    """What made the labels: the engine's own rounds."""
 
     sampling: Mapping[str, Any]
     """Temperature, top_k, top_p, max_tokens, draft_sample_method and whatever else shapes the labels."""
@@ -57,13 +57,13 @@ class Manifest:
     """Candidates of a round at most."""
 
     prompts_digest: str
-    """``prompts.digest`` of all prompts; empty for a server's traffic."""
+    """``prompts.digest`` of all prompts."""
 
     num_prompts: int
-    """All of them; 0 for a server's traffic."""
+    """All of them."""
 
     unit_size: int
-    """Prompts a shard; 0 for a server's traffic."""
+    """Prompts a shard."""
 
     versions: Mapping[str, str]
     """Package to version."""

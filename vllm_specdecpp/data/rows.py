@@ -31,7 +31,7 @@ class LabelRows:
     """[n, hidden_size] in the draft's dtype: lag 1, of the pass that has read the candidate; lag 0, that yields it."""
 
     scalars: Mapping[str, Tensor]
-    """Name to [n] float32, of the pass that yields the candidate; lag 0 leaves out what is known after the draw."""
+    """Name to [n] float32, of the pass that yields the candidate."""
 
     position: Tensor
     """[n] int64, 1-based index of the candidate in its round."""
@@ -94,11 +94,9 @@ def rows_of(shard: Shard, lag: int, prompts_where: Callable[[PromptName], bool] 
         is_last[shard.round_starts[1:] - 1] = True
         keep &= ~is_last
     index = keep.nonzero().squeeze(1)  # [n]
-    # What is known only after the draw has no place in a look-ahead.
-    names = [name for name in SCALAR_FEATURES if lag or name != "drawn_logprob"]
     return LabelRows(
         hidden=shard.hidden_states[index + lag],
-        scalars={name: getattr(shard, name)[index] for name in names},
+        scalars={name: getattr(shard, name)[index] for name in SCALAR_FEATURES},
         position=shard.position[index],
         accepted=(shard.outcome[index] == ACCEPTED).float(),
         soft=shard.soft_label[index],

@@ -34,7 +34,6 @@ class RoundRecord:
     top1_prob: Tensor
     entropy: Tensor
     margin: Tensor
-    drawn_logprob: Tensor
     soft_label: Tensor
     """[num_candidates] float32 each; a NaN ``soft_label`` is unknown."""
 
@@ -69,9 +68,6 @@ class Shard:
 
     margin: Tensor
     """[num_steps] float32, of the two largest logits."""
-
-    drawn_logprob: Tensor
-    """[num_steps] float32, log q of the candidate at temperature 1."""
 
     outcome: Tensor
     """[num_steps] int8: 1 accepted, 0 the round's first rejection, -1 after it: not observed."""
@@ -118,7 +114,7 @@ class Shard:
 
 _DTYPES = {
     "token_ids": torch.int32, "top1_prob": torch.float32, "entropy": torch.float32, "margin": torch.float32,
-    "drawn_logprob": torch.float32, "outcome": torch.int8, "soft_label": torch.float32, "round_starts": torch.int64,
+    "outcome": torch.int8, "soft_label": torch.float32, "round_starts": torch.int64,
     "num_accepted": torch.int32, "prompt_index": torch.int32, "emitted": torch.int32, "temperature": torch.float32,
 }  # fmt: skip
 _TENSORS = tuple(field.name for field in fields(Shard) if field.name != "prompts")
@@ -156,7 +152,7 @@ def shard_from_rounds(rounds: Sequence[RoundRecord], prompts_by_request: Mapping
 
     round_starts = torch.tensor([0, *(r.num_verified for r in rounds)]).cumsum(0)  # [num_rounds + 1]
     num_accepted = torch.tensor([r.num_accepted for r in rounds], dtype=torch.int32)
-    scalars = {name: joined(name).float() for name in ("top1_prob", "entropy", "margin", "drawn_logprob", "soft_label")}
+    scalars = {name: joined(name).float() for name in ("top1_prob", "entropy", "margin", "soft_label")}
     return Shard(
         hidden_states=joined("hidden_states"),
         token_ids=torch.tensor([t for r in rounds for t in r.token_ids[: r.num_verified]], dtype=torch.int32),

@@ -18,14 +18,13 @@ class Estimator(Protocol):
     """Scores one candidate of every request from a :class:`StepFeatures`.
 
     ``lag`` 0: the score is that of the candidate about to be drawn from these features.
-    ``lag`` 1: of the one before, which the pass has just read (the paper's head); ``features.previous`` holds the
-    scalars of the pass that yielded it.
+    ``lag`` 1: of the one before, which the pass has just read (the paper's head).
     """
 
     name: str
     lag: int
     needs: frozenset[str]
-    """Fields of :class:`StepFeatures` that are read, of these features or of ``previous``."""
+    """Fields of :class:`StepFeatures` that are read."""
 
     def __call__(self, features: StepFeatures, position: int) -> Tensor:
         """Score one candidate.
@@ -54,10 +53,7 @@ class HeadEstimator:
         hidden_states = _given(features, "hidden_states")  # [num_reqs, hidden_size]
         scalars = None
         if self.head.features:
-            source, where = features, "features"
-            if self.lag:
-                source, where = features.previous or StepFeatures(), "features.previous"
-            columns = {name: _given(source, name, where) for name in self.head.features}
+            columns = {name: _given(features, name) for name in self.head.features}
             scalars = encode_scalars(columns, self.head.features)  # [num_reqs, num_inputs]
         return self.head.probability(hidden_states, scalars, position)  # [num_reqs]
 
@@ -84,8 +80,8 @@ class EntropyEstimator:
         return torch.exp(-_given(features, "entropy"))  # [num_reqs]
 
 
-def _given(features: StepFeatures, field: str, where: str = "features") -> Tensor:
+def _given(features: StepFeatures, field: str) -> Tensor:
     value: Tensor | None = getattr(features, field)
     if value is None:
-        raise ValueError(f"specdecpp: the stop rule reads {where}.{field}, but the draft step did not compute it")
+        raise ValueError(f"specdecpp: the stop rule reads features.{field}, but the draft step did not compute it")
     return value

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-SCALAR_FEATURES = ("top1_prob", "entropy", "margin", "drawn_logprob")
+SCALAR_FEATURES = ("top1_prob", "entropy", "margin")
 """The fields of :class:`StepFeatures` with one number a request, which a head may read besides the hidden state."""
 
-_LOG_ODDS, _LOG_ENTROPY, _MARGIN, _LOGPROB = 12.0, 12.0, 50.0, 20.0
+_LOG_ODDS, _LOG_ENTROPY, _MARGIN = 12.0, 12.0, 50.0
 """Where the encodings saturate: float32 tells probabilities apart up to log-odds of about 16."""
 
 
@@ -33,21 +32,10 @@ class StepFeatures:
     margin: Tensor | None = None
     """[num_reqs] float32, the largest logit minus the second largest; inf if there is no other."""
 
-    drawn_logprob: Tensor | None = None
-    """[num_reqs] float32, log q(Y_k) at temperature 1. None until Y_k is drawn: no decision about Y_k can read it."""
-
-    previous: StepFeatures | None = None
-    """Scalars of the pass before, which yielded Y_{k-1}: row-aligned, with ``drawn_logprob``, no hidden states."""
-
     def select(self, rows: Tensor) -> StepFeatures:
         """These features of some requests: ``rows`` is a mask [num_reqs] bool, or indices [num_rows] int64."""
-        chosen: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            chosen[field.name] = value.select(rows) if isinstance(value, StepFeatures) else value
-            if isinstance(value, Tensor):
-                chosen[field.name] = value[rows]
-        return StepFeatures(**chosen)
+        columns: list[Tensor | None] = [getattr(self, field.name) for field in fields(self)]
+        return StepFeatures(*(None if column is None else column[rows] for column in columns))
 
 
 def features_from_logits(
@@ -105,15 +93,10 @@ def _encode_margin(margin: Tensor) -> tuple[Tensor, ...]:
     return (torch.log1p(margin.clamp(0, _MARGIN)),)
 
 
-def _encode_drawn_logprob(logprob: Tensor) -> tuple[Tensor, ...]:
-    return logprob.clamp(-_LOGPROB, 0) / 4, logprob.exp().clamp(max=1)
-
-
 _ENCODINGS: dict[str, tuple[int, Callable[[Tensor], tuple[Tensor, ...]]]] = {
     "top1_prob": (2, _encode_top1_prob),
     "entropy": (2, _encode_entropy),
     "margin": (1, _encode_margin),
-    "drawn_logprob": (2, _encode_drawn_logprob),
 }
 
 
@@ -121,17 +104,17 @@ def check_features(names: Sequence[str], lag: int) -> None:
     """Refuse what a head cannot read.
 
     Raises:
-        ValueError: one line: a name that is unknown, given twice, or not known before the draw.
+        ValueError: one line: a name that is unknown or given twice, or one beside a lag.
     """
     for name in names:
         if name not in SCALAR_FEATURES:
             raise ValueError(f"specdecpp: features={name!r} is unknown; choose among {', '.join(SCALAR_FEATURES)}")
     if len(set(names)) < len(names):
         raise ValueError(f"specdecpp: features={','.join(names)} names one twice; give each once")
-    if lag == 0 and "drawn_logprob" in names:
+    if lag and names:
         raise ValueError(
-            "specdecpp: features='drawn_logprob' with lag=0 would decide about a candidate by its own value, "
-            "which is not lossless; leave it out, or use lag=1"
+            f"specdecpp: features={','.join(names)} with lag=1: such a head reads the hidden state alone; leave one of "
+            "the two out"
         )
 
 
@@ -149,12 +132,12 @@ def encode_scalars(columns: Mapping[str, Tensor], names: Sequence[str]) -> Tenso
 
     Returns:
         [num_rows, num_inputs] float32: log-odds and probability of the largest, log and exp of the entropy, log of
-        1 + the margin, log-probability and probability of the drawn token. NaN stays NaN.
+        1 + the margin. NaN stays NaN.
 
     Raises:
         ValueError: one line: an unknown name, or a column that is missing.
     """
-    check_features(names, lag=1)
+    check_features(names, lag=0)
     encoded: list[Tensor] = []
     for name in names:
         if columns.get(name) is None:

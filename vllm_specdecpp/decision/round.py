@@ -13,15 +13,13 @@ ends its request's draft if it is a stop token, after it was submitted. No rule 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_specdecpp.decision import tails
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
-from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
+from vllm_specdecpp.decision.features import StepFeatures
 from vllm_specdecpp.decision.rules import NEVER, StopRule, tail_threshold
 
 Rows = Tensor | slice
@@ -82,8 +80,6 @@ class DraftRound:
         self.token_ids = torch.zeros(num_reqs, dtype=torch.int64, device=device)  # drawn in the last step
         self.any_running = torch.zeros(1, dtype=torch.bool, device=device)  # what CUDA's IF nodes read
         self.threshold = torch.zeros(1, device=device)
-        self._previous: dict[str, Tensor] = {}  # name -> [max_num_reqs], of the pass that yielded the last candidate
-        self._known: set[str] = set()  # of these, what was computed
         self._scored: bool | None = None  # None: nothing was observed since the last draw
         self.set_rule(rule, min_length)
         self.begin()
@@ -95,11 +91,6 @@ class DraftRound:
         threshold = NEVER if isinstance(rule, CostAwareTail) else tail_threshold(rule)
         self._asks = threshold is None
         self.threshold.fill_(NEVER if threshold is None else threshold)
-        # Only a lagged estimator reads the pass before.
-        lagged = rule.estimator is not None and rule.estimator.lag > 0
-        self._kept = [name for name in SCALAR_FEATURES if lagged and name in rule.needs]
-        for name in self._kept:
-            self._previous.setdefault(name, torch.zeros_like(self.survival))
 
     def begin(self) -> None:
         """A round begins; ``max_lengths`` are set."""
@@ -107,7 +98,6 @@ class DraftRound:
         self.survival.fill_(1.0)
         torch.gt(self.max_lengths, 0, out=self.running)
         self.num_drawn, self._scored = 0, None
-        self._known.clear()
 
     def admit(self) -> None:
         """After :meth:`begin`: under the cost-aware rule its parameters, loaded by now, say who drafts, and how far."""
@@ -129,20 +119,12 @@ class DraftRound:
         # A lagged estimator scores the token before: at the first step a verified one, whose acceptance is certain.
         self._scored = estimator is not None and not (estimator.lag and self.num_drawn == 0)
         if self._scored and estimator is not None:
-            if self._kept:
-                previous: dict[str, Any] = {name: self._previous[name][rows] for name in self._known}
-                features = replace(features, previous=StepFeatures(**previous))
             # No lag: the candidate about to be drawn. Lag 1: the one drawn last.
             self.scores[rows] = self.agree(estimator(features, self.num_drawn + 1 - estimator.lag).float())
-        self._known.clear()
-        for name in self._kept:
-            # Nobody can know the draw yet: append() brings it.
-            if name != "drawn_logprob" and (column := getattr(features, name)) is not None:
-                self._keep(name, column, rows)
         if self._asks:
             self._ask()
 
-    def append(self, token_ids: Tensor, rows: Rows = slice(None), drawn_logprobs: Tensor | None = None) -> Tensor:
+    def append(self, token_ids: Tensor, rows: Rows = slice(None)) -> Tensor:
         """Submit the drawn candidates, then end the requests that are through.
 
         Under a :class:`StopRule` every running request submits. The cost-aware rule may leave out a candidate that it
@@ -151,8 +133,6 @@ class DraftRound:
         Args:
             token_ids: [num_rows] int64, the drawn tokens of ``rows``; ignored where a request is not running.
             rows: as in :meth:`observe`. A slice from 0 on: the tail runs over these rows alone.
-            drawn_logprobs: [num_rows] log-probabilities of the drawn tokens at temperature 1; wanted if the rule needs
-                ``drawn_logprob``.
 
         Returns:
             [num_reqs] the column of ``draft_tokens``: candidate k, or -1.
@@ -163,8 +143,6 @@ class DraftRound:
         if self._scored is None:
             raise RuntimeError("DraftRound.append needs one observe() before every candidate")
         self.token_ids[rows] = token_ids
-        if drawn_logprobs is not None and "drawn_logprob" in self._kept:
-            self._keep("drawn_logprob", drawn_logprobs, rows)
         self.num_drawn += 1
         part = rows if isinstance(rows, slice) else slice(None)
         state: dict[str, Tensor] = {
@@ -192,7 +170,3 @@ class DraftRound:
         stops = self.agree(self.rule.should_stop(self.survival.clone(), self.num_drawn))  # it may keep it
         if self.num_drawn + 1 >= self.min_length:
             self.max_lengths.copy_(torch.where(stops, self.lengths + 1, self.max_lengths))
-
-    def _keep(self, name: str, column: Tensor, rows: Rows) -> None:
-        self._previous[name][rows] = column.float()
-        self._known.add(name)

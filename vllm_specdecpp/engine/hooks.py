@@ -166,7 +166,7 @@ LEDGER: tuple[Hook, ...] = (
     Hook("vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
          ("draft_token_ids", "num_draft_tokens", "cu_num_draft_tokens"),
          "read while recording; whether a step has candidates"),
-    Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", ("self",), "extended: the last rounds recorded are written"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", ("self",), "extended: what was learnt is written"),
     Hook("vllm.triton_utils.dispatcher:register_kernels", (),
          "CPU only: mends rejection_sampler.expand_kernel for float inputs", "vllm-project/vllm#42638",
          "vLLM's _expand_kernel_impl writes into the tensor it was given"),

@@ -79,8 +79,6 @@ class SpecDecPPWorkerMixin:
         runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
         if late_drafts.can_wait(self.vllm_config):
             self._late_drafts = late_drafts.LateDrafts(runner)
-        if config.record_dir is not None:
-            self._start_recording()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load as vLLM does; on Model Runner V2 then tell the rejection sampler where drafts end."""
@@ -141,12 +139,11 @@ class SpecDecPPWorkerMixin:
             self._head_aside = []
 
     def shutdown(self) -> None:
-        """Write what was recorded and learnt and not written yet, then shut down as vLLM does."""
+        """Write what was learnt and not written yet, then shut down as vLLM does."""
         runner = getattr(self, "model_runner", None)
         for name in ("drafter", "speculator"):
-            for part, end in (("recorder", "close"), ("cost_aware", "save")):
-                if (owner := getattr(getattr(runner, name, None), part, None)) is not None:
-                    getattr(owner, end)()
+            if (cost_aware := getattr(getattr(runner, name, None), "cost_aware", None)) is not None:
+                cost_aware.save()
         super().shutdown()  # type: ignore[misc]
 
     def _start_recording(self) -> None:
@@ -156,16 +153,11 @@ class SpecDecPPWorkerMixin:
         proposer, runner = self._proposer, self.model_runner
         if get_tp_group().rank_in_group != 0 or proposer.recorder is not None:
             return
-        from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
         from vllm_specdecpp.engine.recording.recorder import RoundRecorder
         from vllm_specdecpp.engine.recording.sampler import RecordingRejectionSampler
 
-        config, folder = proposer.config, None
-        if config.record_dir is not None:
-            folder = RecordFolder(config.record_dir, server_manifest(self.vllm_config))
         sampler = RecordingRejectionSampler(runner.sampler, self.vllm_config.speculative_config, self.device)
-        max_bytes = config.record_max_gib * 2**30
-        proposer.recorder = RoundRecorder(config.record_fraction, max_bytes, runner.requests, sampler.take, folder)
+        proposer.recorder = RoundRecorder(runner.requests, sampler.take)
         runner.rejection_sampler = sampler
 
     @property
@@ -195,10 +187,8 @@ class SpecDecPPWorkerMixin:
         """The last ``trace_rounds`` verified rounds, oldest first."""
         return self._drafter.log.rounds(clear=clear)
 
-    def specdecpp_flush_records(
-        self, path: str | None = None, prompts: dict[str, dict[str, str]] | None = None
-    ) -> dict[str, Any]:
-        """Write what was recorded since the last call; the first call starts recording if ``record_dir`` did not.
+    def specdecpp_flush_records(self, path: str | None, prompts: dict[str, dict[str, str]]) -> dict[str, Any]:
+        """Write what was recorded since the last call; the first call starts recording.
 
         Arguments, result and errors are those of ``engine.recording.recorder.RoundRecorder.flush``; the result
         is empty on all ranks but the first.

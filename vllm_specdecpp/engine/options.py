@@ -113,11 +113,6 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
             f"specdecpp: rejection_sample_method={method!r} accepts tokens that the target would not emit, so outputs "
             "are no longer the target's; leave it out, or use 'standard' or 'block'"
         )
-    if user.get("record_dir") is not None and method not in (None, "standard"):
-        raise ValueError(
-            f"specdecpp: rejection_sample_method={method!r} cannot be recorded: its outcomes are not those of one "
-            "candidate after the other; leave it or record_dir out"
-        )
     if (stages := getattr(args, "pipeline_parallel_size", 1)) > 1:
         raise ValueError(
             f"specdecpp: pipeline_parallel_size={stages} is not supported: vLLM runs a draft model on the last stage "
@@ -132,8 +127,6 @@ def _check_engine_args(args: Any, user: Mapping[str, Any]) -> None:
 
 def _needs_v1(config: SpecDecPPConfig) -> str | None:
     """The option that only Model Runner V1 can serve, with the reason, or None."""
-    if config.record_dir is not None:
-        return f"record_dir={config.record_dir!r} reads what only Model Runner V1 keeps of a round"
     if not RULES[config.resolved_rule].device_tail:
         return no_device_tail(config.resolved_rule)
     if config.sources is not None and (others := [name for name in config.run_sources if name not in ON_DEVICE]):
@@ -287,16 +280,6 @@ def _check_head(config: SpecDecPPConfig, vllm_config: Any) -> None:
         )  # fmt: skip
 
 
-def _check_record_dir(config: SpecDecPPConfig, vllm_config: Any) -> None:
-    """Open the folder once in the front end, so that one that cannot be recorded into fails here."""
-    if config.record_dir is None:
-        return
-    from vllm_specdecpp.engine.recording.folder import RecordFolder, server_manifest
-
-    RecordFolder(config.record_dir, server_manifest(vllm_config)).close()
-    logger.info("specdecpp: recording hidden states and token ids into %s", config.record_dir)
-
-
 def _announce(config: SpecDecPPConfig) -> None:
     bound = f"threshold {config.resolved_threshold}, " if config.resolved_threshold is not None else ""
     source = f"head {config.head}" if config.head else "no head given: training-free"
@@ -346,7 +329,6 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
             vllm_config.speculative_config.draft_model_config = vllm_config.model_config
         schedule_one_row(vllm_config)
         _check_head(config, vllm_config)
-        _check_record_dir(config, vllm_config)
         front_end.check_requests()
         front_end.show_metrics()
         gpu_defaults.check_memory(self, vllm_config)

@@ -38,15 +38,16 @@ class ResidualBlock(nn.Module):
 class AcceptanceHead(nn.Module):
     """Maps the draft's last hidden state to P(a candidate is accepted).
 
-    With ``lag`` 1 (the paper's) the state is that of the pass that read the candidate, and the scalars are those of the
-    pass that yielded it. With ``lag`` 0 (look-ahead) both are of the pass that yields the candidate, before the draw.
+    With ``lag`` 1 (the paper's) the state is that of the pass that read the candidate. With ``lag`` 0 (look-ahead) it
+    and the scalars are those of the pass that yields the candidate, before the draw.
 
     Args:
         hidden_size: of the draft model.
         num_layers: residual blocks.
         tied: whether the blocks share their parameters, as in the released checkpoints.
         width: project the hidden state to this size first.
-        features: scalars that are read too, of ``SCALAR_FEATURES``; their encodings join the (projected) hidden state.
+        features: scalars that are read too, of ``SCALAR_FEATURES``, with ``lag`` 0 alone; their encodings join the
+            (projected) hidden state.
         lag: which pass the hidden state is of.
         standardize: whether ``(hidden_state - mean) * scale`` comes first; ``mean`` and ``scale`` are buffers.
 
@@ -56,7 +57,7 @@ class AcceptanceHead(nn.Module):
         dropout: of the hidden state and of the blocks' updates, in training mode only.
 
     Raises:
-        ValueError: one line: a feature that is unknown, or not known before the draw.
+        ValueError: one line: a feature that is unknown or given twice, or one beside a lag.
     """
 
     mean: Tensor  # [hidden_size]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
-from vllm_specdecpp.training.engine import start_engine
+from vllm_specdecpp.training.engine import environment, start_engine
 
 if TYPE_CHECKING:
     from vllm_specdecpp.shrink.options import ShrinkOptions
@@ -65,19 +65,14 @@ def check(options: ShrinkOptions) -> int:
         ValueError: one line: no prompts, or an engine does not start.
     """
     prompts = read_prompts(options)
-    before = os.environ.get("VLLM_CACHE_ROOT")
     # A cache of its own: both drafts are timed now, and what earlier engines kept stays as it is.
     with (
         tempfile.TemporaryDirectory() as cache,
         ends_with_children(functools.partial(shutil.rmtree, cache, ignore_errors=True)),
+        environment("VLLM_CACHE_ROOT", cache),
     ):
-        os.environ["VLLM_CACHE_ROOT"] = cache
-        try:
-            original = play(options, options.draft, prompts)
-            shrunk = play(options, str(options.out.expanduser()), prompts)
-        finally:
-            os.environ.pop("VLLM_CACHE_ROOT")
-            os.environ.update({} if before is None else {"VLLM_CACHE_ROOT": before})
+        original = play(options, options.draft, prompts)
+        shrunk = play(options, str(options.out.expanduser()), prompts)
     lines, pays = report(original, shrunk)
     print("\n".join(lines))
     return 0 if pays else 1

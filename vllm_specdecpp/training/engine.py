@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.training.options import EngineOptions
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """In here an environment variable has this value; the processes of an engine that starts in here keep it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def start_engine(target: str, speculative_config: Mapping[str, Any], options: EngineOptions, **more: Any) -> LLM:

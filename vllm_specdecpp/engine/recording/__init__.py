@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recording rounds from the traffic, as training data."""
+"""Recording rounds as training data: what ``vllm-specdecpp collect`` asks its engine for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vllm_specdecpp.decision.features import features_from_logits
 from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import StopRule
 from vllm_specdecpp.decision.sources import Tokens
+from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit, longest_drafted, warn_of_end
 from vllm_specdecpp.engine.shared.kept_blocks import keeps_all_blocks
 from vllm_specdecpp.engine.shared.round_log import RoundLog, why_stopped
@@ -36,11 +37,8 @@ from vllm_specdecpp.engine.v1 import draft_layers
 from vllm_specdecpp.engine.v1.inputs import DraftInputs, DraftKV, RowBlocks, RowState, decode_pass, first_pass
 from vllm_specdecpp.engine.v1.passes import DraftPasses
 from vllm_specdecpp.engine.v1.requests import RunnerRequests
-from vllm_specdecpp.engine.v1.rows import draft_greedily, logprobs, ragged, scatter, select_rows
+from vllm_specdecpp.engine.v1.rows import draft_greedily, ragged, scatter, select_rows
 from vllm_specdecpp.engine.v1.timing import SinglePasses
-
-if TYPE_CHECKING:
-    from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder
 
 logger = init_logger("vllm.specdecpp")
 
@@ -152,7 +150,7 @@ class SpecDecPPProposer(DraftPasses):
                 )
                 read = [len(p.token_ids) for p in passes]
                 step["read"] = read if sum(read) > 2 * len(fed) else []
-                trace = None if self.recorder is None else self.recorder.new_trace(rows)
+                trace = None if self.recorder is None else DraftTrace()
                 seeded = sampling_metadata.generators  # see engine.v1.own_noise
                 sampling = draft_greedily(sampling_metadata, seeded)
                 outruns = bool(self.run_sources) and isinstance(self.rule, CostAwareTail)  # on all ranks alike
@@ -292,16 +290,12 @@ class SpecDecPPProposer(DraftPasses):
             )
             state.observe(features, running)
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
-            # Drawing divides the logits by the temperature in place.
-            raw_logits = logits.clone() if "drawn_logprob" in needs else None
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
             token_ids = self.agree(token_ids)
-            drawn_logprobs = None if raw_logits is None else logprobs(raw_logits, token_ids)  # [num_running]
-            column = state.append(token_ids, running, drawn_logprobs)  # [num_reqs]
+            column = state.append(token_ids, running)  # [num_reqs]
             submits = column[running] >= 0  # [num_running]
             if trace is not None:
-                logprobs_of = None if drawn_logprobs is None else drawn_logprobs[submits]
-                trace.step(running[submits], features.select(submits), logprobs_of)
+                trace.step(running[submits], features.select(submits))
             drawn.append(column)
             if probs is not None:
                 probabilities.append(scatter(probs, running, num_reqs, fill=0))

@@ -26,12 +26,6 @@ def draft_greedily(metadata: Any, rows: Collection[int]) -> Any:
     return dataclasses.replace(metadata, temperature=temperature, all_random=False, all_greedy=all_greedy)
 
 
-def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each row's token at temperature 1: [num_rows, vocab_size], [num_rows] → [num_rows] float32."""
-    logits = logits.float()
-    return logits.gather(1, token_ids.long()[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
-
-
 def scatter(values: torch.Tensor, rows: torch.Tensor, num_reqs: int, fill: int) -> torch.Tensor:
     """``values`` at ``rows``, ``fill`` elsewhere: [num_reqs, ...]."""
     if values.shape[0] == num_reqs:

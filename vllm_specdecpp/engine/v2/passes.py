@@ -51,7 +51,6 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         self._back = torch.arange(SHORT - 1, -1, -1, device=device)
         self._writing = torch.full_like(self.idx_mapping, -1)  # [max_num_reqs] request state, -1 where no KV is written
         self._step = 1
-        self._logits: torch.Tensor
 
     def _can_read_short(self, input_batch: Any) -> bool:
         """Whether two tokens a request bring the draft model's KV up to date.
@@ -194,11 +193,11 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
 
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         """The draft's logits [num_reqs, vocab_size]; the rule scores them here, before anything is drawn from them."""
-        self._logits = super().compute_draft_logits(hidden_states, spec_step_idx)
-        self.round.observe_pass(self._step, self._logits, hidden_states)
-        return self._logits
+        logits = super().compute_draft_logits(hidden_states, spec_step_idx)
+        self.round.observe_pass(self._step, logits, hidden_states)
+        return logits
 
     def sample_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Draw a candidate as vLLM does, and submit it for the requests that still draft: [num_reqs], -1 elsewhere."""
         token_ids = super().sample_draft(*args, **kwargs).long()
-        return self.round.append_drawn(token_ids, self._logits)
+        return self.round.append_drawn(token_ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The round on the device: limits, logit features and log-probabilities for ``decision.round``, never asking the host.
+"""The round on the device: limits and logit features for ``decision.round``, never asking the host.
 
 What the rule reads of the logits comes from one pass over them (``vllm_specdecpp.kernels.logits_summary``); the tails
 are one launch each. So a step can be recorded in a CUDA graph and replayed.
@@ -13,16 +13,13 @@ from typing import Any
 import torch
 
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
-from vllm_specdecpp.decision.features import StepFeatures
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.rules import FixedRule, StopRule, tail_threshold
 from vllm_specdecpp.engine.v2.requests import COLUMNS
 from vllm_specdecpp.kernels.logits_summary import logits_summary, make_partials
 from vllm_specdecpp.kernels.threshold_tail import threshold_tail
 from vllm_specdecpp.rule_registry import no_device_tail
-
-SUMMARY = ("top1_prob", "entropy", "margin")
-"""The features that are made of the logits alone."""
 
 
 class DeviceRound(DraftRound):
@@ -50,7 +47,7 @@ class DeviceRound(DraftRound):
         )  # fmt: skip
         self.agree_drawn = agree
         self.confidences = confidences
-        self._summary = {name: torch.zeros_like(self.survival) for name in SUMMARY}
+        self._summary = {name: torch.zeros_like(self.survival) for name in SCALAR_FEATURES}
         self._argmax = torch.zeros_like(self.token_ids)
         self._partials: torch.Tensor | None = None  # made with the first logits
 
@@ -121,8 +118,8 @@ class DeviceRound(DraftRound):
 
     def _features(self, logits: torch.Tensor, hidden_states: torch.Tensor) -> StepFeatures:
         """What ``decision.features.features_from_logits`` gives, in buffers that the next pass overwrites."""
-        wanted = [name for name in SUMMARY if name in self.needs]
-        if not wanted and "drawn_logprob" not in self._kept:
+        wanted = [name for name in SCALAR_FEATURES if name in self.needs]
+        if not wanted:
             return StepFeatures(hidden_states)
         if self._partials is None:
             self._partials = make_partials(len(self.running), logits.shape[1], logits.device)
@@ -131,12 +128,11 @@ class DeviceRound(DraftRound):
         given: dict[str, Any] = {name: summary[name] for name in wanted}
         return StepFeatures(hidden_states, **given)
 
-    def append_drawn(self, token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def append_drawn(self, token_ids: torch.Tensor) -> torch.Tensor:
         """:meth:`append` what the first ``num_reqs`` rows drew.
 
         Args:
             token_ids: [num_reqs] int64, drawn by every row.
-            logits: as in :meth:`observe_pass`.
 
         Returns:
             [num_reqs] the column of ``draft_tokens``: candidate k, or -1.
@@ -147,13 +143,8 @@ class DeviceRound(DraftRound):
             packed = torch.stack((token_ids, self.scores[rows].view(torch.int32).long()))  # [2, num_reqs]
             token_ids, scores = self.agree_drawn(packed)
             self.scores[rows] = scores.int().view(torch.float32)
-        logprobs = None
-        if "drawn_logprob" in self._kept:
-            # Relative to the largest, whose probability is known.
-            pair = logits.gather(1, torch.stack((token_ids, self._argmax[rows]), dim=1)).float()  # [num_reqs, 2]
-            logprobs = pair[:, 0] - pair[:, 1] + self._summary["top1_prob"][rows].log()
         before = None if self.confidences is None else self.survival[rows].clone()
-        column = self.append(token_ids, rows, logprobs)
+        column = self.append(token_ids, rows)
         if self.confidences is not None and before is not None:
             # The estimate in force, which this step has multiplied the survival by.
             certain = self.survival[rows] / before.clamp(min=1e-30)

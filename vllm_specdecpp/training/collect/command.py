@@ -143,7 +143,6 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
         target_revision=model_revision(options.target),
         draft_revision=model_revision(options.draft),
         hidden_size=model_config(options.draft, "draft").get_text_config().hidden_size,
-        source="on-policy",
         sampling=sampling,
         num_candidates=options.candidates,
         prompts_digest=digest(prompts),

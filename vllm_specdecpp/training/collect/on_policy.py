@@ -16,7 +16,7 @@ from vllm_specdecpp.data.shards import Dataset
 from vllm_specdecpp.training.collect.options import FEWEST_TOKENS, CollectOptions, PairOptions
 from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
-from vllm_specdecpp.training.engine import start_engine
+from vllm_specdecpp.training.engine import environment, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -64,7 +64,9 @@ class OnPolicyCollector:
     def __init__(self, options: CollectOptions, dataset: Dataset) -> None:
         self._options, self._dataset = options, dataset
         config = {"rule": "fixed", "num_speculative_tokens": options.candidates}
-        self._llm = start_pair(options, config, options.batch)
+        # Model Runner V1 alone records; other engines of this process keep their choice.
+        with environment("VLLM_USE_V2_MODEL_RUNNER", "0"):
+            self._llm = start_pair(options, config, options.batch)
         self._flush(None, {})  # recording begins
 
     def collect(self, unit_index: int, prompts: list[Prompt]) -> UnitSummary:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_specdecpp.decision.features import encode_scalars
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
 from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit.calibration import Calibration, fit_by_prompts, fit_regression, log_odds
 from vllm_specdecpp.training.fit.fitting import score, targets
@@ -21,9 +21,6 @@ from vllm_specdecpp.training.fit.fitting import score, targets
 if TYPE_CHECKING:
     from vllm_specdecpp.data.dataset import LabelRows
     from vllm_specdecpp.head.model import AcceptanceHead
-
-LOGIT_FEATURES = ("top1_prob", "entropy", "margin")
-"""Inputs of the strongest baseline without a hidden state."""
 
 _CHUNK = 8192  # rows that the head scores at once
 
@@ -82,7 +79,7 @@ def fit_estimates(fit: Scored, shift: float) -> tuple[Calibration, dict[str, Est
         return found, lambda scored: found.probability(logit(scored), scored.rows.position)
 
     def features(scored: Scored) -> Tensor:
-        return encode_scalars(scored.rows.scalars, LOGIT_FEATURES)  # [n, num_inputs]
+        return encode_scalars(scored.rows.scalars, SCALAR_FEATURES)  # [n, num_inputs]
 
     def confidence(scored: Scored) -> Tensor:
         return scored.rows.scalars["top1_prob"].clamp(0, 1)  # rounding may exceed 1

@@ -39,8 +39,8 @@ class TrainOptions(CommandOptions):
     tied: bool = True
     """Whether the blocks share their parameters, as in the paper's released heads."""
 
-    features: list[Literal["top1_prob", "entropy", "margin", "drawn_logprob", "none"]] | None = None
-    """Scalars that the head reads too; by default all that the lag allows; ``none``: the hidden state alone."""
+    features: list[Literal["top1_prob", "entropy", "margin", "none"]] | None = None
+    """Scalars that the head reads too, by default all of them; ``none``: the hidden state alone, as with lag 1."""
 
     standardize: bool = True
     """Whether each dimension of the hidden state is brought to mean 0 and deviation 1 (of the training rows) first."""
@@ -98,5 +98,5 @@ class TrainOptions(CommandOptions):
     def resolved_features(self) -> list[str]:
         """The scalars in force."""
         if self.features is None:
-            return [name for name in SCALAR_FEATURES if self.lag or name != "drawn_logprob"]
+            return [] if self.lag else list(SCALAR_FEATURES)
         return [name for name in self.features if name != "none"]

@@ -125,12 +125,9 @@ def load_chains(
     datasets = open_datasets(folders)
     pieces: list[Chains] = []
     for dataset in datasets:
-        manifest = dataset.manifest
-        # A recorder with a fixed length stops short of it only where any draft would.
-        fixed = manifest.num_candidates if manifest.source == "on-policy" else None
         for shard in dataset.shards(progress):
             chosen = [prompts_where((p["id"], p["set"])) for p in shard.prompts]
-            piece = chains_of_shard(shard, chosen, head, fixed)
+            piece = chains_of_shard(shard, chosen, head, dataset.manifest.num_candidates)
             pieces += [piece] if piece.num_starts else []
     names = ", ".join(map(str, folders))
     if not pieces:
@@ -180,7 +177,7 @@ class _Segment:
     limited: bool
 
 
-def _segments(shard: Shard, rounds: Sequence[int], fixed_length: int | None) -> Iterator[_Segment]:
+def _segments(shard: Shard, rounds: Sequence[int], recorded_length: int) -> Iterator[_Segment]:
     """The segments of one prompt's rounds, in order."""
     starts, accepted, emitted = (x.tolist() for x in (shard.round_starts, shard.num_accepted, shard.emitted))
     segment: _Segment | None = None
@@ -189,7 +186,7 @@ def _segments(shard: Shard, rounds: Sequence[int], fixed_length: int | None) -> 
         segment = segment or _Segment([], 0, [], False)
         segment.steps += steps
         segment.num_accepted += accepted[r]
-        segment.limited = fixed_length is not None and len(steps) < fixed_length
+        segment.limited = len(steps) < recorded_length  # any draft would have ended there
         follows = i + 1 < len(rounds) and emitted[rounds[i + 1]] == emitted[r] + accepted[r] + 1
         if accepted[r] == len(steps) and follows:
             segment.seams.append(len(segment.steps))
@@ -198,14 +195,12 @@ def _segments(shard: Shard, rounds: Sequence[int], fixed_length: int | None) -> 
             segment = None
 
 
-def chains_of_shard(
-    shard: Shard, chosen: Sequence[bool], head: AcceptanceHead | None, fixed_length: int | None
-) -> Chains:
+def chains_of_shard(shard: Shard, chosen: Sequence[bool], head: AcceptanceHead | None, recorded_length: int) -> Chains:
     """The chains of one shard's chosen prompts.
 
     Args:
         chosen: of each prompt of the shard, whether to keep it.
-        fixed_length: candidates of every recorded round that no limit cut short; None if the recorder's rule varied it.
+        recorded_length: candidates of every recorded round that no limit cut short.
     """
     by_prompt: dict[int, list[int]] = {}
     emitted = shard.emitted.tolist()
@@ -217,7 +212,7 @@ def chains_of_shard(
     prompt_starts = [0]
     for rounds in by_prompt.values():
         rounds.sort(key=lambda r: emitted[r])
-        for segment in _segments(shard, rounds, fixed_length):
+        for segment in _segments(shard, rounds, recorded_length):
             size = len(segment.steps)
             for offset in range(segment.num_accepted + 1):
                 seam = next((s - offset for s in segment.seams if s > offset), FAR)
@@ -228,7 +223,6 @@ def chains_of_shard(
     order = torch.tensor(steps, dtype=torch.int64)  # [num_steps]
     table = torch.tensor(columns, dtype=torch.int64).reshape(-1, 5)  # [num_starts, 5]
     scalars = {name: getattr(shard, name)[order].float() for name in SCALAR_FEATURES}
-    lengths = shard.round_starts.diff()
     return Chains(
         scalars=scalars,
         token_ids=shard.token_ids[order].long(),
@@ -240,19 +234,17 @@ def chains_of_shard(
         to_seam=table[:, 4],
         prompt_starts=torch.tensor(prompt_starts),
         prompts=[(shard.prompts[p]["id"], shard.prompts[p]["set"]) for p in by_prompt],
-        recorded_length=fixed_length or int(lengths.max() if len(lengths) else 0),
+        recorded_length=recorded_length,
     )
 
 
 @torch.no_grad()
 def _score(head: AcceptanceHead, hidden_states: Tensor, order: Tensor, scalars: dict[str, Tensor]) -> Tensor:
     """The head's logit at every step of ``order``: [num_steps] float32."""
-    # A lagged head reads the scalars of the pass that produced the candidate: the step before, in the chain's order.
-    behind = (torch.arange(len(order)) - head.lag).clamp(min=0)  # [num_steps]
     logits = []
     for rows in torch.arange(len(order)).split(_CHUNK):
         inputs = None
         if head.features:
-            inputs = encode_scalars({name: scalars[name][behind[rows]] for name in head.features}, head.features)
+            inputs = encode_scalars({name: scalars[name][rows] for name in head.features}, head.features)
         logits.append(head.logit(hidden_states[order[rows]], inputs).float())
     return torch.cat(logits) if logits else torch.zeros(0)
