@@ -74,7 +74,7 @@ def find_pair(target: str) -> Pair:
 
     Args:
         target: a hub id (any case) or a local folder. A folder goes by the hub id that its ``source.json`` names
-            (:mod:`vllm_specdecpp.setup.models` writes one), else by its last name, or as a folder of the hub's cache.
+            (``make demo`` leaves one), else by its last name, or as a folder of the hub's cache.
             What no name tells goes by its configuration: of several pairs that fit, the one whose target's name has
             most in common with it. That both have the same tokens is checked when the engine starts.
 

@@ -13,8 +13,7 @@ from benchmarks.common.engines import EngineSettings
 from benchmarks.common.methods import Method
 from benchmarks.common.provenance import command_line, git_state, model_label, versions
 from benchmarks.common.records import Row
-from vllm_specdecpp.setup.models import SOURCES, fetch
-from vllm_specdecpp.setup.packaged_gguf import FetchError
+from benchmarks.models.fetch import fetched
 
 
 def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
@@ -24,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser, sets: bool = True) -> None:
         nargs=2,
         required=True,
         metavar=("TARGET", "DRAFT"),
-        help="hub ids, folders, or names that vllm_specdecpp.setup.models fetches",
+        help="hub ids, folders, or names that benchmarks.models.fetch knows",
     )
     parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")
@@ -90,7 +89,7 @@ def provenance(argv: Sequence[str], module: str, methods: Sequence[Method]) -> R
 
 def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
     """The engines of these options, for at most ``batch`` requests at once; models are fetched if need be."""
-    target, draft = map(_fetched, args.pair)
+    target, draft = map(fetched, args.pair)
     return EngineSettings(
         target=target,
         draft=draft,
@@ -101,12 +100,8 @@ def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
         max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_mib << 20,
         eager=args.eager,
-        other_drafts={name: _fetched(place) for name, place in getattr(args, "other_drafts", {}).items()},
+        other_drafts={name: fetched(place) for name, place in getattr(args, "other_drafts", {}).items()},
     )
-
-
-def _fetched(name: str) -> str:
-    return str(fetch(name)) if name in SOURCES else name
 
 
 def command(
@@ -126,7 +121,7 @@ def command(
     args = parser.parse_args(argv)
     try:
         return run(args, sys.argv[1:] if argv is None else argv, started)
-    except (ValueError, FetchError) as error:
+    except ValueError as error:
         print(f"{module}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

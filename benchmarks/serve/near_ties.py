@@ -23,7 +23,7 @@ from benchmarks.common.engines import Engines, EngineSettings
 from benchmarks.common.methods import OFF, Method, parse_method
 from benchmarks.common.provenance import command_line, git_state, versions
 from benchmarks.common.records import RawFile, load_prompts, output_hash
-from vllm_specdecpp.setup.models import SOURCES, fetch
+from benchmarks.models.fetch import fetched
 
 TIE_SPACINGS = 4
 """A near-tie: at most this many bfloat16 spacings apart, as in tests/engine/test_real_pair.py."""
@@ -84,7 +84,7 @@ def generate(args: argparse.Namespace, raw: RawFile, names: list[str], method: M
     settings = raw.runs[-1]["settings"]
     rows = {row["id"]: row for prompts in load_prompts(args.data, args.sets, args.prompts).values() for row in prompts}
     wanted = {(row["prompt"], row["method"]): row["output"] for row in raw.rows}
-    target, draft = (str(fetch(name)) if name in SOURCES else name for name in args.pair)
+    target, draft = map(fetched, args.pair)
     engines = Engines(
         EngineSettings(
             target=target,
@@ -181,8 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         print(f"{len(names)} of {compared} outputs differ", flush=True)
         places = generate(args, raw, names, method) if names else []
-        target = str(fetch(args.pair[0])) if args.pair[0] in SOURCES else args.pair[0]
-        found = gaps(target, places) if places else []
+        found = gaps(fetched(args.pair[0]), places) if places else []
     except ValueError as error:
         print(f"benchmarks.serve.near_ties: {error}", file=sys.stderr)
         return 2

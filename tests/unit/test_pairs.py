@@ -76,7 +76,7 @@ def test_find_by_relative_folder_that_exists(tmp_path: Path, monkeypatch: pytest
 
 
 def checkpoint(folder: Path, **origin: str) -> Path:
-    """A folder as a model's, with what ``vllm_specdecpp.setup.models`` says of its origin."""
+    """A folder as a model's, with what ``benchmarks.models.fetch`` says of its origin."""
     write(folder / "config.json", "{}")
     if origin:
         write(folder / "source.json", json.dumps(origin))
