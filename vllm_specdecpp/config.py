@@ -20,7 +20,6 @@ _MUST_BE = {
     "threshold": "must lie strictly between 0 and 1 (e.g. 0.7)",
     "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
-    "online_calibration": "must be true or false (e.g. true)",
     "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
     "record_dir": "must name a folder (e.g. 'recorded'), or be left out to record nothing",
     "record_fraction": "must be above 0 and at most 1 (e.g. 0.05)",
@@ -55,9 +54,6 @@ class SpecDecPPConfig(BaseModel):
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """h, of the rules ``threshold``, ``confidence`` and ``entropy``: drafting stops once the estimated probability that
     some candidate is rejected, 1 - survival, exceeds it."""
-
-    online_calibration: bool = True
-    """Whether ``cost_aware`` goes on learning from each verified round how likely candidates are to be accepted."""
 
     sources: list[str] | None = None
     """Where candidates come from: ``draft_model``, and ``suffix``: what followed the last time that the request's last
@@ -128,10 +124,6 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"min_speculative_tokens={self.min_speculative_tokens} has no meaning with rule='cost_aware', which "
                 "drafts nothing where that is faster; leave it out, or add rule='threshold' or 'confidence'"
-            )
-        if not self.online_calibration and self.resolved_rule != "cost_aware":
-            raise ValueError(
-                f"online_calibration=False has no meaning with rule={self.resolved_rule!r}; leave it out"
             )
         for name in ("head", "record_dir"):
             if not self.drafts and getattr(self, name) is not None:
@@ -242,7 +234,6 @@ class SpecDecPPConfig(BaseModel):
         options = self.model_dump(exclude_none=True)
         if changes.get("rule", self.resolved_rule) != self.resolved_rule:
             options.pop("threshold", None)
-            options.pop("online_calibration", None)
         for name, value in changes.items():
             options.pop(name, None)
             if value is not None:
