@@ -283,15 +283,3 @@ def _unknown(name: str, value: object, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
     mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
     return f"specdecpp: unknown option {name}={value!r}; {mend}"
-
-
-def options_table() -> str:
-    """The options as a Markdown table, from the schema; ``docs/options.md`` holds a copy that the tests compare."""
-    rows = ["| option | default | what it does |", "|---|---|---|"]
-    for name, field in SpecDecPPConfig.model_fields.items():
-        default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
-        text = " ".join((field.description or "").split())
-        if name == "threshold":
-            default = ", ".join(f"{e.threshold:g} ({e.name})" for e in RULES.values() if e.threshold is not None)
-        rows.append(f"| `{name}` | {default} | {text} |")
-    return "\n".join(rows)

@@ -77,16 +77,6 @@ def no_device_tail(name: str) -> str:
     return f"rule={name!r} has no device tail: it decides on the host, which Model Runner V2 does not wait for"
 
 
-def rules_table() -> str:
-    """The rules as a Markdown table, from the registry; ``docs/rules.md`` holds a copy that the tests compare."""
-    rows = ["| rule | head | `threshold` | when drafting ends |", "|---|---|---|---|"]
-    for entry in RULES.values():
-        head = "needed" if entry.needs_head else "if given" if entry.reads_head else ""
-        threshold = "" if entry.threshold is None else f"{entry.threshold:g}"
-        rows.append(f"| `{entry.name}` | {head} | {threshold} | {entry.ends} |")
-    return "\n".join(rows)
-
-
 def _fixed(head: AcceptanceHead | None, threshold: float | None) -> StopRule:
     from vllm_specdecpp.decision.rules import FixedRule
 

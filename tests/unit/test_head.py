@@ -184,7 +184,6 @@ class TestSave:
     def test_dtype_and_overwrite(self, tmp_path: Path) -> None:
         AcceptanceHead(HIDDEN).bfloat16().save_pretrained(tmp_path)
         assert AcceptanceHead.from_pretrained(tmp_path).output.weight.dtype == torch.float32
-        assert AcceptanceHead.from_pretrained(tmp_path, dtype=torch.bfloat16).output.weight.dtype == torch.bfloat16
         with pytest.raises(ValueError, match="holds config.json, model.safetensors already; pass overwrite=True"):
             AcceptanceHead(HIDDEN).save_pretrained(tmp_path)
         other = AcceptanceHead(HIDDEN, num_layers=2)

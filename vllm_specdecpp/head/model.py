@@ -194,7 +194,6 @@ class AcceptanceHead(nn.Module):
         expected_hidden_size: int | None = None,
         expected_draft: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> AcceptanceHead:
         """Load a head of ours or one in the paper's released formats.
 
@@ -208,7 +207,6 @@ class AcceptanceHead(nn.Module):
             expected_draft: the draft model's id or folder; checked by its last name if the config says ``draft``. A
                 head of the model that a folder was shrunk from will do.
             device: where the head goes.
-            dtype: of its weights.
 
         Raises:
             ValueError: one line: nothing there, unreadable or foreign files, another hidden size or another draft.
@@ -249,4 +247,4 @@ class AcceptanceHead(nn.Module):
                     "fetch or train the head again"
                 )
         head.load_state_dict(tensors)
-        return head.to(device=device, dtype=dtype).eval()
+        return head.to(device).eval()
