@@ -59,8 +59,6 @@ class Walk:
     seconds: Tensor
     cut: Tensor
     """Rounds whose length the record cut."""
-    seams: Tensor
-    """Rounds that draft across a left-out bonus token."""
 
     def tokens_per_second(self, chosen: Tensor | None = None) -> float:
         """Of the chosen prompts ([num_prompts] bool), or of all."""
@@ -69,11 +67,10 @@ class Walk:
 
     def rates(self, chosen: Tensor | None = None) -> dict[str, float]:
         """The paper's verification rate N_target/N and discard rate N_discarded/N (arXiv:2405.19715, section 3),
-        and the mean candidate length, the acceptance, and the shares of cut rounds and of those across a seam."""
+        and the mean candidate length, the acceptance, and the share of cut rounds."""
         index = slice(None) if chosen is None else chosen
-        tokens, rounds, candidates, accepted, cut, seams = (
-            float(x[index].sum())
-            for x in (self.tokens, self.rounds, self.candidates, self.accepted, self.cut, self.seams)
+        tokens, rounds, candidates, accepted, cut = (
+            float(x[index].sum()) for x in (self.tokens, self.rounds, self.candidates, self.accepted, self.cut)
         )
         return {
             "verification_rate": rounds / tokens,
@@ -81,7 +78,6 @@ class Walk:
             "mean_candidate_length": candidates / rounds,
             "acceptance": accepted / candidates if candidates else 0.0,
             "cut_rate": cut / rounds,
-            "seam_rate": seams / rounds,
         }
 
 
@@ -229,7 +225,6 @@ def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
         accepted=total(accepted[rounds]),
         seconds=total(draft[passes] + verify[candidates + 1]),
         cut=total(lengths.cut[rounds]),
-        seams=total(candidates > chains.to_seam[rounds]),
     )
 
 
