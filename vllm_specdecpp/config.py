@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from vllm_specdecpp.rule_registry import RULES, find_rule, one_of_the_rules
+from vllm_specdecpp.rule_registry import RULES, one_of_the_rules
 from vllm_specdecpp.source_registry import DRAFT_MODEL, RUN_SOURCES, one_of_the_sources
 
 _MUST_BE = {
@@ -85,8 +85,8 @@ class SpecDecPPConfig(BaseModel):
     @field_validator("rule")
     @classmethod
     def _known_rule(cls, rule: str | None) -> str | None:
-        if rule is not None:
-            find_rule(rule)
+        if rule is not None and rule not in RULES:
+            raise ValueError(one_of_the_rules())
         return rule
 
     @field_validator("sources")

@@ -56,17 +56,6 @@ def register(entry: RuleEntry) -> None:
     RULES[entry.name] = entry
 
 
-def find_rule(name: str) -> RuleEntry:
-    """The entry of a rule.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in RULES:
-        raise ValueError(f"specdecpp: rule={name!r} {one_of_the_rules()}")
-    return RULES[name]
-
-
 def one_of_the_rules() -> str:
     """The end of an error's line: which rules there are."""
     return f"must be one of {', '.join(map(repr, RULES))}"

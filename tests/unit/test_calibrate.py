@@ -223,12 +223,6 @@ def test_a_set_of_accepted_candidates_only_has_no_auc(tmp_path: Path, head: Path
     assert "| - |" in (head / "calibration" / "calibrate.md").read_text()
 
 
-def test_max_rows_bounds_fit_and_evaluation(head: Path, fit: Path, held_out: Path) -> None:
-    run(options(head, fit, held_out, max_rows=200))
-    rows = {(row["set"], row["estimator"]): row for row in rows_in(head / "calibration")}
-    assert rows["all", "head"]["num"] == 200 and rows["all", "head"]["fitted_on"].startswith("200 candidates")
-
-
 def test_the_plot_and_its_absence(tmp_path: Path, head: Path, fit: Path, held_out: Path) -> None:
     pytest.importorskip("matplotlib")
     run(options(head, fit, held_out, plots=True, out=tmp_path / "results"))

@@ -143,16 +143,6 @@ def test_prompts_where(tmp_path):
         load_rows([folder], 0, prompts_where=lambda _: False)
 
 
-def test_max_rows_takes_some_of_all_shards_and_always_the_same(tmp_path):
-    folder = _write(tmp_path / "a", [_shard(100 * i, SHAPES, PROMPTS) for i in range(20)])
-    everything = _steps(load_rows([folder], 0))
-    some = load_rows([folder], 0, max_rows=40)
-    assert len(some) == 40 and set(_steps(some)) < set(everything)
-    assert _steps(some) == _steps(load_rows([folder], 0, max_rows=40))
-    assert min(_steps(some)) // 100 + 3 < max(_steps(some)) // 100, "not the first four shards"
-    assert _steps(load_rows([folder], 0, max_rows=10**6)) != [] and len(load_rows([folder], 0, max_rows=10**6)) == 260
-
-
 def test_select_and_concat():
     rows = rows_of(_shard(0, SHAPES, PROMPTS), 1)
     odd = torch.arange(len(rows)) % 2 == 1

@@ -320,10 +320,6 @@ class TestPolicies:
         assert float(found.seconds.sum()) == pytest.approx(seconds)
         assert rates["mean_candidate_length"] * rates["acceptance"] + 1 == pytest.approx(1 / rates["verification_rate"])
 
-    def test_the_threshold_rule_needs_a_head(self) -> None:
-        with pytest.raises(ValueError, match="^specdecpp: rule='threshold' needs a head"):
-            RecordedEstimator("threshold", chains_of(recorded(), RECORDED), None)
-
     def test_a_broken_head_drafts_one_candidate_or_two(self) -> None:
         head = make_head(lag=1)
         chains = chains_of(recorded(), RECORDED, head)

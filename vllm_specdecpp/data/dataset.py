@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from vllm_specdecpp.data.prompts import PromptName
@@ -21,38 +20,23 @@ _PROGRESS_AFTER_S = 2.0
 
 
 def load_rows(
-    folders: Sequence[Path],
-    lag: int,
-    *,
-    prompts_where: Callable[[PromptName], bool] = every_prompt,
-    max_rows: int | None = None,
+    folders: Sequence[Path], lag: int, *, prompts_where: Callable[[PromptName], bool] = every_prompt
 ) -> LabelRows:
-    """The rows of some datasets, in memory.
+    """The rows of some datasets, in memory, in the order of the folders and units.
 
     Args:
         folders: datasets of one pair of models.
         lag: as in :func:`rows_of`.
         prompts_where: which prompts to keep.
-        max_rows: at most so many, of shards in an order that is shuffled but always the same; None takes all, in the
-            order of the folders and units.
 
     Raises:
         ValueError: one line: no dataset, mixed pairs, a damaged shard, no rows, or none accepted or none rejected.
     """
     files = [(dataset, unit) for dataset in open_datasets(folders) for unit in dataset.units()]
-    if max_rows is not None:
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-        files = [files[i] for i in order.tolist()]
-    parts: list[LabelRows] = []
-    num_rows = 0
-    for dataset, unit in tqdm(files, desc="read shards", unit="shard", delay=_PROGRESS_AFTER_S, leave=False):
-        parts.append(rows_of(dataset.shard(unit), lag, prompts_where))
-        num_rows += len(parts[-1])
-        if max_rows is not None and num_rows >= max_rows:
-            break
-    _check_labels(num_rows, sum(float(part.accepted.sum()) for part in parts), folders)
-    rows = LabelRows.concat(parts)
-    return rows if max_rows is None or num_rows <= max_rows else rows.select(torch.arange(max_rows))
+    shards = tqdm(files, desc="read shards", unit="shard", delay=_PROGRESS_AFTER_S, leave=False)
+    parts = [rows_of(dataset.shard(unit), lag, prompts_where) for dataset, unit in shards]
+    _check_labels(sum(map(len, parts)), sum(float(part.accepted.sum()) for part in parts), folders)
+    return LabelRows.concat(parts)
 
 
 def open_datasets(folders: Sequence[Path]) -> list[Dataset]:

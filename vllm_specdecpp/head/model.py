@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vllm_specdecpp.decision.features import check_features, num_inputs
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head import files as head_files
-from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
+from vllm_specdecpp.head.files import CONFIG_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.provenance import model_label, shrinking
 
 
@@ -156,18 +156,13 @@ class AcceptanceHead(nn.Module):
         """Parameters stored, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors`` with the released checkpoints' key names.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` with the released checkpoints' key names; replaces them.
 
         Raises:
-            ValueError: the folder is a file, or holds a head and ``overwrite`` is False.
+            ValueError: one line: the folder cannot be written to.
         """
         path = Path(folder)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"specdecpp: cannot save a head to {path}: it is a file; name a folder")
-        present = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE) if (path / name).exists()]
-        if present and not overwrite:
-            raise ValueError(f"specdecpp: {path} holds {', '.join(present)} already; pass overwrite=True")
         tensors = {
             key.replace("blocks.", "model.").replace("output.", f"model.{self.num_layers}."): p
             for key, p in self.state_dict().items()

@@ -68,9 +68,6 @@ class CalibrateOptions(CommandOptions):
     plots: bool = True
     """Draw the reliability plot."""
 
-    max_rows: int | None = Field(default=None, ge=1)
-    """Use at most so many rows of the fit and of the evaluation each."""
-
     bootstrap: int = Field(default=300, ge=1)
     """Resamples of the prompts behind the 95 % intervals."""
 
@@ -104,14 +101,12 @@ def run(options: CalibrateOptions) -> int:
             f"specdecpp: fit={options.fit[0]}: the head was trained on all of its prompts, which would make it look "
             "too good; fit on another dataset, or train with --validation"
         )
-    rows = load_rows(
-        options.fit, head.lag, prompts_where=lambda prompt: not trained.was_fitted_to(prompt), max_rows=options.max_rows
-    )
+    rows = load_rows(options.fit, head.lag, prompts_where=lambda prompt: not trained.was_fitted_to(prompt))
     names = ", ".join(dataset.folder.resolve().name for dataset in datasets[:num])
     fitted_on = f"{len(rows):,} candidates of {len(rows.prompt.unique()):,} prompts of {names}"
     calibration, estimates = fit_estimates(score_rows(head, rows), shift)
     if options.evaluate:
-        scored = score_rows(head, load_rows(options.evaluate, head.lag, max_rows=options.max_rows))
+        scored = score_rows(head, load_rows(options.evaluate, head.lag))
         _report(options, head, calibration, fitted_on, scored, estimates)
     _write_calibration(options.head, calibration, fitted_on)
     print(f"calibrated {options.head}: {calibration.shown()}; fitted on {fitted_on}")

@@ -27,7 +27,7 @@ from vllm_specdecpp.decision import (
     ThresholdRule,
 )
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.rule_registry import find_rule
+from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.replay.chains import Chains
 
 CUT_RATE_WARNING = 0.02
@@ -90,19 +90,13 @@ class RecordedEstimator:
     Args:
         rule: one with estimates (``rule_registry.RULES``); the cost-aware one reads those of one of the others.
         chains: loaded with ``head`` for a rule that needs one.
-
-    Raises:
-        ValueError: an unknown rule, one without estimates, or one that needs a head.
     """
 
     needs = frozenset({"hidden_states"})
 
     def __init__(self, rule: str, chains: Chains, head: AcceptanceHead | None) -> None:
-        entry = find_rule(rule)
-        if entry.estimator is None:
-            raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
-        if entry.needs_head and (head is None or chains.head_logits is None):
-            raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
+        entry = RULES[rule]
+        assert entry.estimator is not None
         self._chains, self._head = chains, head if entry.needs_head else None
         self._estimator = entry.estimator(self._head)
         self.name, self.lag = self._estimator.name, self._estimator.lag
