@@ -216,8 +216,6 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line naming the option, its value and the mend.
         """
-        if not isinstance(options, Mapping):
-            raise ValueError(f"specdecpp: additional_config['specdecpp'] must be a JSON object, not {options!r}")
         return cls._checked(dict(options))
 
     def with_changes(self, changes: Mapping[str, Any]) -> SpecDecPPConfig:
@@ -275,11 +273,6 @@ def _plain(value: Any) -> Any:
 
 
 def _unknown(name: str, value: object, known: list[str]) -> str:
-    if name.replace("-", "_").endswith("disable_by_batch_size"):
-        return (
-            f"specdecpp: unknown option {name}={value!r}; leave it out: rule='cost_aware', the default, stops drafting "
-            "by itself at any batch size where it does not pay"
-        )
     nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
     mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
     return f"specdecpp: unknown option {name}={value!r}; {mend}"
