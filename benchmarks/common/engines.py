@@ -193,8 +193,10 @@ class Engines:
 
     def _rule_arguments(self, method: Method) -> dict[str, Any]:
         """Every option is sent each time, so that nothing is left over from the method before."""
-        from vllm_specdecpp.rule_registry import RULES
+        from vllm_specdecpp.rule_registry import RULES, one_of_the_rules
 
+        if method.name not in RULES:
+            raise ValueError(f"rule={method.name!r} {one_of_the_rules()}")
         arguments: dict[str, Any] = {
             "rule": method.name,
             "threshold": RULES[method.name].threshold,
