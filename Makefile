@@ -44,7 +44,7 @@ $(STAMP): setup.py pyproject.toml vllm_specdecpp/setup/cpu_install.py
 	@touch $@
 
 models: $(STAMP)
-	@$(PY) -m vllm_specdecpp.setup.models $(MODELS)
+	@$(PY) -m benchmarks.models.fetch $(MODELS)
 
 demo: models
 	@$(PY) -m benchmarks.demo $(ARGS)

@@ -21,10 +21,9 @@ from pathlib import Path
 from benchmarks.common.engines import Engines, EngineSettings, Generation
 from benchmarks.common.methods import NATIVE, OFF, Method, rotated
 from benchmarks.common.records import Row
+from benchmarks.models.fetch import fetch, models_folder
 from benchmarks.serve.render import has_colour, round_line
 from vllm_specdecpp.provenance import hardware, model_revision, shrinking
-from vllm_specdecpp.setup.models import fetch, models_folder
-from vllm_specdecpp.setup.packaged_gguf import FetchError
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
@@ -191,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _main(args)
-    except (ValueError, FetchError) as error:
+    except ValueError as error:
         print(f"benchmarks.demo: {str(error).removeprefix('specdecpp: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

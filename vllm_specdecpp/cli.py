@@ -60,7 +60,6 @@ COMMANDS = {
         "vllm_specdecpp.shrink.command",
         "the folder is there whole, or not at all",
     ),
-    "inspect": Command("say what a head, a dataset or a costs file is", "vllm_specdecpp.training.inspect"),
 }
 
 

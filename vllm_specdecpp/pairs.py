@@ -39,9 +39,6 @@ class Pair(BaseModel):
     """What tells a copy of the target (quantised, fine-tuned, renamed) by its configuration: ``model_type``,
     ``hidden_size``, ``num_hidden_layers``, ``vocab_size``."""
 
-    note: str = ""
-    """Where the pair comes from."""
-
     def fits(self, config: Mapping[str, Any]) -> bool:
         """Whether a ``config.json`` is of a copy of the target; its vocabulary may have grown or shrunk by 2 %."""
         if self.like is None:
@@ -54,7 +51,7 @@ class Pair(BaseModel):
 def known_pairs() -> dict[str, Pair]:
     """The built-in pairs and the user's, by target; the user's win, whatever the case of the name.
 
-    The user's file is a JSON object ``{target: {"draft": ..., "head": ..., "note": ...}}``: the one that the variable
+    The user's file is a JSON object ``{target: {"draft": ..., "head": ...}}``: the one that the variable
     ``SPECDECPP_PAIRS`` names, else ``~/.config/vllm-specdecpp/pairs.json`` if there is one.
 
     Raises:
@@ -74,7 +71,7 @@ def find_pair(target: str) -> Pair:
 
     Args:
         target: a hub id (any case) or a local folder. A folder goes by the hub id that its ``source.json`` names
-            (:mod:`vllm_specdecpp.setup.models` writes one), else by its last name, or as a folder of the hub's cache.
+            (``make demo`` leaves one), else by its last name, or as a folder of the hub's cache.
             What no name tells goes by its configuration: of several pairs that fit, the one whose target's name has
             most in common with it. That both have the same tokens is checked when the engine starts.
 

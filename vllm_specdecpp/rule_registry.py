@@ -56,17 +56,6 @@ def register(entry: RuleEntry) -> None:
     RULES[entry.name] = entry
 
 
-def find_rule(name: str) -> RuleEntry:
-    """The entry of a rule.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in RULES:
-        raise ValueError(f"specdecpp: rule={name!r} {one_of_the_rules()}")
-    return RULES[name]
-
-
 def one_of_the_rules() -> str:
     """The end of an error's line: which rules there are."""
     return f"must be one of {', '.join(map(repr, RULES))}"
@@ -75,16 +64,6 @@ def one_of_the_rules() -> str:
 def no_device_tail(name: str) -> str:
     """Why Model Runner V2 cannot run a rule."""
     return f"rule={name!r} has no device tail: it decides on the host, which Model Runner V2 does not wait for"
-
-
-def rules_table() -> str:
-    """The rules as a Markdown table, from the registry; ``docs/rules.md`` holds a copy that the tests compare."""
-    rows = ["| rule | head | `threshold` | when drafting ends |", "|---|---|---|---|"]
-    for entry in RULES.values():
-        head = "needed" if entry.needs_head else "if given" if entry.reads_head else ""
-        threshold = "" if entry.threshold is None else f"{entry.threshold:g}"
-        rows.append(f"| `{entry.name}` | {head} | {threshold} | {entry.ends} |")
-    return "\n".join(rows)
 
 
 def _fixed(head: AcceptanceHead | None, threshold: float | None) -> StopRule:

@@ -40,7 +40,7 @@ class Part(_Strict):
 
 
 class Campaign(_Strict):
-    """One file; a model is a hub id, a folder, or a name that ``vllm_specdecpp.setup.models`` fetches."""
+    """One file; a model is a hub id, a folder, or a name that ``benchmarks.models.fetch`` knows."""
 
     target: str
     draft: str

@@ -191,11 +191,13 @@ class Engines:
 
     def _rule_arguments(self, method: Method) -> dict[str, Any]:
         """Every option is sent each time, so that nothing is left over from the method before."""
-        from vllm_specdecpp.rule_registry import find_rule
+        from vllm_specdecpp.rule_registry import RULES, one_of_the_rules
 
+        if method.name not in RULES:
+            raise ValueError(f"rule={method.name!r} {one_of_the_rules()}")
         arguments: dict[str, Any] = {
             "rule": method.name,
-            "threshold": find_rule(method.name).threshold,
+            "threshold": RULES[method.name].threshold,
             "num_speculative_tokens": self.settings.num_speculative_tokens,
             "min_speculative_tokens": 1,
         }

@@ -13,8 +13,7 @@ from benchmarks.common.engines import EngineSettings
 from benchmarks.common.methods import Method
 from benchmarks.common.provenance import command_line, git_state, model_label, versions
 from benchmarks.common.records import Row
-from vllm_specdecpp.setup.models import SOURCES, fetch
-from vllm_specdecpp.setup.packaged_gguf import FetchError
+from benchmarks.models.fetch import fetched
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def provenance(argv: Sequence[str], module: str, methods: Sequence[Method]) -> R
 
 def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
     """The engines of these options, for at most ``batch`` requests at once; models are fetched if need be."""
-    target, draft = map(_fetched, args.pair)
+    target, draft = map(fetched, args.pair)
     return EngineSettings(
         target=target,
         draft=draft,
@@ -73,12 +72,8 @@ def engine_settings(args: argparse.Namespace, batch: int) -> EngineSettings:
         max_model_len=args.max_model_len,
         kv_cache_bytes=args.kv_cache_mib << 20,
         eager=args.eager,
-        other_drafts={name: _fetched(place) for name, place in getattr(args, "other_drafts", {}).items()},
+        other_drafts={name: fetched(place) for name, place in getattr(args, "other_drafts", {}).items()},
     )
-
-
-def _fetched(name: str) -> str:
-    return str(fetch(name)) if name in SOURCES else name
 
 
 def command(
@@ -96,7 +91,7 @@ def command(
     args = parser.parse_args(argv)
     try:
         return run(args, sys.argv[1:] if argv is None else argv, started)
-    except (ValueError, FetchError) as error:
+    except ValueError as error:
         print(f"{module}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

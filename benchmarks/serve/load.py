@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs=2,
         required=True,
         metavar=("TARGET", "DRAFT"),
-        help="hub ids, folders, or names that vllm_specdecpp.setup.models fetches",
+        help="hub ids, folders, or names that benchmarks.models.fetch knows",
     )
     parser.add_argument("--head", help="acceptance head: folder or hub id (rule threshold)")
     parser.add_argument("--data", type=Path, required=True, help="folder with eval_SET.jsonl")

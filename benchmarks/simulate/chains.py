@@ -132,7 +132,7 @@ class Informed(Ours):
         mean, _ = self.rule.admission.records.of([place.name])
         levels = _SHARE * (logit(mean) - logit_one(self.rule.admission.records.usual(False)))
         who, limits = np.array([drafts]), np.array([place.text.limit(place.at)])
-        admitted = Admitted(who, price, price, price, levels=levels)
+        admitted = Admitted(who, price, price, levels=levels)
         taken = None if run is None else Taken([run], np.array([min(rows, len(run.token_ids))]), np.zeros(1))
         self.round = CostAwareRound(self.rule, [place.name], limits, who, price, admitted, taken)
 

@@ -14,7 +14,7 @@ import torch
 
 from tests import engine_harness as harness
 from vllm_specdecpp import cli
-from vllm_specdecpp.engine import check_memory, check_run
+from vllm_specdecpp.engine import check, check_memory, check_run
 from vllm_specdecpp.engine.shared import cost_file
 
 SERVE = "--max-model-len 192 --dtype float32 --enforce-eager --max-num-seqs 16 --seed 0"
@@ -99,6 +99,12 @@ def test_memory_that_vllm_would_not_find_free_is_told(tiny, capsys, monkeypatch)
 def test_an_argument_that_is_none(tiny, capsys, argument):
     assert cli.main(["check", tiny.target, tiny.draft_good, argument]) == (2 if "--speculative" in argument else 1)
     assert argument.split("=")[0] in "".join(capsys.readouterr())
+
+
+def test_the_report_is_a_line_a_fact():
+    found = {"would start": True, "answers": {"other answers": 0, "on over off": 1.23456}}
+    lines = [line.rsplit(maxsplit=1) for line in check.as_text(found).splitlines()]
+    assert lines == [["would start", "yes"], [], ["answers"], ["  other answers", "0"], ["  on over off", "1.235"]]
 
 
 def test_ten_answers(tiny, capsys, monkeypatch):

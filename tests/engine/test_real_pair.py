@@ -61,7 +61,7 @@ def models():
     torch.set_num_threads(os.cpu_count() or 1)  # the other tests keep to one
     for folder in (TARGET, DRAFT):
         if not (folder / "config.json").is_file():
-            pytest.skip(f"{folder.name} is not in SPECDECPP_MODELS; python -m vllm_specdecpp.setup.models fetches it")
+            pytest.skip(f"{folder.name} is not in SPECDECPP_MODELS; python -m benchmarks.models.fetch gets it")
 
 
 @pytest.fixture(scope="module")

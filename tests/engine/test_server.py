@@ -19,9 +19,10 @@ import pytest
 
 from tests import engine_harness as harness
 from tests.browser import CHROMIUM, page_of, plots_of
+from tests.doc_tables import dashboard
 from tests.http_server import SEVERAL, START_SECONDS, free_port, get, serve
 from tests.reference_loop import answer
-from vllm_specdecpp.engine.metrics import GAUGES, dashboard
+from vllm_specdecpp.engine.metrics import GAUGES
 from vllm_specdecpp.engine.metrics import exposed as exposed_as
 from vllm_specdecpp.page import document
 

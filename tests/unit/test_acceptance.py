@@ -154,7 +154,7 @@ def dense_update(theta, prior, precision, x, buckets, labels, memory=1500.0):
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_the_short_solve_is_the_newton_step(n):
     rng = np.random.default_rng(n)
-    model = OnlineLogistic(0.8, 0.2, rng.normal(0, 0.3, 8))
+    model = OnlineLogistic(0.8, 0.2)
     theta, prior = model.theta, model.theta
     precision = np.diag([20.0, 2.0] + [4.0] * 8)
     for _ in range(60):

@@ -125,11 +125,10 @@ def test_drafts_where_it_pays_and_at_the_rate_that_it_brings(accept: float, draf
     model = costs(0.05, 0.05)
     made, admitted = plan([standing()], model, {"a": accept})
     assert admitted.drafts.tolist() == [drafts] and not admitted.trial
-    assert admitted.off_rate == pytest.approx(10)
     if drafts:
         assert admitted.price == pytest.approx(brute_force(model, 1, [accept], [20], [0.0])) and made.speedup > 1.2
     else:
-        assert admitted.price == admitted.off_rate and made.speedup == 1
+        assert admitted.price == pytest.approx(10) and made.speedup == 1
 
 
 @pytest.mark.asks(3)
@@ -141,7 +140,8 @@ def test_prompts_that_are_read_in_the_batch_switch_nobody_off(prompts: int) -> N
         batch = [standing(f"r{i}") for i in range(num)] + [standing(f"p{i}", limit=0) for i in range(prompts)]
         made, admitted = plan(batch, model, {f"r{i}": 0.9 for i in range(num)})
         assert admitted.drafts[:num].any() or num > 4
-        assert admitted.price >= max(before, admitted.off_rate) and made.speedup >= 1
+        off_rate = len(batch) / model.verify.at(len(batch))
+        assert admitted.price >= max(before, off_rate) and made.speedup >= 1
         before = 0.99 * admitted.price
 
 
@@ -162,7 +162,7 @@ def test_long_drafts_are_seen_where_only_they_pay() -> None:
     """The costs of the int8 pair: drafts of a few candidates lose at any acceptance below 0.9."""
     model = costs(0.044, 0.040, INT8)
     _, admitted = plan([standing()], model, {"a": 0.95})
-    assert admitted.drafts.all() and admitted.price > 1.15 * admitted.off_rate
+    assert admitted.drafts.all() and admitted.price > 1.15 / model.verify.at(1)
     _, admitted = plan([standing(limit=2)], model, {"a": 0.80})
     assert not admitted.drafts.any()
 
@@ -223,7 +223,7 @@ class TestTrials:
     def test_before_anything_is_known_all_is_a_trial_and_the_purse_pays(self) -> None:
         model = costs(0.09, 0.09)  # at the acceptance that is taken before anything is known it loses
         _, admitted = plan([standing()], model, looks=4.0, purse=10.0)
-        assert admitted.drafts.all() and admitted.trial and 0.5 < admitted.price / admitted.off_rate <= 1
+        assert admitted.drafts.all() and admitted.trial and 0.5 < admitted.price * model.verify.at(1) <= 1
         _, admitted = plan([standing()], model, looks=4.0, purse=0.0)
         assert not admitted.drafts.any()
 
@@ -301,12 +301,12 @@ def test_an_easy_request_is_found_among_hard_ones_and_a_hard_one_left() -> None:
 
 def test_drafting_that_is_faster_than_the_formula_says_is_believed() -> None:
     made = admission.Admission()
-    admitted = admission.Admitted(np.array([True]), 12.0, 10.0, 12.0, expected=12.0)
+    admitted = admission.Admitted(np.array([True]), 12.0, 12.0, expected=12.0)
     for _ in range(400):
         made.learn(admitted, tokens=2.64, seconds=0.2, off_seconds=0.1)
     assert made.correction == pytest.approx(1.1, abs=0.01)
     before = made.correction
-    made.learn(admission.Admitted(np.array([True]), 10.0, 10.0, 10.0, trial=True), 1.0, 9.0, 0.1)
+    made.learn(admission.Admitted(np.array([True]), 10.0, 10.0, trial=True), 1.0, 9.0, 0.1)
     assert made.correction == before, "a trial says nothing of drafted rounds"
 
 

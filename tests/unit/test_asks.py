@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import asks
-from vllm_specdecpp.engine import metrics
+from tests import asks, doc_tables
 
 
 def test_the_table_in_the_docs_is_true() -> None:
@@ -23,6 +22,6 @@ def test_no_mark_has_a_number_that_nobody_asked_for() -> None:
 
 
 def test_the_metrics_and_the_dashboard_in_the_docs_are_those_of_the_code() -> None:
-    """``python -m vllm_specdecpp.engine.metrics > docs/grafana.json``"""
-    assert metrics.table() in asks.PAGE.read_text(encoding="utf-8")
-    assert asks.PAGE.with_name("grafana.json").read_text(encoding="utf-8") == metrics.dashboard()
+    """``python -m tests.doc_tables > docs/grafana.json``"""
+    assert doc_tables.metrics() in asks.PAGE.read_text(encoding="utf-8")
+    assert asks.PAGE.with_name("grafana.json").read_text(encoding="utf-8") == doc_tables.dashboard()

@@ -105,11 +105,11 @@ def test_overview_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("collect", "train", "calibrate", "tune", "inspect"):
+    for command in cli.COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "calibrate", "tune", "inspect"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_explains_all_its_options(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
@@ -144,7 +144,7 @@ def test_positional_arguments_may_stand_after_options(toy):
     assert [toy.seen[0].head, toy.seen[1].head, toy.seen[2].data] == ["my-head", None, [Path("a"), Path("b")]]
 
 
-@pytest.mark.parametrize(("command", "status"), [("train", 2), ("inspect", 0)])
+@pytest.mark.parametrize(("command", "status"), [("train", 2), ("check", 0)])
 def test_a_missing_extra_is_told_in_one_line(command, status):
     code = "import sys; sys.modules['sklearn'] = None; from vllm_specdecpp import cli; sys.exit(cli.main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)

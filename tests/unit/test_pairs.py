@@ -76,7 +76,7 @@ def test_find_by_relative_folder_that_exists(tmp_path: Path, monkeypatch: pytest
 
 
 def checkpoint(folder: Path, **origin: str) -> Path:
-    """A folder as a model's, with what ``vllm_specdecpp.setup.models`` says of its origin."""
+    """A folder as a model's, with what ``benchmarks.models.fetch`` says of its origin."""
     write(folder / "config.json", "{}")
     if origin:
         write(folder / "source.json", json.dumps(origin))
@@ -128,9 +128,9 @@ def test_the_json_that_the_error_shows_works(user_file: Path) -> None:
 
 
 def test_the_users_entries_win_in_any_case(user_file: Path) -> None:
-    write(user_file, json.dumps({CODER.lower(): {"draft": "mine", "head": "my/head", "note": "trained here"}}))
+    write(user_file, json.dumps({CODER.lower(): {"draft": "mine", "head": "my/head"}}))
     pair = find_pair(CODER)
-    assert (pair.draft, pair.head, pair.note) == ("mine", "my/head", "trained here")
+    assert (pair.draft, pair.head) == ("mine", "my/head")
     assert CODER not in known_pairs() and "Qwen/Qwen3-14B" in known_pairs()
 
 

@@ -102,8 +102,6 @@ def test_wrong_sources(tmp_path):
     table.write_bytes("Größe".encode("latin-1"))
     with _refused("latin.txt' is not UTF-8"):
         load_prompts(str(table))
-    with _refused("limit=0 must be 1 or more"):
-        load_prompts(str(tmp_path / "gone.jsonl"), limit=0)
 
 
 def test_a_hub_dataset(monkeypatch):

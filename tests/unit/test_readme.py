@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import versions
-from vllm_specdecpp.config import SpecDecPPConfig, options_table
+from tests import doc_tables, versions
+from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.hooks import LEDGER
-from vllm_specdecpp.rule_registry import RULES, rules_table
+from vllm_specdecpp.rule_registry import RULES
 
 ROOT = Path(__file__).parents[2]
 GLOBS = ("*.md", "docs/**/*.md", "benchmarks/README.md", "benchmarks/data/README.md", "examples/*.py")
@@ -34,8 +34,8 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("page", "name", "table"),
     [
-        ("options", "options", options_table),
-        ("rules", "rules", rules_table),
+        ("options", "options", doc_tables.options),
+        ("rules", "rules", doc_tables.rules),
         ("benchmarks", "versions", versions.table),
     ],
 )

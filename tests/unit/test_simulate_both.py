@@ -75,7 +75,7 @@ def forced(**options: bool) -> Ours:
 
     def begin(batch, runs):
         yes, limits = np.array([True]), np.array([min(s.limit, 16) for s in batch])
-        return CostAwareRound(policy.rule, ["0"], limits, yes, 1e-9, Admitted(yes, 1e-9, 1.0, 1.0))
+        return CostAwareRound(policy.rule, ["0"], limits, yes, 1e-9, Admitted(yes, 1e-9, 1.0))
 
     policy.rule.begin = begin  # type: ignore[method-assign, assignment]
     return policy

@@ -62,7 +62,7 @@ class Script(CostAwareRule):
         limits = np.minimum(most, self._random.integers(0, MAX_LENGTH + 1, len(batch)))
         drafts = (limits > 0) & (self._random.random(len(batch)) < self.chance) & (self._random.random() < self.drafted)
         self.plans.append(dict(zip(names, np.where(drafts, limits, 0).tolist(), strict=True)))
-        return CostAwareRound(self, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
+        return CostAwareRound(self, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0))
 
     def finish(
         self, round_: CostAwareRound, verified: Any, accepted: Any, draft_seconds: Any = None,

@@ -119,7 +119,7 @@ def test_another_rule_and_back(llm, wanted, reference):
     rule = v2_harness.fix_costs(llm, CHEAP).rule
     harness.configure(llm, rule="fixed")
     assert max(_run(llm, wanted, reference)) == MAX_LENGTH
-    harness.configure(llm, rule="cost_aware", num_speculative_tokens=2, online_calibration=False)
+    harness.configure(llm, rule="cost_aware", num_speculative_tokens=2)
     assert max(_run(llm, wanted, reference)) == 2
-    assert _speculator(llm).cost_aware.rule is rule and not rule.adapt  # what it has learnt is kept
-    harness.configure(llm, num_speculative_tokens=MAX_LENGTH, online_calibration=True)
+    assert _speculator(llm).cost_aware.rule is rule  # what it has learnt is kept
+    harness.configure(llm, num_speculative_tokens=MAX_LENGTH)

@@ -48,7 +48,7 @@ class _Twins:
         costs = rule.costs
         tokens = len(costs.verify.table()) - 1
         rule.costs = CostModel(**costs.points(), max_reqs=self.most, max_tokens=tokens)
-        begun.admitted = Admitted(begun.drafts, begun.price, 1.0, 1.0, expected=1.0)
+        begun.admitted = Admitted(begun.drafts, begun.price, 1.0, expected=1.0)
         self.host = copy.deepcopy(begun)
         self.estimator = _estimator(case.lag)
         rule.begin = lambda *args: begun
@@ -91,8 +91,9 @@ class _Twins:
         scores = device.scores[:n].double().numpy() if device._scored else np.full(n, np.nan)
         if self.oracle.step(scores.tolist()).fragile:
             return False
-        ran = host.running.copy()
-        submit = host.step(scores).submit
+        ran, before = host.running.copy(), host.lengths.copy()
+        host.step(scores)
+        submit = host.lengths > before
         ends = (device.limits[:n, 2:] == tokens[:n, None]).any(dim=1).numpy()
         host.end(ends)
         self.oracle.end(ends)

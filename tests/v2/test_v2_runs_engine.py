@@ -83,7 +83,7 @@ def test_any_mix_of_runs_and_drafts_leaves_greedy_output_alone(tiny, reference, 
         drafts = (limits > 0) & (np.array([draw.random() for _ in batch]) < 0.4)
         planned[0] += int(drafts.sum())
         names = [s.request_id for s in batch]
-        return CostAwareRound(held, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0, 1.0))
+        return CostAwareRound(held, names, limits, drafts, 0.0, Admitted(drafts, 0.0, 1.0))
 
     config = {
         "method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": MAX_LENGTH, "trace_rounds": 100_000,

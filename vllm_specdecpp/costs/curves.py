@@ -255,8 +255,6 @@ def _dense(seconds: list[float], widths: list[int], max_width: int) -> Array:
         # The slope of the upper half: two neighbours may differ by noise or by a kernel's step alone.
         low = max((i for i, w in enumerate(widths) if w <= last / 2), default=0)
         slope = 0.0 if last == widths[low] else max(0.0, (seconds[-1] - seconds[low]) / (last - widths[low]))
-        if len(widths) == 1:
-            slope = 0.0
         table[last + 1 :] = seconds[-1] + slope * np.arange(1, max_width - last + 1)
     table[0] = 0.0
     return table

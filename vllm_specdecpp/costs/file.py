@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Costs on disk: the file that an engine leaves, and that its next start, ``tune`` and ``inspect`` read."""
+"""Costs on disk: the file that an engine leaves, and that its next start, ``tune`` and ``check`` read."""
 
 from __future__ import annotations
 

@@ -50,8 +50,6 @@ def load_prompts(
         ValueError: one line naming file and line: nothing there, not what it should be, no text, or an id twice.
     """
     name = str(source)
-    if limit is not None and limit < 1:
-        raise ValueError(f"specdecpp: limit={limit} must be 1 or more, or left out")
     path = Path(name).expanduser()
     if path.suffix in _FILES or path.is_file():
         found = _from_file(path, column)

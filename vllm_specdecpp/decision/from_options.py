@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision.rules import StopRule
-from vllm_specdecpp.rule_registry import find_rule
+from vllm_specdecpp.rule_registry import RULES
 
 if TYPE_CHECKING:  # the head imports this package's features
     from vllm_specdecpp.head.model import AcceptanceHead
@@ -19,18 +19,13 @@ def make_rule(config: SpecDecPPConfig, head: AcceptanceHead | None) -> StopRule:
     A threshold that they leave out is the head's tuned one, if it has one.
 
     Raises:
-        ValueError: there is no such rule, it needs a head and none is loaded, or the head's own threshold is not one.
+        ValueError: the head's own threshold is not one.
     """
-    entry, threshold = find_rule(config.resolved_rule), config.resolved_threshold
-    if entry.make is None:
-        raise ValueError(f"specdecpp: rule={entry.name!r} is not made from options; the engine makes it with its costs")
-    if entry.needs_head:
-        if head is None:
-            raise ValueError(
-                f"specdecpp: rule={entry.name!r} needs an acceptance head and none is loaded; give head=..."
-            )
-        if config.threshold is None and threshold is not None:
-            threshold = _tuned_threshold(head, entry.name, threshold)
+    entry, threshold = RULES[config.resolved_rule], config.resolved_threshold
+    assert entry.make is not None
+    if entry.needs_head and config.threshold is None and threshold is not None:
+        assert head is not None  # the options name one
+        threshold = _tuned_threshold(head, entry.name, threshold)
     return entry.make(head, threshold)
 
 

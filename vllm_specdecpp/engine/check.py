@@ -18,7 +18,6 @@ from pydantic import Field
 from vllm_specdecpp.costs import file
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.records import Records
-from vllm_specdecpp.training.inspect import as_text
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -96,6 +95,23 @@ def run(options: CheckOptions) -> int:
         found["answers"] = compare(lambda speculation: engine_args(options, speculation), options.tokens)
     print(json.dumps(found, indent=2) if options.as_json else as_text(found), flush=True)
     return int(not found["would start"] or found.get("answers", {}).get("other answers", 0) > 0)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report as one screen of text: a line a fact, sections apart."""
+    lines = []
+    for name, content in found.items():
+        if isinstance(content, dict):
+            lines += ["", name, *(f"  {key:30}{_shown(value)}" for key, value in content.items())]
+        else:
+            lines.append(f"{name:32}{_shown(content)}")
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def engine_args(options: CheckOptions, speculation: bool) -> Any:

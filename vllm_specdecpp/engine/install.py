@@ -202,7 +202,7 @@ class SpecDecPPWorkerMixin:
 
         Args:
             changes: any of ``rule``, ``threshold``, ``num_speculative_tokens`` (at most the start-up value),
-                ``min_speculative_tokens``, ``online_calibration``, ``trace_rounds``.
+                ``min_speculative_tokens``, ``trace_rounds``.
 
         Returns:
             The configuration now in force.

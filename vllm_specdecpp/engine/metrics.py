@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics beside vLLM's own, in the registry that a server's ``/metrics`` shows, and a dashboard of them.
+"""Metrics beside vLLM's own, in the registry that a server's ``/metrics`` shows, and the plots of them.
 
 The worker counts (``Drafter.take_metrics``). Whoever shows the numbers takes what is new first, so that several API
 servers add up; vLLM's counters of candidates and accepted tokens are the sums of ours (:data:`COUNTERS`).
@@ -7,10 +7,9 @@ servers add up; vLLM's counters of candidates and accepted tokens are the sums o
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -146,56 +145,3 @@ PANELS = (
 def exposed(name: str) -> str:
     """Of a metric that a panel names: what it is called in ``/metrics``."""
     return (name if ":" in name else PREFIX + name) + ("" if name in GAUGES else "_total")
-
-
-def dashboard() -> str:
-    """A Grafana dashboard, as JSON: ``python -m vllm_specdecpp.engine.metrics > docs/grafana.json``."""
-
-    def query(panel: Panel, name: str) -> str:
-        def chosen(name: str, only: Mapping[str, str]) -> str:
-            match = ", ".join(['model_name=~"$model"', *(f'{label}="{value}"' for label, value in only.items())])
-            text = f"{exposed(name)}{{{match}}}"
-            if name in GAUGES:
-                return text
-            return f"sum by ({', '.join(panel.by) or 'engine'}) (rate({text}[$__rate_interval]))"
-
-        return chosen(name, panel.only) + (f" / {chosen(panel.over, {})}" if panel.over else "")
-
-    made = [
-        {
-            "id": number + 1, "type": "timeseries", "title": panel.title,
-            "gridPos": {"h": 8, "w": 8, "x": number % 3 * 8, "y": number // 3 * 8},
-            "datasource": {"type": "prometheus", "uid": "$source"},
-            "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
-            "targets": [
-                {"expr": query(panel, name),
-                 "legendFormat": " ".join(f"{{{{{label}}}}}" for label in panel.by) or legend or "__auto",
-                 "refId": chr(65 + i)}
-                for i, (legend, name) in enumerate(panel.of.items())
-            ],
-        }
-        for number, panel in enumerate(PANELS)
-    ]  # fmt: skip
-    variables = [
-        {"name": "source", "type": "datasource", "query": "prometheus"},
-        {"name": "model", "type": "query", "query": f"label_values({PREFIX}rounds_total, model_name)",
-         "datasource": {"type": "prometheus", "uid": "$source"}, "includeAll": True, "multi": True},
-    ]  # fmt: skip
-    page = {
-        "title": "vLLM: speculation with specdecpp", "uid": "specdecpp", "schemaVersion": 39, "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"}, "templating": {"list": variables}, "panels": made,
-    }  # fmt: skip
-    return json.dumps(page, indent=1) + "\n"
-
-
-def table() -> str:
-    """The metrics, for ``docs/serving.md``."""
-    rows = [(f"{name}_total", [label] if label else [], text) for name, (label, text) in COUNTERS.items()]
-    rows += [(name, list(labels), text) for name, (labels, text) in GAUGES.items()]
-    lines = ["| `vllm:specdecpp_` | labels | |", "|---|---|---|"]
-    lines += [f"| `{name}` | {', '.join(f'`{label}`' for label in labels)} | {text} |" for name, labels, text in rows]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(dashboard(), end="")

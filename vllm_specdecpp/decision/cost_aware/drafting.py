@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,17 +18,6 @@ from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS, Array, Mask
 from vllm_specdecpp.decision.cost_aware.tail import Report
 from vllm_specdecpp.decision.sources import Run
 from vllm_specdecpp.decision.tail_params import CostAwareParams
-
-
-@dataclass(frozen=True)
-class Decision:
-    """About candidate k, which nobody has drawn yet."""
-
-    submit: Mask
-    """[num_reqs] requests that submit candidate k."""
-
-    go_on: Mask
-    """[num_reqs] those of them that will draw candidate k + 1 too."""
 
 
 class CostAwareRound:
@@ -157,7 +145,7 @@ class CostAwareRound:
         self.running = np.zeros(len(self.limits), dtype=np.bool_)
 
     @torch.inference_mode()
-    def step(self, scores: Array | None) -> Decision:
+    def step(self, scores: Array | None) -> None:
         """Decide about candidate k and k + 1 of every running request, before candidate k is drawn.
 
         Args:
@@ -166,15 +154,13 @@ class CostAwareRound:
         """
         if not self._state:
             self._open()
-        before, num_reqs = self.lengths.copy(), len(self.lengths)
-        given = np.full(num_reqs, np.nan) if scores is None else np.asarray(scores)
+        given = np.full(len(self.lengths), np.nan) if scores is None else np.asarray(scores)
         self.widths.append(int(self.running.sum()))
         step = len(self.widths)
         tails.cost_aware_tail(
             torch.from_numpy(given.astype(np.float32)), self._no_tokens, step, lag=self.rule.lag, **self._state
         )  # fmt: skip
         self.scores.append(self._state["scores_log"].numpy()[step - 1])
-        return Decision(self.lengths > before, self.running.copy())
 
     def standing(self) -> tuple[Array, Array]:
         """:func:`tails.standing` after :meth:`step`."""

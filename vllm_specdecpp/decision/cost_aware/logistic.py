@@ -68,18 +68,13 @@ class OnlineLogistic:
     common intercept, so a step is solved by the Schur complement of two rows.
 
     Args:
-        slope, common: start and prior mean.
-        intercepts: [NUM_BUCKETS] start and prior mean of the bucket's own part; None: 0.
+        slope, common: start and prior mean; the buckets' own parts start at 0.
         memory: observations after which an old one counts 1/e.
         stiffness: how hard the prior pulls, as a multiple.
     """
 
-    def __init__(
-        self, slope: float = 1.0, common: float = 0.0, intercepts: Array | None = None, memory: float = 1500.0,
-        stiffness: float = 1.0,
-    ) -> None:  # fmt: skip
-        own = np.zeros(NUM_BUCKETS) if intercepts is None else np.asarray(intercepts, dtype=np.float64)
-        self.theta = np.concatenate([[slope, common], own])  # [2 + NUM_BUCKETS]
+    def __init__(self, slope: float = 1.0, common: float = 0.0, memory: float = 1500.0, stiffness: float = 1.0) -> None:
+        self.theta = np.array([slope, common, *[0.0] * NUM_BUCKETS])  # [2 + NUM_BUCKETS]
         self._prior: list[float] = self.theta.tolist()
         self._memory = memory
         priors = _SLOPE_PRIOR, _COMMON_PRIOR, _BUCKET_PRIOR

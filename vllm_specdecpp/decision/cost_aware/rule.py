@@ -41,12 +41,12 @@ import numpy as np
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
 from vllm_specdecpp.decision.cost_aware.admission import Admission, Standing
-from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound, Decision
+from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
 from vllm_specdecpp.decision.cost_aware.purse import Purse
 from vllm_specdecpp.decision.sources import Run, RunSource
 
-__all__ = ["CostAwareRound", "CostAwareRule", "Decision", "Standing"]
+__all__ = ["CostAwareRound", "CostAwareRule", "Standing"]
 
 _HALF_LIFE = 86400.0
 """Seconds after which what an earlier start has learnt counts half."""

@@ -174,11 +174,6 @@ class CostAwareDrafting:
         """Forget the last round: another rule drafts from now on."""
         self._round = self._behind = None
 
-    def adapt(self, on: bool) -> None:
-        """Whether the calibration goes on learning."""
-        if self.rule is not None:
-            self.rule.adapt = on
-
     def timed(self, step: Mapping[str, Any]) -> None:
         """The round's drafting has ended; ``step`` is what :meth:`RoundLog.step` says of it."""
         self._step = step

@@ -110,14 +110,11 @@ class Drafter:
 
     def start_cost_aware(self) -> None:
         """Give the cost-aware rule its costs, if it is in force: as the last run left them, else measured now."""
-        if self.config.resolved_rule != "cost_aware":
-            return
-        if self.cost_aware is None:
+        if self.config.resolved_rule == "cost_aware" and self.cost_aware is None:
             assert self._tail is not None
             file = self.cost_file()
             rule, measured = self._rule_with_costs(file, self._tail.estimator)
             self.cost_aware = self.host_side(rule, self._tail, file, self.agree, self.device, measured)
-        self.cost_aware.adapt(self.config.online_calibration)
 
     def _rule_with_costs(self, file: CostFile, estimator: Estimator) -> tuple[CostAwareRule | None, bool]:
         """The cost-aware rule, None on ranks that follow rank 0; and whether its costs were measured now."""
@@ -140,7 +137,6 @@ class Drafter:
             CostModel(**curves, max_reqs=scheduler.max_num_seqs, max_tokens=most_tokens(scheduler)),
             self.speculative_config.num_speculative_tokens,
             lag=estimator.lag,
-            adapt=self.config.online_calibration,
             scores=self.config.head or estimator.name,
             sources=make_sources(self.run_sources),
             drafts=self.config.drafts,

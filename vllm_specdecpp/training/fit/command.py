@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.training.fit.options import FitOptions, settings
 from vllm_specdecpp.training.fit.stages import num_done, stages_of
 from vllm_specdecpp.training.fit.train import TrainOptions
-from vllm_specdecpp.training.inspect import serve_command
 from vllm_specdecpp.training.model_config import model_config
 from vllm_specdecpp.training.replay.tune_report import FEW_PROMPTS, verdict
 
@@ -55,7 +55,9 @@ def run(options: FitOptions) -> int:
     config = {"method": "specdecpp", "model": options.draft}
     if options.draft_sample_method != "greedy":
         config["draft_sample_method"] = options.draft_sample_method
-    print(serve_command(options.target, config | ({"head": str(options.out / "head")} if pays else {})))
+    if pays:
+        config["head"] = str(options.out / "head")
+    print(shlex.join(["vllm", "serve", options.target, "--speculative-config", json.dumps(config)]))
     return 0
 
 

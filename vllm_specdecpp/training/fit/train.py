@@ -85,7 +85,7 @@ def run(options: TrainOptions) -> int:
         val_rows = load_rows(options.data, options.lag, prompts_where=held_out)
     head, history = train_head(rows, val_rows, options, lambda history: _write_log(options.out, history))
     head.metadata |= {"draft": manifests[0].draft, "target": manifests[0].target}
-    head.save_pretrained(options.out, overwrite=options.force)
+    head.save_pretrained(options.out)
     best = next(row for row in reversed(history) if row["best"])
     metrics: dict[str, Any] = {
         "best_epoch": best["epoch"], "train_loss": _rounded(best["train_loss"]) if best["epoch"] else None,

@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 _CHUNK = 16384
 """Hidden states that the head scores at once."""
 
-FAR = 1 << 30
-"""Stands for no seam ahead."""
-
 
 @dataclass(frozen=True)
 class Chains:
@@ -65,9 +62,6 @@ class Chains:
 
     limited: Tensor
     """[num_starts] bool: the record ends where any draft must (an end token, the request's limit)."""
-
-    to_seam: Tensor
-    """[num_starts] int64 steps up to the next left-out bonus token, or FAR."""
 
     prompt_starts: Tensor
     """[num_prompts + 1] int64 first start of each prompt."""
@@ -153,7 +147,6 @@ def concatenate(pieces: Sequence[Chains]) -> Chains:
         available=joined("available"),
         run=joined("run"),
         limited=joined("limited"),
-        to_seam=joined("to_seam"),
         prompt_starts=torch.cat(
             [torch.zeros(1, dtype=torch.int64)]
             + [piece.prompt_starts[1:] + base for piece, base in zip(pieces, starts, strict=True)]
@@ -173,7 +166,6 @@ class _Segment:
 
     steps: list[int]  # indices into the shard's steps
     num_accepted: int
-    seams: list[int]  # offsets before which a bonus token was left out
     limited: bool
 
 
@@ -183,14 +175,12 @@ def _segments(shard: Shard, rounds: Sequence[int], recorded_length: int) -> Iter
     segment: _Segment | None = None
     for i, r in enumerate(rounds):
         steps = range(starts[r], starts[r + 1])
-        segment = segment or _Segment([], 0, [], False)
+        segment = segment or _Segment([], 0, False)
         segment.steps += steps
         segment.num_accepted += accepted[r]
         segment.limited = len(steps) < recorded_length  # any draft would have ended there
         follows = i + 1 < len(rounds) and emitted[rounds[i + 1]] == emitted[r] + accepted[r] + 1
-        if accepted[r] == len(steps) and follows:
-            segment.seams.append(len(segment.steps))
-        else:
+        if accepted[r] < len(steps) or not follows:
             yield segment
             segment = None
 
@@ -208,20 +198,18 @@ def chains_of_shard(shard: Shard, chosen: Sequence[bool], head: AcceptanceHead |
         if chosen[prompt]:
             by_prompt.setdefault(prompt, []).append(r)
     steps: list[int] = []
-    columns: list[tuple[int, int, int, bool, int]] = []  # first step, available, run, limited, to the next seam
+    columns: list[tuple[int, int, int, bool]] = []  # first step, available, run, limited
     prompt_starts = [0]
     for rounds in by_prompt.values():
         rounds.sort(key=lambda r: emitted[r])
         for segment in _segments(shard, rounds, recorded_length):
             size = len(segment.steps)
             for offset in range(segment.num_accepted + 1):
-                seam = next((s - offset for s in segment.seams if s > offset), FAR)
-                run = segment.num_accepted - offset
-                columns.append((len(steps) + offset, size - offset, run, segment.limited, seam))
+                columns.append((len(steps) + offset, size - offset, segment.num_accepted - offset, segment.limited))
             steps += segment.steps
         prompt_starts.append(len(columns))
     order = torch.tensor(steps, dtype=torch.int64)  # [num_steps]
-    table = torch.tensor(columns, dtype=torch.int64).reshape(-1, 5)  # [num_starts, 5]
+    table = torch.tensor(columns, dtype=torch.int64).reshape(-1, 4)  # [num_starts, 4]
     scalars = {name: getattr(shard, name)[order].float() for name in SCALAR_FEATURES}
     return Chains(
         scalars=scalars,
@@ -231,7 +219,6 @@ def chains_of_shard(shard: Shard, chosen: Sequence[bool], head: AcceptanceHead |
         available=table[:, 1],
         run=table[:, 2],
         limited=table[:, 3].bool(),
-        to_seam=table[:, 4],
         prompt_starts=torch.tensor(prompt_starts),
         prompts=[(shard.prompts[p]["id"], shard.prompts[p]["set"]) for p in by_prompt],
         recorded_length=recorded_length,

