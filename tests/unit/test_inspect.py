@@ -93,7 +93,7 @@ def test_a_dataset(tmp_path, capsys):
     )  # fmt: skip
     dataset = create_dataset(tmp_path / "data", manifest, False)
     column = torch.full((3,), 0.5)
-    record = RoundRecord("r", torch.zeros(3, 4), [5, 6, 7], column, column, column, column, column, 1, 3, 0, 0.5)
+    record = RoundRecord("r", torch.zeros(3, 4), [5, 6, 7], column, column, column, column, 1, 3, 0, 0.5)
     write_shard(dataset.shard_path(1), shard_from_rounds([record], {"r": {"id": "p", "set": "s"}}), manifest)
     text = _shown(tmp_path / "data", capsys)
     for expected in ("dataset of rounds, on-policy", "org/big", "1 of 3", "temperature 0.5", "9.9", "2026-01-02"):
