@@ -20,6 +20,7 @@ from vllm_specdecpp.training.collect.on_policy import UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
 from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.collect.stop_signal import StopSignal
+from vllm_specdecpp.training.engine import environment
 
 NUM_PROMPTS, UNIT = 7, 2
 
@@ -248,3 +249,12 @@ def test_signals_are_left_as_they_were():
         seen.append(stop.requested)
     assert seen == [False, True]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_an_environment_variable_is_left_as_it_was(monkeypatch, before):
+    monkeypatch.setenv("X", before) if before else monkeypatch.delenv("X", raising=False)
+    with pytest.raises(ZeroDivisionError), environment("X", "0"):
+        assert os.environ["X"] == "0"
+        raise ZeroDivisionError
+    assert os.environ.get("X") == before

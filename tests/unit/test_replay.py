@@ -229,7 +229,7 @@ class TestBookkeeping:
         assert whole.tokens_per_second(only_a) == pytest.approx(part.tokens_per_second())
 
     def test_concatenation_changes_nothing(self) -> None:
-        head = make_head(**HEADS["features"])
+        head = make_head(**HEADS["look-ahead"])
         halves = [
             chains_of(recorded(), RECORDED, head, [(i < 3) == first for i in range(6)]) for first in (True, False)
         ]

@@ -18,8 +18,6 @@ from vllm_specdecpp.data.shards import RoundRecord, empty_shard, open_dataset, s
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.engine.v1.inputs import RowState
 
-FEATURES = frozenset({"hidden_states", *SCALAR_FEATURES})
-"""Fields of :class:`StepFeatures` that are recorded."""
 MAX_BYTES = 1 << 30
 """Of the rounds that are kept in memory until a flush; those beyond are dropped, and counted."""
 GREEDY_BELOW = 1e-5
@@ -29,7 +27,8 @@ GREEDY_BELOW = 1e-5
 class DraftTrace:
     """The draft passes of one round of a batch, kept on the device until the round's end."""
 
-    needs = FEATURES
+    needs = frozenset({"hidden_states", *SCALAR_FEATURES})
+    """Fields of :class:`StepFeatures` that are recorded."""
 
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
