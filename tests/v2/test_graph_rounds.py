@@ -19,6 +19,7 @@ from tests.v2.epochs import Epochs
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
 from tests.v2.recorder import RecordingBackend, recording
+from vllm_specdecpp.engine.supported import vllm_version
 from vllm_specdecpp.engine.v2.graphs import IF_NODES, DraftGraphs
 
 THRESHOLD, MAX_LENGTH = 0.45, 5
@@ -123,6 +124,9 @@ def test_replay_bugs_of_cost_aware_rounds_are_noticed(tiny, name):
 
 @pytest.mark.parametrize("name", ["rows of a larger batch go on drafting", "no slots for the later passes"])
 def test_replay_bugs_of_padded_batches_are_noticed(tiny, name):
+    if name.startswith("rows") and not (vllm_version() or "").startswith("0.32"):
+        pytest.skip("vLLM 0.33 clears what a larger batch has left in its block tables")
+
     def padding_runs(speculator: Any) -> None:
         start = speculator.round.start
 

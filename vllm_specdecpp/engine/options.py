@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine import front_end, gpu_defaults
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
-from vllm_specdecpp.engine.shared import vocabulary
+from vllm_specdecpp.engine.shared import draft_limit, vocabulary
 from vllm_specdecpp.engine.shared.one_row import schedule_one_row
 from vllm_specdecpp.engine.supported import require_supported
 from vllm_specdecpp.engine.v1 import draft_layers
@@ -364,7 +364,9 @@ def _bare_word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def install() -> None:
-    """Wrap ``EngineArgs`` and one check of ``SpeculativeConfig``; a second call changes nothing."""
+    """Wrap ``EngineArgs``, and what ``SpeculativeConfig`` and ``VllmConfig`` make of a draft; a second call changes
+    nothing."""
+    from vllm.config import VllmConfig
     from vllm.config.speculative import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -375,4 +377,6 @@ def install() -> None:
     SpeculativeConfig.verify_equal_vocab_size_if_draft_model = vocabulary.wrap_check(
         SpeculativeConfig.verify_equal_vocab_size_if_draft_model
     )
+    if (shorten := getattr(VllmConfig, draft_limit.SHORTENS, None)) is not None:
+        setattr(VllmConfig, draft_limit.SHORTENS, draft_limit.wrap_shortening(shorten))
     EngineArgs._specdecpp_installed = True

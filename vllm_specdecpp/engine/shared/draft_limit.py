@@ -8,11 +8,30 @@ that reads position p + k - 1, which must lie before the end.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
+
 logger = init_logger("vllm.specdecpp")
+
+
+SHORTENS = "_limit_max_model_len_to_draft"
+"""Method of ``VllmConfig`` that makes the target's context the draft's; vLLM 0.33 has it, for Model Runner V2."""
+
+
+def wrap_shortening(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let vLLM do so without us: here a request goes on beyond the draft's context."""
+
+    @functools.wraps(original)
+    def shorten(self: Any) -> None:
+        if ADDITIONAL_CONFIG_KEY not in (self.additional_config or {}):
+            original(self)
+
+    return shorten
 
 
 def draft_limit(vllm_config: Any) -> int:

@@ -48,6 +48,6 @@ def can_wait(vllm_config: Any) -> bool:
     vLLM's older Ray executor asks its workers beside their steps: one may not have come to the end of its own yet.
     """
     asks_beside = vllm_config.parallel_config.distributed_executor_backend == "ray"
-    asks_beside &= not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
+    asks_beside &= not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)  # 0.33 has no other
     is_async, connector = vllm_config.scheduler_config.async_scheduling, vllm_config.kv_transfer_config
     return not (is_async or asks_beside) and connector is None
