@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from operator import and_
 from typing import Any
@@ -40,7 +41,7 @@ import numpy as np
 
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.acceptance import AcceptanceModel
-from vllm_specdecpp.decision.cost_aware.admission import Admission, Standing
+from vllm_specdecpp.decision.cost_aware.admission import Admission, Admitted, Standing
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.decision.cost_aware.free_runs import FreeRuns
 from vllm_specdecpp.decision.cost_aware.purse import Purse
@@ -48,6 +49,8 @@ from vllm_specdecpp.decision.sources import Run, RunSource
 
 __all__ = ["CostAwareRound", "CostAwareRule", "Standing"]
 
+_MOST_IN_FLIGHT = 64
+"""Rounds that a device may be behind the host; one begun longer ago is over."""
 _HALF_LIFE = 86400.0
 """Seconds after which what an earlier start has learnt counts half."""
 
@@ -92,6 +95,7 @@ class CostAwareRule:
         self.adapt, self.scores = adapt, scores
         self.admission = Admission()
         self.purse = Purse()
+        self._in_flight: deque[Admitted] = deque(maxlen=_MOST_IN_FLIGHT)  # rounds that were begun
         self.explored_seconds = 0.0  # in rounds that were trials
         self.sources, self.drafts = tuple(sources), drafts
         self.free_runs = FreeRuns(self.sources)
@@ -116,6 +120,7 @@ class CostAwareRule:
             free = self.free_runs.take(names, runs, limits, self.costs)
         may_draft = batch if self.drafts else [s._replace(limit=0) for s in batch]
         admitted = self.admission.plan(may_draft, self.costs, self.purse, free)
+        self._in_flight.append(admitted)
         taken = None if runs is None or free is None else free.without(admitted.drafts)
         constrained = np.array([s.constrained for s in batch])
         return CostAwareRound(self, names, limits, admitted.drafts, admitted.price, admitted, taken, constrained)
@@ -162,9 +167,12 @@ class CostAwareRule:
         assert admitted is not None
         self.purse.earn(seconds + admitted.reading)
         constrained = round_.constrained.tolist()
-        if admitted.trial:  # here an outcome that is not known counts as none
-            lost = seconds + admitted.reading - (base + drafted) / admitted.baseline if round_.widths else 0.0
-            self.purse.settle(lost, admitted.staked)
+        lost = 0.0
+        if admitted.trial and round_.widths:  # here an outcome that is not known counts as none
+            lost = seconds + admitted.reading - (base + drafted) / admitted.baseline
+        while any(admitted is begun for begun in self._in_flight):  # those before it will not finish any more
+            begun = self._in_flight.popleft()
+            self.purse.settle(lost if begun is admitted else 0.0, begun.staked)
         if round_.widths:
             self.explored_seconds += seconds * admitted.trial
             if round_.alone or not any(map(and_, drafts, constrained)):
