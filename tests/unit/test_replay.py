@@ -235,7 +235,7 @@ class TestBookkeeping:
         ]
         joined, whole = concatenate(halves), chains_of(recorded(), RECORDED, head)
         assert joined.prompts == whole.prompts
-        for name in ("features", "entropy"):
+        for name in ("look-ahead", "entropy"):
             found = [walk(c, lengths_of(c, name, 0.4, 8), COSTS).seconds for c in (joined, whole)]
             assert torch.equal(*found)
 
