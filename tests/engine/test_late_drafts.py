@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import pytest
+from vllm import envs
 
 from tests import engine_harness as harness
 from vllm_specdecpp.engine.v1 import late_drafts
@@ -53,6 +54,8 @@ def test_drafts_are_made_once_the_step_has_returned():
 def test_where_the_engine_asks_too_late_or_kv_is_saved_nothing_is_put_off(
     monkeypatch, is_async, connector, executor, waits
 ):
+    if executor == "old ray" and not hasattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+        pytest.skip("vLLM 0.33 has no other")
     monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", str(int(executor != "old ray")))
     config = types.SimpleNamespace(
         scheduler_config=types.SimpleNamespace(async_scheduling=is_async), kv_transfer_config=connector,

@@ -92,15 +92,6 @@ def test_a_supported_vllm_is_checked_symbol_by_symbol(monkeypatch, version):
         supported.problems.cache_clear()
 
 
-@pytest.mark.parametrize(("version", "warns"), [("0.32.0", False), ("0.33.0", True)])
-def test_a_version_that_was_never_run_is_said_to_be(monkeypatch, caplog, version, warns):
-    monkeypatch.setattr(supported, "vllm_version", lambda: version)
-    monkeypatch.setattr(supported, "problems", lambda: ())
-    monkeypatch.setattr(supported.logger, "propagate", True)
-    supported.require_supported()
-    assert ("never run" in caplog.text) is warns
-
-
 @pytest.fixture(scope="session")
 def other_sources(tmp_path_factory):
     """vLLM's sources of the other supported version, read from its wheel without installing it."""
