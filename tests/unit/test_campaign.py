@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,8 +225,12 @@ class TestCommand:
         assert campaign.main([*command, "--force"]) == 0
         assert len(FakeEngines.calls) == NUM_MEASUREMENTS  # nothing is measured twice
 
-    def test_a_time_budget_stops_between_groups(self, command: list[str], tmp_path: Path) -> None:
-        assert campaign.main([*command, "--minutes", "0.01"]) == 0  # 0.6 s; a group "takes" 4 * 0.5 s
+    def test_a_time_budget_stops_between_groups(
+        self, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = time.monotonic()  # no time passes but what a group is expected to take: 4 * 0.5 s
+        monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: now))
+        assert campaign.main([*command, "--minutes", "0.01"]) == 0
         assert len(RawFile(tmp_path / "x.raw.jsonl").rows) == 4
         assert not (tmp_path / "x.jsonl").exists()
 
