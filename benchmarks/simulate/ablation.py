@@ -59,6 +59,10 @@ MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
     "easy": ("no request is hoped to be easier than the others", lambda rule: None),
     "levels": ("a request's record tells nothing of its later candidates", _no_levels),
     "purse": ("nothing is earned for trials after the opening sum", lambda rule: setattr(rule.purse, "_share", 0.0)),
+    "pace": (
+        "each cost curve finds out by itself how fast the machine is",
+        lambda rule: setattr(rule.costs.pace, "_share", 0.0),
+    ),
     "correction": (
         "rounds are taken to be as fast as the formula says",
         lambda rule: setattr(rule.admission, "learn", lambda *outcome: None),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.simulate.settings import Setting
+from benchmarks.simulate.settings import SPELL, Setting
 from benchmarks.simulate.streams import DEPTH, Array, Counts, Stream
 from vllm_specdecpp.decision.cost_aware.admission import Standing
 
@@ -186,6 +186,7 @@ class Server:
             if round_ is not None:
                 passes = [widths[0] + read] if read else []
                 noise = np.exp(rng.normal(0, 0.05, 2)) * np.where(rng.random(2) < 0.01, 8, 1)
+                noise *= setting.busy if int(now / SPELL) % 2 else 1.0
                 clean = None if joined or new else verify_seconds * float(noise[1])
                 clock = time.thread_time()
                 rule.finish(round_, verified, accepted, draft_seconds * float(noise[0]), clean, passes)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Setting:
     batch: int
     per_read: float | None = None
     """Of a draft pass for each token that it reads; None: :data:`READING` of a first pass over one request."""
+    busy: float = 1.0
+    """Other work on the machine, in every other :data:`SPELL`: what a rule then sees of the costs is so many times as
+    much."""
 
     def read(self, tokens: int) -> float:
         """A draft pass that reads so many tokens."""
@@ -55,6 +58,8 @@ class Setting:
         return self.draft(widths, read) + self.verify(tokens)
 
 
+SPELL = 20.0
+"""Seconds."""
 READ_WIDTHS = (2, 16, 64, 256)
 """Tokens of the draft passes that start-up times for what reading takes."""
 
@@ -90,6 +95,7 @@ SETTINGS = {
     "b64": Setting(lambda b: 0.005, lambda b: 0.004, lambda n: 0.02 + 0.0006 * n, 64, per_read=20e-6),
     "b64_cheap": Setting(lambda b: 0.002, lambda b: 0.0015, lambda n: 0.008 + 0.0004 * n, 64, per_read=10e-6),
 }
+SETTINGS |= {f"{name}_busy": replace(SETTINGS[name], busy=1.7) for name in ("cpu_int8", "cpu_b4")}
 
 
 def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:

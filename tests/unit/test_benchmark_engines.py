@@ -68,9 +68,10 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
 def test_vllms_ngram_drafts_and_ours_comes_back() -> None:
     """In a process of its own: numba, which it imports, keeps vLLM from starting an engine in the same one (it looks
     for kernels in all modules' attributes, and takes llvmlite's ``vars(lib)`` for a dict)."""
+    here = "llvmlite" in sys.modules  # another test's
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         process.submit(_ngram_drafts_and_ours_comes_back).result()
-    assert "llvmlite" not in sys.modules
+    assert here == ("llvmlite" in sys.modules)
 
 
 def _ngram_drafts_and_ours_comes_back() -> None:

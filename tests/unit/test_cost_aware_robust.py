@@ -211,12 +211,12 @@ def test_costs_come_back_after_clock_jumps_and_stalls(jump, rounds, during, with
         return max(abs(math.log(found / real)) for found, real in pairs)
 
     play(80)
-    assert worst() < 0.05
+    assert worst() < 0.08
     play(rounds, jump)
     play(1)
-    assert rounds > 1 or worst() < 0.05
+    assert rounds > 1 or worst() < 0.08
     play(within)
-    assert worst() < (0.05 if within == 80 else 0.1)  # seldom seen since
+    assert worst() < (0.08 if within == 80 else 0.1)  # seldom seen since
 
 
 def test_a_spoilt_rule_is_worse_at_first():

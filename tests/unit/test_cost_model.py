@@ -37,9 +37,11 @@ def test_a_slow_spell_of_passes_that_nobody_runs_since_is_forgotten(rounds):
     costs = CostModel({1: 0.006}, {1: 0.004}, {1: 0.02})
     for _ in range(20):
         costs.observe_draft([1, 1, 1], 9.0)
+        costs.verify.observe(1, 0.02)
     assert costs.step.at(1) > 0.5
     for _ in range(3000):
         costs.observe_draft(rounds, 0.006 * len(rounds))
+        costs.verify.observe(1, 0.02)
     assert costs.draft_seconds([1, 1]) == pytest.approx(0.010, rel=0.1)
 
 
@@ -173,6 +175,27 @@ def test_no_time_is_too_strange():
     assert curve.at(5) == pytest.approx(0.12, rel=0.05)
 
 
+def test_a_machine_that_slows_down_slows_down_what_nobody_runs_too():
+    """Drafting goes on through a slow spell and behind it: what nobody ran must not look as dear as in the spell."""
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1, 4: 0.12, 8: 0.15})
+    for factor in (1.0, 2.0, 1.0):
+        for _ in range(40):
+            costs.observe_draft([1, 1, 1], factor * 0.08)
+            costs.verify.observe(4, factor * 0.12)
+        expected = [factor * x for x in (0.1, 0.12, 0.15, 0.04)]
+        found = [costs.verify.at(1), costs.verify.at(4), costs.verify.at(8), costs.draft_seconds([1])]
+        assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_the_next_start_is_told_little_of_the_pace():
+    costs = CostModel({1: 0.04}, {1: 0.02}, {1: 0.1})
+    for _ in range(40):
+        costs.observe_draft([1, 1, 1], 0.16)
+        costs.verify.observe(1, 0.2)
+    assert costs.points()["verify"][1] == pytest.approx(0.2, rel=0.05)
+    assert 0.1 <= costs.points(lasting=True)["verify"][1] < 0.13
+
+
 def test_rounds_of_each_length():
     costs = CostModel({1: 0.04, 2: 0.06}, {1: 0.02, 2: 0.03}, {1: 0.1, 10: 0.19}, max_reqs=2, max_tokens=10)
     expected = [costs.round_seconds([], 2), costs.round_seconds([2], 4), costs.round_seconds([2, 2], 6)]
@@ -196,9 +219,10 @@ def test_reading_is_a_curve_of_its_own():
     assert costs.read_seconds(3000) == pytest.approx(0.28 + 2744 * (0.28 - 0.04) / 240)
     for _ in range(30):
         costs.observe_draft([], 0.24, [136])
+        costs.verify.observe(1, 0.1)
     assert costs.read_seconds(136) == pytest.approx(0.24, rel=0.03)
     assert costs.read_seconds(1000) > 1.3 * (0.28 + 744 * 0.001)  # most of it is true of other prompts
-    assert costs.draft_seconds([1, 1]) == pytest.approx(0.08) and costs.verify.at(1) == pytest.approx(0.1)
+    assert costs.draft_seconds([1, 1]) == pytest.approx(0.08, rel=0.2) and costs.verify.at(1) == pytest.approx(0.1, 0.1)
 
 
 def test_what_a_prompt_took_beyond_a_usual_draft_phase_was_reading():

@@ -304,8 +304,8 @@ ABLATED = [*simulate_ablation.MECHANISMS, "records._OWN/2", "purse._SHARE*2"]
 @pytest.mark.parametrize("name", ABLATED)
 def test_what_was_taken_out_is_missed_and_then_put_back(name):
     """Each changes what becomes of the same requests, and leaves nothing behind."""
-    costs, stream = ("cpu_b4", "shift") if name == "spread" else ("cpu_int8", "mixed")
-    server = server_of(costs, stream, 1000)
+    costs, stream = ("cpu_b4", "shift") if name == "spread" else ("cpu_int8_busy", "mixed")
+    server = server_of(costs, stream, 2000)
     rates = [simulate_ablation.play(server, 0, names).rate for names in ((), (name,), ())]
     assert rates[0] == rates[2] != rates[1]
 

@@ -29,6 +29,8 @@ _RATIO = 1.03
 """Width of such a bin: its end over the end of the bin before."""
 _REACH = 0.15
 """Standard deviation, in log width, of how far a step tells of its neighbours: about 15 %."""
+_PACE = 4.0
+"""Steps that the pace of all of them is averaged over. Its own noise is in all prices alike, and turns no decision."""
 _OUTLIER = 0.5
 """A step whose log of real over expected seconds exceeds this is an outlier: compilation, another process's burst."""
 _SHIFT = 10
@@ -40,6 +42,32 @@ _TINY = 1e-12
 """Seconds; index 0 of a table is 0."""
 _FORGOTTEN = 1e-9
 """Weights below this become 0: denormal numbers are slow."""
+
+
+class Pace:
+    """What all steps take lately, of both models: a factor on what the curves say of them.
+
+    A busy machine slows all of them down. A curve that had to learn that by itself would say so of a width that nobody
+    has run since, long after the machine is free again: of two ways to go on, the one not tried would look the dearer.
+
+    Args:
+        memory: steps that it is averaged over.
+
+    Attributes:
+        factor: 1 at the start.
+    """
+
+    def __init__(self, memory: float = _PACE) -> None:
+        self.factor, self._share = 1.0, 1 / memory
+        self._last = 0.0
+
+    def take(self, residual: float) -> float:
+        """A step took exp(residual) times what was expected; returns what of it the pace does not account for."""
+        last, self._last = self._last, residual
+        if abs(residual) > _OUTLIER and math.copysign(last, last * residual) < _OUTLIER:
+            return residual  # alone: what it tells is not of all steps
+        self.factor *= math.exp(self._share * min(max(residual, -_OUTLIER), _OUTLIER))
+        return (1 - self._share) * residual
 
 
 class Curve:
@@ -56,17 +84,19 @@ class Curve:
     Args:
         seconds: width to seconds, one or more points.
         max_width: the widest step that will be asked for.
+        pace: shared with other curves; None: always the same.
 
     Raises:
         ValueError: no point, a width below 1, or a time that is no positive number.
     """
 
-    def __init__(self, seconds: Mapping[int, float], max_width: int) -> None:
+    def __init__(self, seconds: Mapping[int, float], max_width: int, pace: Pace | None = None) -> None:
         if not seconds:
             raise ValueError("specdecpp: a cost curve has no measured width; measure one or more")
         for width, value in seconds.items():
             if width < 1 or not (math.isfinite(value) and value > 0):
                 raise ValueError(f"specdecpp: cost of width {width} is {value}, must be a positive time; measure again")
+        self.pace = pace or Pace(math.inf)
         self.widths = sorted(seconds)
         self.max_width = max(max_width, self.widths[-1])
         self._start = _dense([seconds[w] for w in self.widths], self.widths, self.max_width)  # [max_width + 1]
@@ -92,6 +122,10 @@ class Curve:
 
     def table(self) -> Array:
         """[max_width + 1] seconds; index 0 is 0."""
+        return self._usual() * self.pace.factor
+
+    def _usual(self) -> Array:
+        """:meth:`table` at the pace of the start."""
         if self._table is None:
             seen = self._as_seen()
             falls = (seen[1:] < seen[:-1]).nonzero()[0]
@@ -105,7 +139,7 @@ class Curve:
         return self._table
 
     def _as_seen(self) -> Array:
-        """:meth:`table` with every hill believed."""
+        """:meth:`_usual` with every hill believed."""
         (weight, own), (near_weight, near) = self._state
         drift = float(own.sum()) / (float(weight.sum()) + _SHRINK)
         nearby = (near + _SHRINK * drift) / (near_weight + _SHRINK)
@@ -126,39 +160,37 @@ class Curve:
 
     def at(self, width: int) -> float:
         """Seconds of one step; beyond ``max_width`` the last slope goes on."""
-        table = self.table()
+        usual, factor = self._usual(), self.pace.factor
         if width <= self.max_width:
-            return float(table[width])
-        return float(table[-1] + (table[-1] - table[-2]) * (width - self.max_width))
+            return float(usual[width]) * factor
+        return float(usual[-1] + (usual[-1] - usual[-2]) * (width - self.max_width)) * factor
 
     def many(self, widths: NDArray[np.int64]) -> Array:
         """:meth:`at` of each width, in the widths' shape."""
-        table, last = self.table(), self.max_width
+        usual, last, factor = self._usual(), self.max_width, self.pace.factor
         if int(widths.max(initial=0)) <= last:
-            return table[widths]
+            return usual[widths] * factor
         beyond = np.maximum(widths - last, 0)
-        return table[np.minimum(widths, last)] + beyond * (table[-1] - table[-2])
+        return (usual[np.minimum(widths, last)] + beyond * (usual[-1] - usual[-2])) * factor
 
     def upto(self, num: int) -> Array:
         """[num] :meth:`at` of width 0, 1, 2, ..."""
-        table = self.table()
-        return table[:num] if num <= len(table) else self.many(np.arange(num))
+        usual = self._usual()
+        return usual[:num] * self.pace.factor if num <= len(usual) else self.many(np.arange(num))
 
     def observe(self, width: int, seconds: float) -> bool:
         """Take in a real step. Returns whether it counted; an outlier does not."""
         if not 1 <= width <= self.max_width or not (math.isfinite(seconds) and seconds > 0):
             return False
-        expected = self.at(width)
-        return self.nudge(width, math.log(seconds / expected), expected=expected)
+        return self.nudge(width, self.pace.take(math.log(seconds / self.at(width))))
 
-    def nudge(self, width: int, residual: float, weight: float = 1.0, *, expected: float | None = None) -> bool:
+    def nudge(self, width: int, residual: float, weight: float = 1.0) -> bool:
         """Take in that a step took exp(residual) times what the curve says. Returns whether it counted.
 
         Args:
             width: of the step; one wider than the curve teaches nothing.
-            residual: log of real over expected seconds.
+            residual: log of real over expected seconds, less what the pace accounts for.
             weight: in steps, at most 1; less where several steps were timed together.
-            expected: seconds that the curve said before the step; None: what it says now.
         """
         if not 1 <= width <= self.max_width or not math.isfinite(residual):
             return False
@@ -173,8 +205,7 @@ class Curve:
             return False
         self._outliers.clear()
         self._bin_outliers.pop(int(self._bin[width]), None)
-        log_ratio = math.log(expected / float(self._start[width])) if expected else self._log_ratio(width)
-        target = log_ratio + residual
+        target = self._log_ratio(width) + residual
         self._age(1)
         bin_ = self._bin[width]
         steps, total = self._state[0, :, bin_].tolist()
@@ -228,23 +259,26 @@ class Curve:
             self._set(bin_, _MEMORY / 4, ratio)
 
     def _log_ratio(self, width: int) -> float:
-        return math.log(self.at(width) / float(self._start[width]))
+        return math.log(float(self._usual()[width]) / float(self._start[width]))
 
     def raised(self, seconds: float) -> Curve:
         """This curve with ``seconds`` more at every width: an overhead that was not measured with it."""
-        return Curve({width: value + seconds for width, value in self.points().items()}, self.max_width)
+        usual = {width: (value + seconds) / self.pace.factor for width, value in self.points().items()}
+        return Curve(usual, self.max_width, self.pace)
 
     def points(self, *, lasting: bool = False) -> dict[int, float]:
         """The curve as it was measured and seen, at the measured widths and those seen often since.
 
         Args:
-            lasting: for the next start: without few real steps that were slower than this start's curve. A slow spell
-                that put an end to drafting would else be believed for ever.
+            lasting: for the next start: at the pace of this start, and without few real steps that were slower than
+                this start's curve. A slow spell that put an end to drafting would else be believed for ever.
         """
         ends = [int(np.flatnonzero(self._bin == bin_)[-1]) for bin_ in np.flatnonzero(self._state[0, 0] >= 3)]
         seen = self._as_seen()
         if lasting and self._state[0, 0].max() < _USED:
             seen = np.minimum(seen, self._start)
+        if not lasting:
+            seen = seen * self.pace.factor
         return {width: float(seen[width]) for width in sorted({*self.widths, *ends})}
 
 

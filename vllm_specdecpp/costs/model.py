@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vllm_specdecpp.costs.curves import Array, Curve
+from vllm_specdecpp.costs.curves import Array, Curve, Pace
 
 CURVES = ("first", "step", "verify", "read")
 
@@ -47,13 +47,14 @@ class CostModel:
         max_reqs: int = 64,
         max_tokens: int = 1024,
     ) -> None:
-        self.first = Curve(first, max_reqs)
-        self.step = Curve(step, max_reqs)
-        self.verify = Curve(verify, max_tokens)
+        self.pace = Pace()
+        self.first = Curve(first, max_reqs, self.pace)
+        self.step = Curve(step, max_reqs, self.pace)
+        self.verify = Curve(verify, max_tokens, self.pace)
         if read is None:
             one, scale = self.verify.at(1), self.step.at(1) / self.verify.at(1)
             read = {w: scale * max(self.verify.at(w), one) for w in self.verify.widths}
-        self.read = Curve(read, max_tokens)
+        self.read = Curve(read, max_tokens, self.pace)
 
     def draft_seconds(self, widths: Sequence[int]) -> float:
         """Seconds of a draft phase.
@@ -104,9 +105,10 @@ class CostModel:
         expected = sum(part for _, _, part in parts)
         if expected <= 0 or not (math.isfinite(seconds) and seconds > 0):
             return
+        residual = self.pace.take(math.log(seconds / expected))
         for curve, width, part in parts:
             if part > 0:
-                curve.nudge(width, math.log(seconds / expected), part / expected)
+                curve.nudge(width, residual, part / expected)
 
     def read_seconds(self, tokens: int) -> float:
         """Seconds of a draft pass that reads ``tokens``; 0 for none."""
