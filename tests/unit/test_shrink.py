@@ -39,11 +39,18 @@ def decompressed(folder: str | Path, scheme: str) -> dict[str, torch.Tensor]:
     from compressed_tensors.compressors import BaseCompressor
 
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
-    compressor, found = BaseCompressor.get_value_from_registry(config["format"]), tensors(folder)
+    found = tensors(folder)
+    groups = {target: group["format"] for group in config["config_groups"].values() for target in group["targets"]}
     modules = [name.removesuffix(".weight_scale") for name in found if name.endswith(".weight_scale")]
     parts = {m: {n.rpartition(".")[2]: value for n, value in found.items() if n.startswith(f"{m}.")} for m in modules}
-    made = schemes.scheme_for(scheme, dict.fromkeys(parts, (HIDDEN_SIZE, HIDDEN_SIZE)))
-    return {f"{name}.weight": compressor.decompress(p, made)["weight"].float() for name, p in parts.items()}
+    whole = {}
+    for name, part in parts.items():
+        kind = schemes.output_scheme(scheme) if name == schemes.OUTPUT else scheme
+        target = schemes.OUTPUT_LAYER if name == schemes.OUTPUT else schemes.LAYERS
+        made = schemes.scheme_for(kind, {name: (HIDDEN_SIZE, HIDDEN_SIZE)}, [target])
+        compressor = BaseCompressor.get_value_from_registry(groups[target])
+        whole[f"{name}.weight"] = compressor.decompress(part, made)["weight"].float()
+    return whole
 
 
 @pytest.mark.parametrize(("scheme", "steps"), [("int8", 127.5), ("fp8", 8.0), ("int4", 7.5)])
@@ -53,8 +60,8 @@ def test_weights_come_back_within_half_a_step(tiny, tmp_path, capsys, scheme, st
     before, after = tensors(tiny.draft_good), tensors(tmp_path / "out")
     found = decompressed(tmp_path / "out", scheme)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    stay = ["lm_head"] * (scheme == "int4") + ["model.embed_tokens"]
-    assert len(found) == 16 - len(stay) and config["ignore"] == stay
+    assert len(found) == 15 and config["ignore"] == ["model.embed_tokens"]
+    assert config["format"] == {"int8": "int-quantized", "fp8": "float-quantized", "int4": "mixed-precision"}[scheme]
     for name, weight in before.items():
         if name not in found:
             assert torch.equal(after[name], weight), name

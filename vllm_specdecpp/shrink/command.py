@@ -51,10 +51,16 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     name = options.scheme or schemes.default_scheme()
     if reason := schemes.missing_kernel(name):
         _say(f"warning: scheme {name}: {reason}; the folder may serve elsewhere")
-    output = source.output_layer if schemes.has_output(name, source.config) else ""
+    output = source.output_layer if schemes.has_output(source.config) else ""
     tied = output if output and source.is_tied else ""
-    linear = {n: shape for n, shape in source.shapes.items() if schemes.is_linear(n, shape) or n == output}
-    scheme = schemes.scheme_for(name, linear, bool(output))
+    layers = {n: shape for n, shape in source.shapes.items() if schemes.is_linear(n, shape) and n != output}
+    linear = dict.fromkeys(layers, name) | ({output: schemes.output_scheme(name)} if output else {})  # tensor → scheme
+    alike = linear.get(output) == name
+    made = {name: schemes.scheme_for(name, layers, [schemes.LAYERS, *[schemes.OUTPUT_LAYER] * alike])}
+    if output and not alike:
+        made[linear[output]] = schemes.scheme_for(
+            linear[output], {output: source.shapes[output]}, [schemes.OUTPUT_LAYER]
+        )
     sizes: dict[str, int] = {}  # that a pass reads, by the name that the tensor had
 
     def converted() -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,14 +71,15 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
                     continue
                 sizes[tensor_name] = tensor.nbytes
                 if tensor_name in linear:
-                    parts = schemes.quantised(name, tensor, scheme)
+                    kind = linear[tensor_name]
+                    parts = schemes.quantised(kind, tensor, made[kind])
                     sizes[tensor_name] = sum(part.nbytes for part in parts.values())
                     module = schemes.OUTPUT if tensor_name == output else tensor_name.removesuffix(".weight")
                     yield from ((f"{module}.{part}", value) for part, value in parts.items())
                 if tensor_name not in linear or tensor_name == tied:
                     yield tensor_name, tensor
 
-    expected = _expected_bytes(source.sizes, linear, name) + source.sizes.get(tied, 0)
+    expected = _expected_bytes(source.sizes, linear) + source.sizes.get(tied, 0)
     with new_folder(out, expected) as folder:
         copy_the_rest(source.folder, folder)
         write_tensors(folder, converted())
@@ -80,7 +87,7 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
         stay = {n for n, dims in source.shapes.items() if len(dims) == 2 and (n not in linear or n == tied)}
         modules = {n.removesuffix(".weight") for n in stay} | {schemes.OUTPUT}
         modules -= {schemes.OUTPUT} if output else set()
-        config = source.config | {"quantization_config": schemes.config_entry(name, scheme, modules)}
+        config = source.config | {"quantization_config": schemes.config_entry(made, modules)}
         config |= {"tie_word_embeddings": False} if output else {}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         before, after = source.bytes_a_pass(source.sizes), source.bytes_a_pass(sizes)
@@ -99,10 +106,10 @@ def shrink(options: ShrinkOptions) -> dict[str, Any]:
     return found
 
 
-def _expected_bytes(sizes: dict[str, int], linear: Any, scheme: str) -> int:
+def _expected_bytes(sizes: dict[str, int], schemes: dict[str, str]) -> int:
     """Of the new folder, scales included, at most."""
-    share = 0.3 if scheme == "int4" else 0.6
-    return round(sum(share * size if name in linear else size for name, size in sizes.items())) + (64 << 20)
+    shares = {"int4": 0.3, "int8": 0.6, "fp8": 0.6}
+    return round(sum(size * shares.get(schemes.get(name, ""), 1.0) for name, size in sizes.items())) + (64 << 20)
 
 
 def _is_made(options: ShrinkOptions) -> bool:

@@ -8,7 +8,7 @@ What the draft loses is candidates, never the target's law. vLLM reads the forma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,8 @@ _LINEAR = re.compile(r"\.(?:(?!c_proj)\w*_proj|query_key_value|dense(?:_h_to_4h|
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 OUTPUT = "lm_head"
 """Module of vLLM's that a quantised output layer is loaded as."""
+LAYERS, OUTPUT_LAYER = "Linear", f"re:.*{OUTPUT}$"
+"""What a scheme is for, as compressed-tensors says it: vLLM's class of an output layer is no ``Linear``."""
 KNOWN_OUTPUTS = frozenset(
     f"{name}ForCausalLM" for name in (
         "Exaone4", "Gemma", "Gemma3", "Glm4", "Granite", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3",
@@ -42,23 +44,29 @@ def is_linear(name: str, shape: Iterable[int]) -> bool:
     return len(list(shape)) == 2 and bool(_LINEAR.search(name) and _IN_A_LAYER.search(name))
 
 
-def has_output(name: str, config: Mapping[str, Any]) -> bool:
+def has_output(config: Mapping[str, Any]) -> bool:
     """Whether the output layer is quantised too; a tied one becomes a layer of its own, and the embedding stays.
 
     Args:
-        name: of :data:`SCHEMES`.
         config: of the model's ``config.json``.
     """
-    return name in ("int8", "fp8") and KNOWN_OUTPUTS.issuperset(config.get("architectures") or [""])
+    return KNOWN_OUTPUTS.issuperset(config.get("architectures") or [""])
 
 
-def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]], output: bool = False) -> QuantizationScheme:
-    """compressed-tensors' scheme for a model.
+def output_scheme(name: str) -> str:
+    """The scheme of the output layer: in four bits its choices would suffer most."""
+    return default_scheme() if name == "int4" else name
+
+
+def scheme_for(
+    name: str, shapes: Mapping[str, tuple[int, ...]], targets: Sequence[str] = (LAYERS,)
+) -> QuantizationScheme:
+    """compressed-tensors' scheme for some of a model's layers.
 
     Args:
         name: of :data:`SCHEMES`.
-        shapes: weight → [num_out, num_in], of the linear layers.
-        output: whether it is the output layer's, too.
+        shapes: weight → [num_out, num_in], of those layers.
+        targets: :data:`LAYERS`, :data:`OUTPUT_LAYER` or both.
 
     Raises:
         ValueError: one line: the model has no linear layer that is known, or, for int4, one that no group divides.
@@ -67,8 +75,7 @@ def scheme_for(name: str, shapes: Mapping[str, tuple[int, ...]], output: bool = 
 
     if not shapes:
         raise ValueError("specdecpp: the draft has no linear layer that shrink knows; serve it as it is")
-    # vLLM's class of an output layer has another name.
-    scheme = preset_name_to_scheme(SCHEMES[name], ["Linear", *[f"re:.*{OUTPUT}$"] * output])
+    scheme = preset_name_to_scheme(SCHEMES[name], list(targets))
     if name == "int4":
         group = scheme.weights.group_size
         while any(num_in % group for _, num_in in shapes.values()):
@@ -107,18 +114,21 @@ def quantised(name: str, weight: torch.Tensor, scheme: QuantizationScheme) -> di
     return {key: value.contiguous() for key, value in found.items()}
 
 
-def config_entry(name: str, scheme: QuantizationScheme, unquantised: Iterable[str]) -> dict[str, Any]:
+def config_entry(made: Mapping[str, QuantizationScheme], unquantised: Iterable[str]) -> dict[str, Any]:
     """``quantization_config`` of the model's ``config.json``.
 
     Args:
+        made: name of :data:`SCHEMES` → scheme.
         unquantised: modules with a matrix that stays as it is.
     """
-    group = {key: value for key, value in scheme.model_dump(mode="json").items() if value is not None}
+    groups = {}
+    for number, (name, scheme) in enumerate(made.items()):
+        groups[f"group_{number}"] = scheme.model_dump(mode="json", exclude_none=True) | {"format": _FORMATS[name]}
     return {
         "quant_method": "compressed-tensors",
-        "format": _FORMATS[name],
+        "format": "mixed-precision" if len(made) > 1 else _FORMATS[next(iter(made))],
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "ignore": sorted(unquantised),
     }
 
