@@ -64,7 +64,7 @@ class Pace:
     def take(self, residual: float) -> float:
         """A step took exp(residual) times what was expected; returns what of it the pace does not account for."""
         last, self._last = self._last, residual
-        if abs(residual) > _OUTLIER and math.copysign(last, last * residual) < _OUTLIER:
+        if abs(residual) > _OUTLIER and (abs(last) < _OUTLIER or last * residual < 0):
             return residual  # alone: what it tells is not of all steps
         self.factor *= math.exp(self._share * min(max(residual, -_OUTLIER), _OUTLIER))
         return (1 - self._share) * residual
