@@ -39,3 +39,15 @@ def test_requests_that_go_on_are_not_counted() -> None:
     for i in range(300):
         serve(lengths, str(i), 19, beside="long")
     assert lengths._emitted.keys() == {"299", "long"} and lengths.remaining("long", 10**6) == 10
+
+
+def test_requests_that_leave_together_count_in_the_batchs_order() -> None:
+    """A set of names has another order in each process: ranks would come to differ by a rounding, then by a draft."""
+    together, one_by_one = OutputLengths(), OutputLengths()
+    batch = {f"cmpl-{i}": 3 * i**2 for i in range(100)}
+    together.update(batch)
+    together.update({})
+    one_by_one.update(batch)
+    for i in range(100):
+        one_by_one.update(dict(list(batch.items())[i + 1 :]))
+    assert together.state() == one_by_one.state()

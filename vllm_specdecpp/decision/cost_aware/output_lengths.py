@@ -21,9 +21,10 @@ class OutputLengths:
 
     def update(self, emitted: Mapping[str, int]) -> None:
         """Call once a round, with the whole batch: request id -> tokens that it has emitted."""
-        for request_id in self._emitted.keys() - emitted.keys():
-            self._weight = min(self._weight + 1, _MEMORY)
-            self._mean += (self._emitted[request_id] - self._mean) / self._weight
+        for request_id, num in self._emitted.items():  # in the batch's order: a set's differs between ranks
+            if request_id not in emitted:
+                self._weight = min(self._weight + 1, _MEMORY)
+                self._mean += (num - self._mean) / self._weight
         self._emitted = dict(emitted)
         self._by_runs = {name: num for name, num in self._by_runs.items() if name in emitted}
 
