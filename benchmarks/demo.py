@@ -10,7 +10,6 @@ five minutes, whatever the machine; a slow one gets shorter answers. The last li
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -23,7 +22,8 @@ from benchmarks.common.methods import NATIVE, OFF, Method, rotated
 from benchmarks.common.records import Row
 from benchmarks.models.fetch import fetch, models_folder
 from benchmarks.serve.render import has_colour, round_line
-from vllm_specdecpp.provenance import hardware, model_revision, shrinking
+from vllm_specdecpp.provenance import cpu_flags, hardware, model_revision, shrinking
+from vllm_specdecpp.shrink.schemes import VNNI, default_scheme, missing_kernel
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
 
 TARGET, DRAFT = "qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b"
@@ -54,17 +54,16 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"machine: {hardware()}"
-    with contextlib.suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text("utf-8").split())
-        named = {"bf16": ("avx512_bf16", "amx_bf16"), "VNNI": ("avx512_vnni", "avx_vnni"), "AMX": ("amx_tile",)}
-        has = [f"{name} {'yes' if flags & set(known) else 'no'}" for name, known in named.items()]
-        slow = "" if flags & set(named["bf16"]) else "; without bf16 instructions the target is slow here"
+    if flags := cpu_flags():
+        named = {"bf16": {"avx512_bf16", "amx_bf16"}, "VNNI": VNNI, "AMX": {"amx_tile"}}
+        has = [f"{name} {'yes' if flags & known else 'no'}" for name, known in named.items()]
+        slow = "" if flags & named["bf16"] else "; without bf16 instructions the target is slow here"
         return f"machine: {hardware()}; {', '.join(has)}{slow}"
     return f"machine: {hardware()}"
 
 
 def shrunk(draft: Path) -> Path:
-    """The shrunk copy of the draft, made at the first call.
+    """The shrunk copy of the draft, made at the first call; the draft itself where that would be no faster.
 
     Raises:
         ValueError: there is another folder of its name, or the disk is full.
@@ -72,6 +71,9 @@ def shrunk(draft: Path) -> Path:
     from vllm_specdecpp.shrink.command import shrink
     from vllm_specdecpp.shrink.options import ShrinkOptions
 
+    if reason := missing_kernel(default_scheme()):
+        say(f"the draft is not shrunk: {reason}")
+        return draft
     folder = models_folder() / f"{draft.name}-shrunk"
     if not folder.exists():
         shrink(ShrinkOptions(draft=str(draft), out=folder))

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cost_aware_tail, logits_summary, one_hot_rows, runs, suffix_match, threshold_tail
+from . import cost_aware_tail, logits_summary, one_hot_rows, runs, suffix_cache, suffix_match, threshold_tail
 
 # Pointers from torch's allocator are 16-byte aligned, and Triton's run time tells the compiler so.
 _ALIGNED = [["tt.divisibility", 16]]
@@ -113,6 +113,9 @@ def _runs() -> Iterator[Variant]:
     for states in ("i32", "i64"):
         types = pointers | {"states_ptr": f"*{states}"}
         yield Variant(f"suffix_match, {states} states", kernel, types, suffix_match.SIZES, suffix_match.OPTIONS)
+        more = {"prompt_lens_ptr": "*i32", "total_lens_ptr": "*i32", "found_ptr": "*i64"}
+        others = suffix_cache._match_others_kernel
+        yield Variant(f"match_others, {states} states", others, types | more, suffix_cache.SIZES, suffix_cache.OPTIONS)
     real = (
         "run_odds_ptr", "run_shifts_ptr", "survival_ptr", "chances_ptr", "reach_ptr", "chance_ptr", "accept_ptr",
         "verify_seconds_ptr", "accepted_ptr", "expected_ptr", "scores_log_ptr", "slopes_ptr", "this_ptr", "means_ptr",

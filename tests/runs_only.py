@@ -12,6 +12,7 @@ from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.decision.cost_aware import CostModel
 
 CONFIG = {"method": "specdecpp", "sources": ["suffix"], "num_speculative_tokens": 6, "trace_rounds": 100_000}
+OF_OTHERS = {**CONFIG, "suffix_cache": "engine"}
 PROMPT, LENGTH = [3, 5, 3, 7, 3], 3
 FLAT, STEEP = {1: 20e-3, 64: 20.1e-3}, {1: 20e-3, 2: 200e-3, 64: 6.0}
 """Seconds of verifications: rows cost nothing; each row costs far more than a token is worth."""
@@ -34,6 +35,21 @@ def check_greedy(llm: Any, drafter: Any, prompts: list[list[int]], wanted: list[
         stats = llm.collective_rpc("specdecpp_stats")[0]
         assert stats["draft_passes"] == 0 and bool(stats["candidates"]) == some, stats
         assert stats["rounds"] > 20
+
+
+def check_others(llm: Any, drafter: Any, prompt: list[int]) -> list[int]:
+    """The same prompt twice: what the first request has emitted the second need not find out again. Returns the rounds
+    of each."""
+    set_costs(drafter, FLAT)
+    llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
+    rounds: list[int] = []
+    texts = []
+    for _ in range(2):
+        texts.append(harness.token_ids(harness.generate(llm, [prompt], max_tokens=40, ignore_eos=True)))
+        stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
+        rounds.append(stats["rounds"])
+    assert texts[0] == texts[1]
+    return rounds
 
 
 def law_p_value(llm: Any, drafter: Any, model: Any, num: int) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -20,6 +20,7 @@ _MUST_BE = {
     "threshold": "must lie strictly between 0 and 1 (e.g. 0.7)",
     "num_speculative_tokens": "must be a whole number from 1 to 128 (e.g. 20)",
     "min_speculative_tokens": "must be a whole number from 1 to num_speculative_tokens (e.g. 1)",
+    "suffix_cache": "must be 'request', or 'engine' to look in other requests' outputs as well",
     "trace_rounds": "must be a whole number, 0 or more (e.g. 0 to keep counters only)",
 }
 
@@ -58,6 +59,10 @@ class SpecDecPPConfig(BaseModel):
     them against each other; the other rules have the draft model alone. ``["suffix"]`` needs no draft model: leave
     ``model`` out. A source of your own runs on Model Runner V1.
     V2 has no ``suffix`` where the draft model must read every token at once (``docs/sources.md``)."""
+
+    suffix_cache: Literal["request", "engine"] = "request"
+    """Where ``suffix`` looks: in the request's own text, or with ``engine`` also in what other requests have emitted.
+    One request's timing then tells of another's text: leave it off where users must not learn of each other."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
     """Upper bound on the candidate length K (vLLM's name for it). On GPUs the default is 10 or less (`docs/gpu.md`)."""
@@ -122,6 +127,12 @@ class SpecDecPPConfig(BaseModel):
             raise ValueError(
                 f"sources={self.sources} needs rule='cost_aware', which weighs them against each other, not "
                 f"rule={self.resolved_rule!r}; leave one of the two out"
+            )
+        takes_runs = "suffix" in self.run_sources and entry.name == "cost_aware"
+        if self.suffix_cache != "request" and not takes_runs and not may_idle:
+            raise ValueError(
+                f"suffix_cache={self.suffix_cache!r} needs the source 'suffix' and rule='cost_aware', which takes its "
+                "runs; leave it out, or add them"
             )
         return self
 
@@ -212,7 +223,7 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line; an unknown option, a bad value, or an option that is fixed at start-up.
         """
-        for name in ("model", "head", "head_revision", "sources"):
+        for name in ("model", "head", "head_revision", "sources", "suffix_cache"):
             if name in changes:
                 raise ValueError(f"specdecpp: {name}={changes[name]!r} cannot change at run time; restart with it")
         options = self.model_dump(exclude_none=True)

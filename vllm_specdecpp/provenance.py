@@ -121,6 +121,15 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
+def cpu_flags() -> frozenset[str]:
+    """What an x86 processor can do, by Linux' names (``avx512_vnni``); empty where that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
 def git_sha() -> str | None:
     """Commit of the checkout that this package runs from, with ``-dirty`` if a file differs; None outside of one."""
     package = Path(__file__).resolve().parent.parent

@@ -32,9 +32,15 @@ def register(name: str, make: Callable[[], RunSource]) -> None:
     RUN_SOURCES[name] = make
 
 
-def make_sources(names: Sequence[str]) -> list[RunSource]:
-    """The sources of runs among ``names``."""
-    return [RUN_SOURCES[name]() for name in names if name != DRAFT_MODEL]
+def make_sources(names: Sequence[str], suffix_cache: str = "request") -> list[RunSource]:
+    """The sources of runs among ``names``; ``suffix_cache`` is the option of that name."""
+    made = [RUN_SOURCES[name]() for name in names if name != DRAFT_MODEL]
+    if suffix_cache == "engine":
+        from vllm_specdecpp.decision.sources.suffix import SuffixSource
+        from vllm_specdecpp.decision.sources.suffix_cache import SuffixCache
+
+        made = [SuffixSource(SuffixCache()) if isinstance(source, SuffixSource) else source for source in made]
+    return made
 
 
 def one_of_the_sources() -> str:

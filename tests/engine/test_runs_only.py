@@ -15,15 +15,27 @@ def test_greedy_output_and_memory_are_those_without_speculation(tiny):
         wanted = harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True))
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         layers = [sorted(group.layer_names) for group in runner.kv_cache_config.kv_cache_groups]
-    with harness.engine(tiny.target, runs_only.CONFIG, enable_prefix_caching=True) as llm:
-        runner = harness.proposer(llm).runner
-        assert [sorted(group.layer_names) for group in runner.kv_cache_config.kv_cache_groups] == layers
-        runs_only.check_greedy(llm, harness.proposer(llm), PROMPTS, wanted)
+    for config in (runs_only.CONFIG, runs_only.OF_OTHERS):
+        with harness.engine(tiny.target, config, enable_prefix_caching=True) as llm:
+            runner = harness.proposer(llm).runner
+            assert [sorted(group.layer_names) for group in runner.kv_cache_config.kv_cache_groups] == layers
+            runs_only.check_greedy(llm, harness.proposer(llm), PROMPTS, wanted)
 
 
-def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):
+def test_what_another_request_has_emitted_is_looked_in_if_asked_for(tiny):
+    rounds = {}
+    for config in (runs_only.CONFIG, runs_only.OF_OTHERS):
+        with harness.engine(tiny.target, config) as llm:
+            first, second = runs_only.check_others(llm, harness.proposer(llm), PROMPTS[0][:9])
+        rounds[config.get("suffix_cache")] = first, second
+    first, second = rounds["engine"]
+    assert second < 0.6 * first and second < 0.6 * rounds[None][1], rounds
+
+
+@pytest.mark.parametrize("config", [runs_only.CONFIG, runs_only.OF_OTHERS], ids=["own text", "others' as well"])
+def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch, config):
     with harness.engine(
-        tiny.small_target, runs_only.CONFIG, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=4096
+        tiny.small_target, config, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=4096
     ) as llm:
         model, drafter = reference("small_target").model, harness.proposer(llm)
         assert runs_only.law_p_value(llm, drafter, model, 4096) > 1e-4

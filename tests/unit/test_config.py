@@ -241,6 +241,9 @@ def test_importing_the_schema_loads_neither_torch_nor_vllm() -> None:
         ({"sources": ["suffix"], "head": "h"}, "sources=.* has no draft model that head='h' could be of; leave one"),
         ({"sources": ["suffix"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
         ({"sources": ["suffix", "draft_model"], "rule": "fixed"}, "sources=.* needs rule='cost_aware'.*; leave one"),
+        ({"suffix_cache": "all"}, "suffix_cache='all' must be 'request', or 'engine' to look in"),
+        ({"suffix_cache": "engine", "rule": "fixed"}, "suffix_cache='engine' needs the source 'suffix' and rule="),
+        ({"suffix_cache": "engine", "sources": ["draft_model"]}, "suffix_cache='engine' needs .*; leave it out"),
     ],
 )
 def test_bad_sources_are_refused_in_one_line(options, says):
@@ -255,5 +258,10 @@ def test_runs_go_with_the_rule_that_weighs_them():
     assert given.with_changes({"rule": "fixed"}).with_changes({"rule": "cost_aware"}).run_sources == ["suffix"]
     with pytest.raises(ValueError, match="sources=.* needs rule='cost_aware'"):
         SpecDecPPConfig(model="d", sources=["suffix"]).with_changes({"rule": "fixed"})
+    for changes in ({"sources": ["draft_model"]}, {"suffix_cache": "engine"}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* cannot change at run time"):
+            SpecDecPPConfig(model="d").with_changes(changes)
+    cached = SpecDecPPConfig(model="d", suffix_cache="engine").with_changes({"rule": "fixed"})
+    assert cached.with_changes({"rule": "cost_aware"}).suffix_cache == "engine"
     with pytest.raises(ValueError, match="sources=.* cannot change at run time"):
         SpecDecPPConfig(model="d").with_changes({"sources": ["draft_model"]})

@@ -57,6 +57,13 @@ def test_half_of_any_first_prompts_are_code_to_edit_or_continue() -> None:
     assert sets[::2] == ["edits", "code"] * 2 and not {"edits", "code"} & set(sets[1::2])
 
 
+def test_the_draft_stays_as_it_is_where_a_shrunk_one_would_be_no_faster(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(demo, "missing_kernel", lambda scheme: f"no {scheme} here")
+    monkeypatch.setattr(demo, "models_folder", lambda: tmp_path)
+    assert demo.shrunk(tmp_path / "draft") == tmp_path / "draft" and not list(tmp_path.iterdir())
+    assert "the draft is not shrunk: no " in capsys.readouterr().err
+
+
 class FakeEngines:
     """Every method takes so many seconds a token."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -176,6 +177,25 @@ def test_an_unknown_output_layer_stays(tiny, tmp_path):
     assert shrink(tmp_path / "source", "--out", tmp_path / "out", "--scheme", "int8") == 0
     head = tensors(tmp_path / "out")["lm_head.weight"]
     assert torch.equal(head, tensors(tiny.draft_good)["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheme", "says"),
+    [
+        ("avx2 fma", "int8", "without VNNI .* no faster than bfloat16, and their sums overflow"),
+        ("avx2 fma", "int4", "no kernel for it on CPUs without AVX-512"),
+        ("avx512f", "int4", "without VNNI"),
+        ("avx512f avx512_vnni", "int8", None),
+        ("avx2 avx_vnni", "int8", None),
+        ("avx512f avx512_vnni", "fp8", "few CPUs have fp8"),
+        ("", "int8", None),  # nothing is known
+    ],
+)
+def test_a_scheme_that_this_cpu_is_no_good_at_is_named(monkeypatch, flags, scheme, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(schemes, "cpu_flags", lambda: frozenset(flags.split()))
+    found = schemes.missing_kernel(scheme)
+    assert (found or "") == "" if says is None else re.search(says, found or "")
 
 
 def test_int4_takes_the_largest_group_that_divides():

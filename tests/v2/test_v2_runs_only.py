@@ -12,6 +12,8 @@ from tests import runs_only
 from tests.engine.test_free_runs import PROMPTS
 from tests.reference_loop import Rule, generate
 from tests.v2 import async_on_cpu
+from vllm_specdecpp.engine.v2.free_runs import OldestFirst
+from vllm_specdecpp.kernels.suffix_cache import match_others_torch
 
 
 def speculator(llm: Any) -> Any:
@@ -30,8 +32,20 @@ def test_greedy_output_is_the_targets(tiny, reference, monkeypatch, is_async):
         runs_only.check_greedy(llm, speculator(llm), prompts, wanted)
 
 
-def test_sampled_output_follows_the_exact_law(tiny, reference):
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_another_request_has_emitted_is_looked_in_if_asked_for(tiny, monkeypatch, is_async):
+    async_on_cpu.allow(monkeypatch)
+    with harness.engine(tiny.target, runs_only.OF_OTHERS, async_scheduling=is_async, max_num_seqs=3) as llm:
+        first, second = runs_only.check_others(llm, speculator(llm), PROMPTS[0][:9])
+        states = llm.llm_engine.model_executor.driver_worker.worker.model_runner.req_states
+        assert isinstance(states.free_indices, OldestFirst)
+    assert second < 0.6 * first, (first, second)
+
+
+@pytest.mark.parametrize("config", [runs_only.CONFIG, runs_only.OF_OTHERS], ids=["own text", "others' as well"])
+def test_sampled_output_follows_the_exact_law(tiny, reference, config):
     with harness.engine(
-        tiny.small_target, runs_only.CONFIG, max_model_len=64, max_num_seqs=128, max_num_batched_tokens=2048
+        tiny.small_target, config, max_model_len=64, max_num_seqs=128, max_num_batched_tokens=2048
     ) as llm:
+        speculator(llm).runs.match_others = match_others_torch  # quicker than the interpreted kernel
         assert runs_only.law_p_value(llm, speculator(llm), reference("small_target").model, 256) > 1e-4

@@ -288,7 +288,7 @@ LEDGER: tuple[Hook, ...] = (
          "called for each later pass; -1 in idx_mapping writes no KV"),
     Hook(f"{_V2}.block_table:BlockTables", ("block_tables", "block_sizes", "cp_size"),
          "read after rounds without a draft pass, to find stale KV of the draft model"),
-    Hook(f"{_V2}.states:RequestState", ("all_token_ids", "max_num_reqs", "max_model_len", "device"),
+    Hook(f"{_V2}.states:RequestState", ("all_token_ids", "max_num_reqs", "max_model_len", "device", "free_indices"),
          "tokens that the draft model is behind and reads later; free runs are looked for in them, on the device, "
          "where the newest one is there before it drafts"),
     Hook(f"{_V2}.buffer_utils:StagedWriteTensor.__init__", ("self", "size", "dtype", "device"),

@@ -51,7 +51,7 @@ class SpecDecPPWorkerMixin:
         kind = SpecDecPPSpeculator if config.drafts else RunsOnlySpeculator
         runner.speculator = kind(self.vllm_config, self.device, config, runner)
         if runner.speculator.run_sources:
-            hold_tokens(runner.req_states)
+            hold_tokens(runner.req_states, config.suffix_cache == "engine")
         if self.vllm_config.lora_config is not None:
             from vllm_specdecpp.engine.v2 import lora
 

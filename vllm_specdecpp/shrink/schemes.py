@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_specdecpp.provenance import cpu_flags
+
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -21,6 +23,8 @@ SCHEMES = {"int8": "W8A8", "fp8": "FP8_DYNAMIC", "int4": "W4A16"}
 int4: weights alone, a scale a group."""
 
 SMALLEST_GROUP = 32
+VNNI = frozenset({"avx512_vnni", "avx_vnni"})
+"""Either makes a CPU multiply int8 without overflow, and fast."""
 _FORMATS = {"int8": "int-quantized", "fp8": "float-quantized", "int4": "pack-quantized"}
 # Linear layers by their names: GPT-2's "c_proj" is a transposed convolution, routers choose experts and stay exact.
 _LINEAR = re.compile(r"\.(?:(?!c_proj)\w*_proj|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|fc[12])\.weight$")
@@ -144,4 +148,11 @@ def missing_kernel(name: str) -> str | None:
         found = torch.cuda.get_device_capability()
         lacks = found < (7, 5) or (name == "int8" and found >= (10, 0))
         return f"vLLM has no kernel for it on GPUs of compute capability {found[0]}.{found[1]}" if lacks else None
-    return "few CPUs have fp8 instructions; int8 is fast on all" if name == "fp8" else None
+    if name == "fp8":
+        return "few CPUs have fp8 instructions; more have int8's"
+    flags = cpu_flags()
+    if flags and not flags & VNNI:
+        if name == "int4" and "avx512f" not in flags:
+            return "vLLM has no kernel for it on CPUs without AVX-512, and cannot run it"
+        return "without VNNI instructions vLLM's int8 layers are no faster than bfloat16, and their sums overflow"
+    return None

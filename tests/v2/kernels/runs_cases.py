@@ -17,8 +17,9 @@ from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore
 from vllm_specdecpp.decision.cost_aware.free_runs import Before
 from vllm_specdecpp.decision.cost_aware.logistic import BUCKETS
 from vllm_specdecpp.decision.sources import Run
-from vllm_specdecpp.decision.sources.suffix import LATEST, NARROW, PLACES, SuffixSource, longest_match, x_of
+from vllm_specdecpp.decision.sources.suffix import LATEST, MAX_MATCH, NARROW, PLACES, SuffixSource, longest_match, x_of
 from vllm_specdecpp.decision.tail_params import CostAwareParams
+from vllm_specdecpp.kernels.suffix_cache import MOST as MOST_LOOKED_AT
 
 MOST, WIDTH = 7, 50
 CURVES = {"first": {1: 27e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 6: 21e-3, 7: 30e-3, 64: 60e-3}}
@@ -59,6 +60,65 @@ def check_matches(launch: Any, seeds: int = 3) -> None:
         for row, text in enumerate(texts):
             wanted = longest_match(text) if limits[row] else (0, 0)
             assert (int(starts[row]), int(matches[row])) == wanted, f"seed {seed}, row {row}"
+
+
+def check_others(launch: Any, seeds: int = 4) -> None:
+    """What others have emitted wins where more of it matches; of prompts, of what no longer counts and of what a
+    request has said itself nothing does."""
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        num_states, width = 7, 2300 if seed else MOST_LOOKED_AT + 1200
+        tokens = torch.from_numpy(rng.integers(0, 4, (num_states, width)).astype(np.int32))
+        part = torch.from_numpy(rng.integers(0, 4, 90).astype(np.int32))
+        prompts = torch.from_numpy(rng.integers(0, 40, num_states).astype(np.int32))
+        totals = prompts + torch.from_numpy(rng.integers(0, width - 40, num_states).astype(np.int32))
+        if not seed:  # so far back in one text alone that nobody looks there
+            totals = prompts.clone()
+        totals[0], totals[1], prompts[1] = 0, width, 0  # never used; full
+        states = torch.from_numpy(rng.permutation(num_states)[:4])
+        last = torch.tensor([2, 30, 200, width - 1])
+        for state, end in zip(states.tolist(), last.tolist(), strict=True):
+            size = min(len(part), end + 1)
+            tokens[state, end + 1 - size : end + 1] = part[len(part) - size :]
+        for state in range(num_states):  # the same part, in what counts or across one of its ends
+            first, end = int(prompts[state]), int(totals[state])
+            place = int(rng.choice([0, first - 30, end - 95, end - 90, width // 2]))
+            place = min(max(place, 0), width - 95) if seed else 0
+            tokens[state, place : place + len(part)] = part
+        limits = torch.tensor([3, 5, 0 if seed % 2 else 4, 6], dtype=torch.int32)
+        starts, matches = torch.full_like(last, -7), torch.tensor([0, 2, 40, 63], dtype=torch.int32)
+        before = starts.clone(), matches.clone()
+        found = launch(tokens, states, last, limits, prompts, totals, starts=starts, matches=matches)
+        for row, (state, end) in enumerate(zip(states.tolist(), last.tolist(), strict=True)):
+            asked, own = tokens[state, : end + 1].numpy(), int(before[1][row])
+            best = 0
+            for other in range(num_states):
+                first, total = int(prompts[other]), int(totals[other])
+                if other != state and limits[row] and total > first + 1:
+                    best = max(best, _longest(asked, tokens[other, first:total].numpy()))
+            assert int(matches[row]) == max(best, own), f"seed {seed}, row {row}"
+            if best <= own:
+                kept = state, end, int(limits[row]), int(before[0][row])
+                assert (*(int(x[row]) for x in found), int(starts[row])) == kept
+                continue
+            other, finish, limit, start = *(int(x[row]) for x in found), int(starts[row])
+            assert other != state and finish == totals[other] - 1 and start <= finish
+            assert limit == min(int(limits[row]), finish + 1 - start)
+            assert start - best >= prompts[other]
+            assert tokens[other, start - best : start].tolist() == asked[len(asked) - best :].tolist()
+
+
+def _longest(asked: np.ndarray, text: np.ndarray) -> int:
+    """Tokens that match anywhere in a text, where something follows."""
+    best, last = 0, len(text) - 1
+    for place in np.flatnonzero(text[:last] == asked[-1])[::-1]:
+        if place < last - MOST_LOOKED_AT:
+            break
+        match = 0
+        while match < min(MAX_MATCH, len(asked), place + 1) and text[place - match] == asked[-1 - match]:
+            match += 1
+        best = max(best, match)
+    return best
 
 
 def check_rows(launch: Any, seeds: int = 3) -> None:

@@ -48,7 +48,7 @@ def test_the_report_covers_every_kernel_of_the_package() -> None:
     reported = {variant.kernel.__name__ for variant in report.variants()}
     sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
     launched = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)}
-    assert reported == launched and len(launched) == 9
+    assert reported == launched and len(launched) == 10
 
 
 def test_interpreted_kernels_are_not_reported(tmp_path: Path) -> None:

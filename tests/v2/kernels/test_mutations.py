@@ -45,6 +45,10 @@ def _matches(mutant: ModuleType) -> None:
     runs_cases.check_matches(mutant.suffix_match)
 
 
+def _others(mutant: ModuleType) -> None:
+    runs_cases.check_others(mutant.match_others)
+
+
 def _runs(mutant: ModuleType) -> None:
     runs_cases.check_takes(mutant.take_runs)
     runs_cases.check_behind(mutant.behind_drafts)
@@ -56,7 +60,7 @@ def _rows(mutant: ModuleType) -> None:
 
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
     "threshold_tail": _threshold, "cost_aware_tail": _cost_aware, "cost_aware_device": _device,
-    "logits_summary": _logits, "suffix_match": _matches, "one_hot_rows": _rows,
+    "logits_summary": _logits, "suffix_match": _matches, "suffix_cache": _others, "one_hot_rows": _rows,
     "runs": _runs,
 }  # fmt: skip
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
@@ -123,6 +127,20 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("empty = (sums == 0) & (largest > float(\"-inf\"))", "empty = sums < 0"),
         ("tl.where(parts == winner, seconds, larges)", 'tl.where(parts == winner, float("-inf"), larges)'),
         ("tl.log(z) - t / z", "tl.log(z) - t"),
+    ],
+    "suffix_cache": [
+        ("total_lens_ptr + other) - 1", "total_lens_ptr + other)"),
+        ("first = tl.load(prompt_lens_ptr + other)", "first = 0"),
+        (" & (state != other)", ""),
+        ("(tl.load(limits_ptr + req) > 0)", "(state >= 0)"),
+        ("(end - least + BLOCK - 1) // BLOCK", "(end - least) // BLOCK"),
+        ("same = where < end", "same = where <= end"),
+        (" & (back <= last)", ""),
+        ("same &= where >= first + back", "same &= where >= first"),
+        ("tl.load(own + last - back)", "token"),
+        ("latest + 1, place)", "latest, place)"),
+        ("tl.maximum(first, end - MOST)", "first"),
+        ("while (back < MAX_MATCH)", "while (back <= MAX_MATCH)"),
     ],
     "suffix_match": [
         ("tl.where(asked, tl.load(last_ptr + req), 0)", "tl.load(last_ptr + req)"),

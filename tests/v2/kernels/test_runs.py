@@ -6,16 +6,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.v2.kernels.runs_cases import check_behind, check_matches, check_rows, check_takes
+from tests.v2.kernels.runs_cases import check_behind, check_matches, check_others, check_rows, check_takes
 from vllm_specdecpp.decision.cost_aware import device_runs
 from vllm_specdecpp.kernels import runs
 from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows, one_hot_rows_torch
+from vllm_specdecpp.kernels.suffix_cache import match_others, match_others_torch
 from vllm_specdecpp.kernels.suffix_match import suffix_match, suffix_match_torch
 
 
 @pytest.mark.parametrize("launch", [suffix_match, suffix_match_torch], ids=["kernel", "twin"])
 def test_matches_are_those_of_model_runner_v1(launch) -> None:
     check_matches(launch)
+
+
+@pytest.mark.parametrize("launch", [match_others, match_others_torch], ids=["kernel", "twin"])
+def test_more_that_matches_in_what_others_emitted_wins(launch) -> None:
+    check_others(launch)
 
 
 def test_nothing_is_read_of_a_row_that_asks_nothing() -> None:

@@ -4,9 +4,9 @@
 A new source is one class with the members of :class:`RunSource`, and one entry in ``source_registry``. The draft model
 is no :class:`RunSource`: what it proposes is drawn, step by step, by an engine.
 
-Lossless: a run is a function of the prefix, the candidates in front of it among it, so its q is one-hot. Which run is
-taken and where it is cut depends on the run itself, on that prefix and on past rounds, never on what the target draws:
-rejection sampling gives the target's law.
+Lossless: a run is a function of the prefix, the candidates in front of it among it, and at most of what other requests
+have emitted, so its q is one-hot. Which run is taken and where it is cut depends on the run itself, on what it is a
+function of and on past rounds, never on what the target draws: rejection sampling gives the target's law.
 """
 
 from __future__ import annotations

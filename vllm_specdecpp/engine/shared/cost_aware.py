@@ -111,6 +111,10 @@ class CostAwareDrafting:
             return None
         stops = [[]] * len(batch) if stop_token_ids is None else stop_token_ids.tolist()
         tokens = cache(tokens)
+        for source in sources:
+            if (others := getattr(source, "cache", None)) is not None:
+                texts = ((s, tokens(row)) for row, s in enumerate(batch) if s.emitted)
+                others.update({s.request_id: text[max(len(text) - s.emitted, 0) :] for s, text in texts})
 
         def behind(row: int, candidates: Sequence[int]) -> list[Run]:
             most = min(batch[row].limit, longest) - len(candidates)

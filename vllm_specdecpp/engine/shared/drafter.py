@@ -138,7 +138,7 @@ class Drafter:
             self.speculative_config.num_speculative_tokens,
             lag=estimator.lag,
             scores=self.config.head or estimator.name,
-            sources=make_sources(self.run_sources),
+            sources=make_sources(self.run_sources, self.config.suffix_cache),
             drafts=self.config.drafts,
         )
         if kept is not None and rule.restore(kept.learnt, kept.age_seconds):

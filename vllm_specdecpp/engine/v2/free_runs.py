@@ -4,15 +4,16 @@
 No search is waited for: the plan reckons with what the last reported runs promised, and what the rule learns from rides
 along in the round's report. What is waited for: :meth:`DeviceFreeRuns.took_runs`.
 
-Lossless: a run is a function of the tokens that the target has emitted and, behind a draft, of its candidates
-Y_1..Y_d; its draft logits are one-hot. Which one is taken, and where it is cut, is a function of these tokens, of the
-scores that the draft ended by, and of what was loaded before the round: of nothing that comes after Y_d.
+Lossless: a run is a function of the tokens that the target has emitted (for other requests, too, if asked for) and,
+behind a draft, of its candidates Y_1..Y_d; its draft logits are one-hot. Which one is taken, and where it is cut, is a
+function of these tokens, of the scores that the draft ended by, and of what was loaded before the round: of nothing
+that comes after Y_d.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
@@ -22,6 +23,7 @@ from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2.kv import DraftKVGaps
 from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows
 from vllm_specdecpp.kernels.runs import behind_drafts, take_runs
+from vllm_specdecpp.kernels.suffix_cache import match_others
 from vllm_specdecpp.kernels.suffix_match import suffix_match
 
 COLUMNS, BEHIND = 4, 3
@@ -34,15 +36,17 @@ class DeviceFreeRuns:
 
     Args:
         speculator: whose rounds they join.
+        of_others: whether other requests' outputs are searched as well, ``suffix_cache="engine"``.
     """
 
     match = staticmethod(suffix_match)
+    match_others = staticmethod(match_others)
     take = staticmethod(take_runs)
     behind = staticmethod(behind_drafts)
     make_certain = staticmethod(one_hot_rows)
 
-    def __init__(self, speculator: Any) -> None:
-        self._speculator = speculator
+    def __init__(self, speculator: Any, of_others: bool = False) -> None:
+        self._speculator, self._of_others = speculator, of_others
         num_reqs, device = speculator.max_num_reqs, speculator.device
         shape = num_reqs, speculator.num_speculative_steps
         self._ran = torch.zeros(num_reqs, dtype=torch.int32, device=device)  # by request state, in its last round
@@ -119,9 +123,15 @@ class DeviceFreeRuns:
         """Put down the runs that go on from position ``last`` [num_reqs], as far as they pay: [num_reqs] int32 tokens
         that match; what is taken."""
         speculator, rows = self._speculator, slice(len(last))
-        tokens, states = speculator.runner.req_states.all_token_ids.gpu, self._batch.idx_mapping[rows]
+        requests, states = speculator.runner.req_states, self._batch.idx_mapping[rows]
+        tokens = requests.all_token_ids.gpu
         starts, matches, candidates = torch.empty_like(last), torch.empty_like(limits), self._candidates[rows]
         self.match(tokens, states, last, limits, starts=starts, matches=matches)
+        if self._of_others:
+            states, last, limits = self.match_others(
+                tokens, states, last, limits, requests.prompt_len.gpu, requests.total_len.gpu,
+                starts=starts, matches=matches,
+            )  # fmt: skip
         taken = self.take(
             tokens, states, last, starts, matches, limits, speculator.round.stop_token_ids[rows], tail.drafts[rows],
             speculator.round.lengths[rows], tail.params, before, candidates=candidates, accept=self._accept[rows],
@@ -168,11 +178,26 @@ class DeviceFreeRuns:
         return [column.view(torch.float32) for column in columns]
 
 
-def hold_tokens(req_states: Any) -> None:
+class OldestFirst(list[int]):
+    """Free request states, of which the one that was freed first is taken first: the tokens of requests that have ended
+    stay as long as they can. vLLM takes the one that was freed last (``RequestState.free_indices``)."""
+
+    def pop(self, index: SupportsIndex = 0, /) -> int:
+        """Take one."""
+        return super().pop(index)
+
+
+def hold_tokens(req_states: Any, of_others: bool = False) -> None:
     """Keep the requests' tokens on the device, before anything else refers to them: they are searched in each round.
 
     vLLM keeps them on the host, where a device reads them over the bus (``RequestState``, ``UvaBuffer``); for its own
     ngram it does not. Takes 4 bytes for each of max_num_seqs × max_model_len.
+
+    Args:
+        req_states: vLLM's ``RequestState``.
+        of_others: whether requests look in each other's outputs: in those of the last max_num_seqs requests then.
     """
     shape = req_states.max_num_reqs, req_states.max_model_len
     req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)
+    if of_others:
+        req_states.free_indices = OldestFirst(req_states.free_indices)

@@ -83,7 +83,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         self.submitted = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         vocabulary.fit_buffers(self)
         self.run_sources = [name for name in config.run_sources if name in ON_DEVICE]
-        self.runs = DeviceFreeRuns(self) if self.run_sources else None
+        self.runs = DeviceFreeRuns(self, config.suffix_cache == "engine") if self.run_sources else None
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; nothing is known of a new KV cache's blocks."""
