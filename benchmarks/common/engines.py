@@ -186,7 +186,7 @@ class Engines:
             self.rpc(engine, use_padding, on=bool(options.get(PADDING, 1)))
             self.rpc(engine, "specdecpp_configure", **self._rule_arguments(method))
             if method.name == "cost_aware":
-                self.rpc(engine, use_runs, on=bool(options.get(RUNS, 1)))
+                self.rpc(engine, use_runs, where=options.get(RUNS, 1))
         self._selected[engine] = method
 
     def _rule_arguments(self, method: Method) -> dict[str, Any]:

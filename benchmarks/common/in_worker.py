@@ -104,9 +104,15 @@ def _replace(worker: Any, on: bool, *methods: str) -> None:
     target.update({name: source.pop(name) for name in methods if name in source})
 
 
-def use_runs(worker: Any, on: bool) -> None:
-    """Runs in the worker: let the cost-aware rule propose free runs, or the draft model alone."""
+def use_runs(worker: Any, where: int) -> None:
+    """Runs in the worker: let the cost-aware rule propose free runs, or with 0 the draft model alone.
+
+    With 2 also from other requests' outputs, which are kept while another method is measured.
+    """
     from vllm_specdecpp.source_registry import make_sources
 
     rule = worker.model_runner.drafter.cost_aware.rule
-    rule.sources = tuple(make_sources(list(rule.free_runs.models))) if on else ()
+    made = worker.__dict__.setdefault("run_sources_made", {0: ()})
+    if where not in made:
+        made[where] = tuple(make_sources(list(rule.free_runs.models), "engine" if where == 2 else "request"))
+    rule.sources = made[where]

@@ -13,7 +13,8 @@ NGRAM, SUFFIX = "ngram", "suffix"
 
 PADDING, RUNS = "padding", "runs"
 # What `specdecpp_configure` takes besides the rule's name, and how each value is read; padding=0, which verifies at the
-# width that vLLM would; and runs=0, which proposes no free runs.
+# width that vLLM would; and runs=0, which proposes no free runs, or runs=2, which also looks for them in what other
+# requests have emitted.
 RULE_OPTIONS: dict[str, type] = {
     "threshold": float,
     "num_speculative_tokens": int,

@@ -103,12 +103,21 @@ def _ngram_drafts_and_ours_comes_back() -> None:
 def test_free_runs_are_left_out_and_come_back() -> None:
     from types import SimpleNamespace as Space
 
+    import numpy as np
+
     rule: Any = CostAwareRule(CostModel({1: 1.0}, {1: 1.0}, {1: 1.0}), 4, sources=make_sources(["suffix"]))
     worker: Any = Space(model_runner=Space(drafter=Space(cost_aware=Space(rule=rule))))
-    use_runs(worker, False)
+    use_runs(worker, 0)
     assert rule.sources == () and list(rule.free_runs.models) == ["suffix"]  # what was learnt stays
-    use_runs(worker, True)
-    assert tuple(source.name for source in rule.sources) == ("suffix",)
+    use_runs(worker, 1)
+    assert tuple(source.name for source in rule.sources) == ("suffix",) and rule.sources[0].cache is None
+    use_runs(worker, 2)
+    cache: Any = rule.sources[0].cache
+    cache.update({"a": np.array([3, 4, 5])})
+    use_runs(worker, 1)
+    use_runs(worker, 2)
+    kept: Any = rule.sources[0].cache
+    assert kept is cache and kept.text.tolist() == [3, 4, 5, -1], "while another method is measured"
 
 
 @pytest.mark.parametrize(
