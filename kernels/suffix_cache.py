@@ -42,6 +42,7 @@ def _match_others_kernel(
     limits_ptr,  # [num_reqs] int32
     prompt_lens_ptr,  # [max_num_reqs] int32
     total_lens_ptr,  # [max_num_reqs] int32
+    matches_ptr,  # [num_reqs] int32
     found_ptr,  # [num_reqs] int64, in and out: the best so far
     tokens_stride,
     MAX_MATCH: tl.constexpr,
@@ -57,6 +58,7 @@ def _match_others_kernel(
     first = tl.load(prompt_lens_ptr + other)
     least = tl.maximum(first, end - MOST)
     asked = (tl.load(limits_ptr + req) > 0) & (state != other) & (end > least)
+    asked &= tl.load(matches_ptr + req) < MAX_MATCH  # no match is longer
     own = tokens_ptr + state * tokens_stride
     text = tokens_ptr + other.to(tl.int64) * tokens_stride
     last = tl.where(asked, tl.load(last_ptr + req), 0).to(tl.int32)
@@ -100,7 +102,7 @@ def match_others(
     check_launch("match_others", _match_others_kernel, tokens.device, "match_others_torch")
     found = torch.zeros_like(starts)
     _match_others_kernel[(len(states), len(tokens))](
-        tokens, states, last, limits, prompt_lens, total_lens, found, tokens.stride(0), **SIZES, **OPTIONS
+        tokens, states, last, limits, prompt_lens, total_lens, matches, found, tokens.stride(0), **SIZES, **OPTIONS
     )
     return _prefer(found, states, last, limits, total_lens, starts, matches)
 

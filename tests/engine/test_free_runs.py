@@ -265,6 +265,7 @@ def test_a_source_that_is_one_class_and_one_registration_is_used(tiny, monkeypat
         name = "again"
         depends_on = "the last token"
         start = (1.0, 3.0)
+        cache = object()  # of its own: nobody else's business
 
         def run(self, tokens: Any, most: int) -> Any:
             return np.resize(tokens[-1:], most), np.zeros(most)

@@ -68,6 +68,10 @@ def test_another_requests_output_is_taken_where_more_of_it_matches() -> None:
     assert np.exp(source.run(own, 4)[1]) == pytest.approx([4, 5])
     cache.update({"a": np.array([1, 2, 3, 4, 5])})
     assert source.run(own, 1)[0].tolist() == [7], "of a request that has left"
+    for _ in range(3):
+        cache.update({"a": np.array([1, 2, 3, 4, 5]), "b": np.array([9, 1, 2, 3, 7, 8])})
+        cache.update({"a": np.array([1, 2, 3, 4, 5])})
+    assert (cache.text == END).sum() == 2, "of one that came back and left again there is one copy"
     assert source.run(np.array([2, 3, 9, 2, 3]), 2)[0].tolist() == [9, 2], "of equals its own"
     assert longest_match(np.arange(60), np.array([58, 59, 4, END])) == (2, 2), "a text shorter than the request's own"
     assert source.run(np.array([5, 5, 8]), 3)[0].tolist() == [], "nothing follows"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +30,7 @@ class SuffixCache:
     def __init__(self, size: int = SIZE) -> None:
         self._size = size
         self._live: dict[str, Tokens] = {}
-        self._left: deque[Tokens] = deque()
+        self._left: dict[str, Tokens] = {}
         self.text: Tokens = np.empty(0, dtype=np.int32)
 
     def update(self, outputs: Mapping[str, Tokens]) -> None:
@@ -40,7 +39,9 @@ class SuffixCache:
         Args:
             outputs: request id -> [num] tokens that it has emitted; of the whole batch.
         """
-        self._left.extend(text for name, text in self._live.items() if name not in outputs)
+        self._left |= {name: text for name, text in self._live.items() if name not in outputs}
+        for name in outputs:  # it was preempted, or there was no room for it
+            self._left.pop(name, None)
         most = max(self._size // max(len(outputs), 1), 1)  # one long text leaves room for the others
         end = np.array([END], dtype=np.int32)
         self._live = {
@@ -48,7 +49,7 @@ class SuffixCache:
             for name, tokens in outputs.items()
             if len(tokens)
         }
-        num = sum(map(len, (*self._left, *self._live.values())))
+        num = sum(map(len, (*self._left.values(), *self._live.values())))
         while self._left and num > self._size:
-            num -= len(self._left.popleft())
-        self.text = np.concatenate([end[:0], *self._left, *self._live.values()])
+            num -= len(self._left.pop(next(iter(self._left))))
+        self.text = np.concatenate([end[:0], *self._left.values(), *self._live.values()])

@@ -20,6 +20,7 @@ from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
 from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.decision.sources import Run, Tokens, propose
+from vllm_specdecpp.decision.sources.suffix_cache import SuffixCache
 
 logger = logging.getLogger("vllm.specdecpp")
 
@@ -112,7 +113,7 @@ class CostAwareDrafting:
         stops = [[]] * len(batch) if stop_token_ids is None else stop_token_ids.tolist()
         tokens = cache(tokens)
         for source in sources:
-            if (others := getattr(source, "cache", None)) is not None:
+            if isinstance(others := getattr(source, "cache", None), SuffixCache):
                 texts = ((s, tokens(row)) for row, s in enumerate(batch) if s.emitted)
                 others.update({s.request_id: text[max(len(text) - s.emitted, 0) :] for s, text in texts})
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, SupportsIndex
 
 import torch
-from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBufferPool
 
 from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
@@ -26,6 +26,8 @@ from vllm_specdecpp.kernels.runs import behind_drafts, take_runs
 from vllm_specdecpp.kernels.suffix_cache import match_others
 from vllm_specdecpp.kernels.suffix_match import suffix_match
 
+MOST_PAIRS = 65_536
+"""Requests of the batch times requests held; beyond, nobody looks in others' outputs: it would take milliseconds."""
 COLUMNS, BEHIND = 4, 3
 """Numbers a request in :meth:`DeviceFreeRuns.report`, and those more if somebody drafts."""
 
@@ -127,7 +129,7 @@ class DeviceFreeRuns:
         tokens = requests.all_token_ids.gpu
         starts, matches, candidates = torch.empty_like(last), torch.empty_like(limits), self._candidates[rows]
         self.match(tokens, states, last, limits, starts=starts, matches=matches)
-        if self._of_others:
+        if self._of_others and len(last) * len(tokens) <= MOST_PAIRS:
             states, last, limits = self.match_others(
                 tokens, states, last, limits, requests.prompt_len.gpu, requests.total_len.gpu,
                 starts=starts, matches=matches,
@@ -201,3 +203,6 @@ def hold_tokens(req_states: Any, of_others: bool = False) -> None:
     req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)
     if of_others:
         req_states.free_indices = OldestFirst(req_states.free_indices)
+        # vLLM reads these before drafting, and may write them anew as soon as it has: we read them while we draft.
+        pool = req_states.prompt_len.pool
+        req_states.prompt_len.pool = UvaBufferPool(pool.size, pool.dtype, pool.max_concurrency + 1)
