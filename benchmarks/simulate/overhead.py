@@ -31,6 +31,7 @@ from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import make_estimator
 from vllm_specdecpp.decision.sources import propose
+from vllm_specdecpp.decision.sources.suffix import SuffixSource
 from vllm_specdecpp.source_registry import RUN_SOURCES, make_sources
 
 PARTS = ("begin", "step", "finish")
@@ -175,7 +176,9 @@ TEXTS: dict[str, Callable[[np.random.Generator, int], NDArray[np.int32]]] = {
 }
 
 
-def search(batch: int, length: int, rounds: int, seed: int = 0) -> dict[str, NDArray[np.float64]]:
+def search(
+    batch: int, length: int, rounds: int, seed: int = 0, others: bool = False
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     """Time the search for free runs on Model Runner V1, its reading of a request's tokens with it.
 
     Args:
@@ -183,19 +186,26 @@ def search(batch: int, length: int, rounds: int, seed: int = 0) -> dict[str, NDA
         length: tokens of each.
         rounds: in which each emits three tokens.
         seed: of the texts.
+        others: search in other requests' outputs, too: the second half of each text is output.
 
     Returns:
         Kind of text -> [rounds] seconds a request.
     """
-    sources, spent = make_sources(list(RUN_SOURCES)), {}
+    spent = {}
     for name, make in TEXTS.items():
+        sources = make_sources(list(RUN_SOURCES), "engine" if others else "request")
         texts = [make(np.random.default_rng([seed, i]), length + 3 * rounds) for i in range(batch)]
         spent[name] = np.zeros(rounds)
         for turn in range(rounds):
             end = length + 3 * turn
             start = time.thread_time()
-            for text in texts:  # as the proposer does: older tokens, this step's, the one just emitted
-                tokens = np.concatenate([text[: end - 3], text[end - 3 : end - 1], text[end - 1 : end]])
+            # As the proposer does: older tokens, this step's, the one just emitted.
+            parts = ([text[: end - 3], text[end - 3 : end - 1], text[end - 1 : end]] for text in texts)
+            now = [np.concatenate(part) for part in parts]
+            for source in sources if others else ():
+                if isinstance(source, SuffixSource) and source.cache is not None:
+                    source.cache.update({str(i): tokens[length // 2 :] for i, tokens in enumerate(now)})
+            for tokens in now:
                 propose(sources, tokens, MAX_LENGTH, [2])
             spent[name][turn] = (time.thread_time() - start) / batch
     return spent
@@ -220,15 +230,17 @@ def memory(batch: int, length: int) -> dict[str, int]:
     return {"held": held, "peak": peak, "device": sum(tensor.nbytes for tensor in tensors)}
 
 
-def report_search(batches: list[int], length: int, rounds: int) -> None:
-    """Print :func:`search` and :func:`memory`, and as the last line all of it as JSON."""
+def report_search(batches: list[int], length: int, rounds: int, others: bool = False) -> None:
+    """Print :func:`search` and, without ``others``, :func:`memory`, and as the last line all of it as JSON."""
     print(f"{'batch':>5} {'tokens':>6} {'text':>14} {'median':>8} {'p95':>8}   (us a round and request)")
     rows = []
     for batch in batches:
-        for name, spent in search(batch, length, rounds).items():
+        for name, spent in search(batch, length, rounds, others=others).items():
             median, p95 = (round(float(np.quantile(spent, q)) * 1e6, 1) for q in (0.5, 0.95))
             print(f"{batch:5d} {length:6d} {name:>14} {median:8.1f} {p95:8.1f}")
             rows.append({"batch": batch, "tokens": length, "text": name, "median": median, "p95": p95})
+        if others:
+            continue
         found = memory(batch, length)
         print(
             f"{batch:5d} {length:6d} memory: V1 holds {found['held']} bytes between rounds, at most"
@@ -250,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm", action="store_true", help="leave the processor's caches as they are")
     parser.add_argument("--v2", action="store_true", help="the host's part on Model Runner V2")
     parser.add_argument("--runs", action="store_true", help="time the search for free runs instead")
+    parser.add_argument("--others", action="store_true", help="with --runs: in other requests' outputs, too")
     parser.add_argument("--tokens", type=int, default=32_768, help="of each request, with --runs")
     options = parser.parse_args(argv)
     if min(*options.batches, options.passes, options.rounds) < 1 or options.tokens < 8:
@@ -259,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     if options.runs:
-        report_search(options.batches, options.tokens, options.rounds)
+        report_search(options.batches, options.tokens, options.rounds, options.others)
         return 0
     parts, timed = (PARTS_V2, measure_v2) if options.v2 else (PARTS, measure)
     heads = "".join(f" {name:>8}" for name in (*parts, "sum", "p95", "least"))

@@ -60,4 +60,7 @@ def test_prints_the_search_for_runs_and_its_memory(capsys):
     assert max(row["median"] for row in rows) < 250 * max(1.0, yardstick() * 1e6)
     assert sizes["bytes"]["held"] < 4096 and 4 * 32768 < sizes["bytes"]["peak"] < 40 * 32768
     assert sizes["bytes"]["device"] < 2 * 12 * (overhead.MAX_LENGTH + 4)
+    assert overhead.main(["--runs", "--others", "--batches", "2", "--rounds", "2", "--tokens", "4096"]) == 0
+    both = json.loads(capsys.readouterr().out.splitlines()[-1])["search"]
+    assert {row["text"] for row in both} == set(overhead.TEXTS) and min(row["median"] for row in both) > 0
     assert overhead.main(["--runs", "--tokens", "7"]) == 2
