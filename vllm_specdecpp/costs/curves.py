@@ -23,8 +23,8 @@ _FADE = 0.998
 _REST = 16
 """Rounds without a step of this kind after which the weights fade: to do it each time would cost more."""
 _UNUSED = 0.85
-"""Factor on all weights then. What put an end to drafting is nearly forgotten after 300 rounds, so that it is tried
-again; with :data:`_FADE` alone it took 1,500."""
+"""Factor on all weights then. Where stalls of 3 s had put an end to drafting (tests/unit/test_cost_aware_robust.py), it
+is tried again after 270 rounds; with :data:`_FADE` alone after 1,270."""
 _EXACT = 24
 """Widths up to this have an estimate each. Wider ones share bins, and the estimates of neighbouring bins are smoothed:
 the rule asks what a few rows more cost, and the noise of single bins would drown that difference."""
