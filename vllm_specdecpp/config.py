@@ -169,8 +169,7 @@ class SpecDecPPConfig(BaseModel):
         """Split the user's dict into our options and vLLM's.
 
         Args:
-            speculative_config: e.g. ``{"method": "specdecpp", "model": ..., "threshold": 0.5}``; ``-`` may stand for
-                ``_`` in a key, and None means the default.
+            speculative_config: e.g. ``{"method": "specdecpp", "model": ..., "threshold": 0.5}``; None means the default.
             passthrough: the field names of ``vllm.config.SpeculativeConfig``.
 
         Returns:
@@ -179,24 +178,16 @@ class SpecDecPPConfig(BaseModel):
         Raises:
             ValueError: one line naming the option, its value and the mend.
         """
-        if not isinstance(speculative_config, Mapping):
-            raise ValueError(
-                f"specdecpp: the speculative config must be a JSON object, not {speculative_config!r} "
-                '(e.g. {"method": "specdecpp", "model": DRAFT})'
-            )
         ours: dict[str, Any] = {}
         passed_on: dict[str, Any] = {}
-        for key, value in speculative_config.items():
+        for name, value in speculative_config.items():
             value = _plain(value)
-            name = str(key).replace("-", "_")
-            if name in ours or name in passed_on:
-                raise ValueError(f"specdecpp: {name} is given twice, with '-' and with '_'; leave one out")
             if name in cls.model_fields:
                 ours[name] = value
             elif name in passthrough:
                 passed_on[name] = value
             elif name != "method":
-                raise ValueError(_unknown(str(key), value, [*cls.model_fields, *passthrough]))
+                raise ValueError(_unknown(name, value, [*cls.model_fields, *passthrough]))
         passed_on.pop("method", None)
         config = cls._checked({name: value for name, value in ours.items() if value is not None})
         passed_on |= {"model": config.model, "num_speculative_tokens": config.num_speculative_tokens}
@@ -270,6 +261,6 @@ def _plain(value: Any) -> Any:
 
 
 def _unknown(name: str, value: object, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
     mend = f"did you mean {nearest[0]!r}?" if nearest else f"our options are {', '.join(SpecDecPPConfig.model_fields)}"
     return f"specdecpp: unknown option {name}={value!r}; {mend}"

@@ -50,7 +50,7 @@ def test_fixed_has_no_threshold() -> None:
 
 def test_split_keeps_ours_and_passes_on_vllms() -> None:
     config, passed_on = split(
-        **{"model": "draft", "num-speculative-tokens": 7, "threshold": 0.5, "rule": "entropy", "quantization": None},
+        **{"model": "draft", "num_speculative_tokens": 7, "threshold": 0.5, "rule": "entropy", "quantization": None},
         draft_tensor_parallel_size=2,
     )
     assert (config.num_speculative_tokens, config.threshold, config.rule) == (7, 0.5, "entropy")
@@ -73,7 +73,7 @@ def test_none_means_the_default() -> None:
 
 
 def test_the_users_dict_is_left_alone() -> None:
-    user = {"method": "specdecpp", "model": "draft", "min-speculative-tokens": 2}
+    user = {"method": "specdecpp", "model": "draft", "min_speculative_tokens": 2}
     before = dict(user)
     SpecDecPPConfig.from_speculative_config(user, PASSTHROUGH)
     assert user == before
@@ -120,10 +120,9 @@ def test_the_users_dict_is_left_alone() -> None:
         ({"model": "d", "head": ["h"]}, "head=['h'] must name the acceptance head"),
         ({"model": "d", "head_revision": "main"}, "head_revision='main' has no head to go with; add head="),
         ({"model": "d", "treshold": 0.5}, "unknown option treshold=0.5; did you mean 'threshold'?"),
-        ({"model": "d", "Num-Speculative-Token": 5}, "unknown option Num-Speculative-Token=5; did you mean 'num_spec"),
+        ({"model": "d", "Num_Speculative_Token": 5}, "unknown option Num_Speculative_Token=5; did you mean 'num_spec"),
         ({"model": "d", "draft_tensor_parallel": 2}, "did you mean 'draft_tensor_parallel_size'?"),
         ({"model": "d", "zzz": 1}, "unknown option zzz=1; our options are model, head"),
-        ({"model": "d", "trace-rounds": 1, "trace_rounds": 2}, "trace_rounds is given twice"),
     ],
 )
 def test_bad_options_give_one_line_with_option_value_and_mend(options: dict[str, Any], message: str) -> None:
@@ -138,12 +137,6 @@ def test_two_errors_are_named_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"threshold=2\.0 must lie.*; trace_rounds=-1 must be") as caught:
         split(model="d", threshold=2.0, trace_rounds=-1)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", ["specdecpp", ["a"], 3, None])
-def test_a_speculative_config_that_is_no_object_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="specdecpp: the speculative config must be a JSON object"):
-        SpecDecPPConfig.from_speculative_config(value, PASSTHROUGH)
 
 
 def test_the_config_is_frozen() -> None:

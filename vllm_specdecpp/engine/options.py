@@ -66,17 +66,21 @@ def _mistyped(method: Any) -> str:
 
 
 def _user_dict(args: Any) -> dict[str, Any] | None:
-    """The speculative config as a dict if it asks for our method, else None."""
+    """The speculative config as a dict, with ``_`` for ``-`` in its keys, if it asks for our method, else None."""
     raw = args.speculative_config
     if isinstance(raw, str):
         raw = {"method": raw}
-    merged: dict[str, Any] = {str(k).replace("-", "_"): v for k, v in raw.items()} if isinstance(raw, Mapping) else {}
+    given = [(str(k).replace("-", "_"), v) for k, v in raw.items()] if isinstance(raw, Mapping) else []
+    merged: dict[str, Any] = dict(given)
     methods = merged.get("method"), args.spec_method
     if METHOD not in methods:
         for method in methods:
             if _is_mistyped(method):
                 raise ValueError(f"specdecpp: {_mistyped(str(method))}")
         return None
+    for key, _ in given:
+        if sum(key == other for other, _ in given) > 1:
+            raise ValueError(f"specdecpp: {key} is given twice, with '-' and with '_'; leave one out")
     flags = {
         "method": ("--spec-method", args.spec_method),
         "model": ("--spec-model", args.spec_model),
