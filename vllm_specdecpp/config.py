@@ -169,7 +169,7 @@ class SpecDecPPConfig(BaseModel):
         """Split the user's dict into our options and vLLM's.
 
         Args:
-            speculative_config: e.g. ``{"method": "specdecpp", "model": ..., "threshold": 0.5}``; None means the default.
+            speculative_config: e.g. ``{"method": "specdecpp", "model": ..., "threshold": 0.5}``; None: the default.
             passthrough: the field names of ``vllm.config.SpeculativeConfig``.
 
         Returns:

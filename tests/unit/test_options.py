@@ -309,6 +309,11 @@ def test_an_error_that_is_not_ours_keeps_its_frames(no_hub, monkeypatch):
     assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "deep"
 
 
+def test_a_key_may_be_spelt_with_hyphens(no_hub):
+    ours = _check(_args(speculative_config={**_ours(), "trace-rounds": 7}))
+    assert ours["trace_rounds"] == 7
+
+
 def test_a_key_given_with_both_spellings_is_refused(no_hub):
     args = _args(speculative_config={**_ours(), "min-speculative-tokens": 1, "min_speculative_tokens": 2})
     with pytest.raises(ValueError, match="specdecpp: min_speculative_tokens is given twice"):

@@ -28,7 +28,7 @@ def test_what_a_change_puts_in_force(tiny):
     assert speculator.config.num_speculative_tokens == 3 and speculator.round.threshold.item() == pytest.approx(0.6)
     assert speculator.graphs is graphs  # the threshold is read from a buffer
     for _ in range(4):
-        speculator.log.log.verified("a", [], 0, 1)
+        speculator.log.verified("a", [], 0, 1)
     assert len(speculator.log.rounds()) == 2
     speculator.reconfigure({"min_speculative_tokens": 2})
     assert speculator.graphs is None and speculator.round.min_length == 2

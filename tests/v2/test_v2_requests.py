@@ -93,7 +93,7 @@ class _Event:
 
 def _step(log: DeferredRounds, request: str, numbers: list[int], *, prefill: bool = False) -> None:
     num_candidates = sum(number >= 0 for number in numbers[3:])
-    log.step([request], [prefill], [], torch.tensor([[*numbers[:2], 9, 0, 0, *numbers[2:]]]), max(1, num_candidates))
+    log.note([request], [prefill], [], torch.tensor([[*numbers[:2], 9, 0, 0, *numbers[2:]]]), max(1, num_candidates))
 
 
 def test_rounds_are_put_together_from_two_steps():
@@ -146,7 +146,7 @@ def test_nothing_waits_until_it_is_asked_for():
 def test_finished_requests_are_forgotten():
     log = DeferredRounds()
     _step(log, "a", [1, 0, 50, 11, -1, -1])
-    log.step(["b"], [False], ["a"], torch.tensor([[1, 0, -1, -1, 0, 60, -1]]), 1)
+    log.note(["b"], [False], ["a"], torch.tensor([[1, 0, -1, -1, 0, 60, -1]]), 1)
     assert list(log._candidates) == ["b"]
 
 

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
+from vllm_specdecpp.engine.v2.in_flight import HostCopy
+
 IF_NODES, PER_PASS, EAGER = "if_nodes", "per_pass", "eager"
 
 LARGEST_BATCH = 256
@@ -161,13 +163,11 @@ class CudaBackend:
         graph.replay()
 
     def fetch(self, flag: torch.Tensor) -> Callable[[], bool]:
-        copy = flag.to("cpu", non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)  # to spin would hold the driver's lock
-        copied.record()
+        copy = HostCopy(flag)
 
         def wait() -> bool:
-            copied.synchronize()
-            return bool(copy)
+            copy.wait()
+            return bool(copy.tensor)
 
         return wait
 

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from vllm_specdecpp.engine.shared.round_log import Counts, RoundLog, why_stopped
+from vllm_specdecpp.engine.shared.round_log import RoundLog, why_stopped
 from vllm_specdecpp.source_registry import ON_DEVICE
 
 COLUMNS = 6
@@ -68,23 +68,21 @@ class InFlight:
         self._queue = deque(sent for sent in self._queue if sent[1] != take)
 
 
-class DeferredRounds:
-    """Feeds a :class:`RoundLog` from copies that have arrived.
-
-    Args:
-        trace_rounds: as in ``RoundLog``.
+class DeferredRounds(RoundLog):
+    """A :class:`RoundLog` that is fed from copies that have arrived; same arguments.
 
     Attributes:
         in_flight: the queue, also of the cost-aware rule and of :class:`.kv.DraftKVGaps`.
     """
 
     def __init__(self, trace_rounds: int = 0) -> None:
-        self.log, self.in_flight = RoundLog(trace_rounds), InFlight()
+        super().__init__(trace_rounds)
+        self.in_flight = InFlight()
         self._last: tuple[Sequence[str], HostCopy] | None = None
         # Request id -> its last round's, why not more, and how many of them the draft model drew.
         self._candidates: dict[str, tuple[list[int], str, int]] = {}
 
-    def step(
+    def note(
         self,
         request_ids: Sequence[str],
         was_prefilling: Sequence[bool],
@@ -110,15 +108,6 @@ class DeferredRounds:
         more = list(was_prefilling), finished, num_passes, stop_token_ids
         self.in_flight.send(copy, self._account, request_ids, *more)
         self.in_flight.settle()
-
-    @property
-    def counts(self) -> Counts:
-        """See ``RoundLog``."""
-        return self.log.counts
-
-    def arrived(self, request_id: str, why_plain: str | None) -> None:
-        """See ``RoundLog.arrived``."""
-        self.log.arrived(request_id, why_plain)
 
     def is_settled(self) -> bool:
         """Whether all steps are accounted for; does not wait."""
@@ -147,30 +136,30 @@ class DeferredRounds:
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """See ``RoundLog.stats``; waits for the device."""
         self.in_flight.settle(wait=True)
-        return self.log.stats(reset=reset)
+        return super().stats(reset=reset)
 
     def rounds(self, clear: bool = False) -> list[dict[str, Any]]:
         """See ``RoundLog.rounds``; waits for the device."""
         self.in_flight.settle(wait=True)
-        return self.log.rounds(clear=clear)
+        return super().rounds(clear=clear)
 
     def resize(self, trace_rounds: int) -> None:
         """See ``RoundLog.resize``; waits for the device."""
         self.in_flight.settle(wait=True)
-        self.log.resize(trace_rounds)
+        super().resize(trace_rounds)
 
     def _account(
         self, numbers: torch.Tensor, request_ids: Sequence[str], was_prefilling: Sequence[bool],
         finished: Sequence[str], num_passes: int, stop_token_ids: Any,
     ) -> None:  # fmt: skip
-        """Arguments as in :meth:`step`."""
+        """Arguments as in :meth:`note`."""
         drafted = _drafted(numbers)
         passes = num_passes + int(numbers[0, 4])
         stops = [[]] * len(drafted) if stop_token_ids is None else stop_token_ids.tolist()
         if numbers[:, 0].any():
-            self.log.left_out(numbers.shape[1] - COLUMNS - passes)
+            self.left_out(numbers.shape[1] - COLUMNS - passes)
         for _ in range(passes):
-            self.log.draft_pass()
+            self.draft_pass()
         rows = zip(request_ids, was_prefilling, numbers[:, :COLUMNS].tolist(), drafted, stops, strict=True)
         for request_id, was_prompt, (num_sampled, num_rejected, limit, ran, _, next_token), mine, ends in rows:
             before, stop, num_drafted = self._candidates.pop(request_id, (None, "", 0))
@@ -178,18 +167,19 @@ class DeferredRounds:
                 # The scheduler may submit fewer than were drafted, or book room for more.
                 booked = num_sampled - 1 + num_rejected
                 verified = before[:booked]
-                self.log.booked(booked - len(verified))
-                self.log.verified(request_id, verified, num_sampled - 1, next_token, stop, num_drafted)
+                self.booked(booked - len(verified))
+                self.verified(request_id, verified, num_sampled - 1, next_token, stop, num_drafted)
             if num_sampled:
                 why = why_stopped(len(mine), limit, bool(mine) and mine[-1] in ends, ON_DEVICE[0] if ran else "")
                 self._candidates[request_id] = mine, why, len(mine) - ran
-        self.finish(finished)
+        self.finished(finished)
 
-    def finish(self, request_ids: Sequence[str]) -> None:
-        """These requests have ended, and all their steps are accounted for."""
+    def finished(self, request_ids: Iterable[str]) -> None:
+        """See ``RoundLog.finished``; all steps of these requests are accounted for."""
+        request_ids = list(request_ids)
         for request_id in request_ids:
             self._candidates.pop(request_id, None)
-        self.log.finished(request_ids)
+        super().finished(request_ids)
 
 
 def _drafted(numbers: torch.Tensor) -> list[list[int]]:

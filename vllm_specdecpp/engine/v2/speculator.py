@@ -171,7 +171,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         beyond = np.zeros(num_reqs, dtype=bool) if dummy_run else self._beyond(input_batch)
         if beyond.any():
             limits = np.where(beyond[:, None] & (np.arange(limits.shape[1]) == 0), 0, limits)
-            self.log.log.beyond_draft(name for name, is_beyond in zip(request_ids, beyond, strict=True) if is_beyond)
+            self.log.beyond_draft(name for name, is_beyond in zip(request_ids, beyond, strict=True) if is_beyond)
         if limits is not self._loaded:
             torch_utils.async_tensor_h2d(limits, out=self.round.limits[:num_reqs])
             self._loaded = limits
@@ -375,7 +375,7 @@ class SpecDecPPSpeculator(CapturedRounds):
         ran = self.runs.lengths(input_batch) if self.runs is not None else self._none.expand(num_reqs)
         whole = num_sampled[:num_reqs], num_rejected[:num_reqs], self.round.max_lengths[:num_reqs], ran
         columns = torch.stack((*whole, uncounted.expand(num_reqs)), dim=1).long()  # [num_reqs, 5], of int32
-        self.log.step(
+        self.log.note(
             input_batch.req_ids,
             input_batch.is_prefilling_np.tolist(),
             self.requests.take_finished(),
@@ -387,7 +387,7 @@ class SpecDecPPSpeculator(CapturedRounds):
     def counts(self) -> Counts:
         """See :meth:`Drafter.counts`; the device is not waited for."""
         if self.log.is_settled():
-            self.log.finish(self.requests.take_finished())
+            self.log.finished(self.requests.take_finished())
         return super().counts()
 
     def ragged(self, draft_tokens: DraftTokenIds) -> DraftTokenIds:
