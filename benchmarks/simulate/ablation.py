@@ -75,8 +75,8 @@ MECHANISMS: dict[str, tuple[str, Callable[[CostAwareRule], None]]] = {
 }
 """Name -> what is then so, and what takes it out of a rule that has not served yet."""
 CONSTANTS = (
-    "admission._ENOUGH", "admission._FIT_MEMORY", "admission._SHARE", "admission._SLOW_START",
-    "records._MEAN", "records._WEIGHT",
+    "admission._ENOUGH", "admission._FIT_MEMORY", "admission._MOST_READING", "admission._SHARE",
+    "admission._SLOW_START", "records._MEAN", "records._WEIGHT",
     "records._MEMORY", "records._OWN", "records._OWN_MEMORY", "records._FADE", "records.EASY", "records._SHARE",
     "records._HOPE", "records._SURE", "purse._SHARE", "purse._OPENING", "output_lengths._MEAN",
     "output_lengths._MEMORY",

@@ -211,6 +211,24 @@ class TestReading:
             assert not made.plan([standing(n) for n in "abcdefgh"], model, money).drafts.any()
         assert made.plan([standing("i", behind=behind)], model, money).drafts.tolist() == [behind == 0]
 
+    def test_a_batch_that_is_far_behind_is_read_over_several_rounds(self) -> None:
+        """Drafting pays for all of them at once; nobody waits for a token until all of them are read."""
+        model = costs(0.02, 0.02, read={1: 0.001, 1000: 1.0})  # a verification takes as long as 100 tokens
+        made, money = admission.Admission(), Purse()
+        made.records.mean, made.records.looks = 0.8, 500.0
+        made.lengths.restore({"mean": 300.0, "weight": 64.0})
+        behind = dict(zip("abcdefgh", (900, 150, 150, 150, 150, 0, 0, 700), strict=True))
+        drafting = []
+        while not drafting or drafting[-1] != set(behind):
+            admitted = made.plan([standing(n, behind=count) for n, count in behind.items()], model, money)
+            drafting.append({n for n, drafts in zip(behind, admitted.drafts, strict=True) if drafts})
+            reading = [behind[n] for n in drafting[-1] if behind[n]]
+            assert sum(reading) <= admission._MOST_READING * 100 or len(reading) == 1
+            assert admitted.reading == pytest.approx(sum(map(model.extra_seconds, reading)))
+            assert not admitted.expected or drafting[-1] == set(behind)  # of a few the formula has said nothing
+            behind |= dict.fromkeys(drafting[-1], 0)
+        assert drafting == [set("fgbc"), set("fgbcde"), set("fgbcdeh"), set("fgbcdeha")]
+
     def test_what_a_pass_of_its_own_takes_counts(self) -> None:
         model = costs(0.05, 0.05, read={1: 0.001, 1000: 0.002})
         made, money = admission.Admission(), Purse()

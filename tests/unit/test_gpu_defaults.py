@@ -35,8 +35,9 @@ def gpu(monkeypatch) -> Callable[..., None]:
 
 def _args(**given: Any) -> Any:
     model = SimpleNamespace(
-        get_vocab_size=lambda: 128_256, head_dtype=torch.bfloat16, use_mla=given.pop("use_mla", False), is_hybrid=False
-    )
+        get_vocab_size=lambda: 128_256, head_dtype=torch.bfloat16, use_mla=given.pop("use_mla", False),
+        is_hybrid=given.pop("is_hybrid", False), attention_chunk_size=given.pop("attention_chunk_size", None),
+    )  # fmt: skip
     return SimpleNamespace(**{
         "model": "org/target", "max_num_seqs": None, "max_num_batched_tokens": None, "gpu_memory_utilization": 0.9,
         "pipeline_parallel_size": 1, "tensor_parallel_size": 1, "enable_lora": False, "attention_backend": None,
@@ -86,6 +87,8 @@ def _chosen(args: Any) -> tuple[Any, Any]:
         ({"rule": "fixed"}, {}, (True, None)),
         ({}, {"enable_lora": True}, (False, None)),
         ({}, {"use_mla": True}, (False, None)),
+        ({}, {"is_hybrid": True, "attention_backend": "TRITON_ATTN"}, (False, None)),
+        ({}, {"attention_chunk_size": 8192}, (False, None)),
         ({}, {"attention_backend": "FLASHINFER"}, (False, None)),
         ({}, {"attention_config": SimpleNamespace(backend=None, flash_attn_version=2)}, (False, None)),
         ({}, {"attention_config": SimpleNamespace(backend=SimpleNamespace(name="FLASH_ATTN"), flash_attn_version=3)},
@@ -213,6 +216,7 @@ def test_memory_that_is_not_there_is_refused_at_start_up(gpu):
     vllm_config = SimpleNamespace(
         use_v2_model_runner=True, model_config=model,
         scheduler_config=SimpleNamespace(max_num_seqs=1024, max_num_batched_tokens=8192),
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
         speculative_config=SimpleNamespace(
             num_speculative_tokens=20, draft_sample_method="probabilistic", num_speculative_tokens_per_batch_size=None
         ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +26,15 @@ from vllm_specdecpp.kernels.cost_aware_tail import cost_aware_tail
 K = 3
 ALLOWED = {
     "aten._to_copy.default", "aten.add.Tensor", "aten.add.out", "aten.argmax.default", "aten.clamp.default",
-    "aten.clamp_.default", "aten.clone.default", "aten.copy_.default", "aten.exp.default", "aten.fill_.Scalar",
+    "aten.clamp_.default", "aten.clone.default", "aten.contiguous.default",
+    "aten.copy_.default", "aten.exp.default", "aten.fill_.Scalar",
     "aten.gather.default", "aten.gt.Scalar", "aten.mul.Tensor", "aten.mul.out", "aten.neg.default",
     "aten.new_empty.default", "aten.scalar_tensor.default", "aten.scatter_.src", "aten.stack.default",
     "aten.sub.Tensor", "aten.sub.out", "aten.to.dtype", "aten.where.self", "aten.zeros.default",
 }  # fmt: skip
 """Each queues device work of a size that depends on shapes alone; none draws from a generator that the host keeps, and
 none brings anything to the host."""
-MOST_LAUNCHES = {"first": 22, "later": 25}
+MOST_LAUNCHES = {"first": 23, "later": 25}
 """Of one pass, beside the model and its metadata: aten calls, three of them the oracle's lm_head, and kernels."""
 
 
@@ -188,6 +190,29 @@ def test_specialisation_of_a_round_is_met_before_its_capture(tiny):
         speculator.prepare_capture = counted
         DraftGraphs(speculator, PER_PASS, sizes, K, backend).capture()
     assert prepared == [4, 2, 1, 4, 2, 1] and captured <= warmed and len(captured) >= 3
+
+
+def test_specialisation_of_every_prompt_is_warmed(tiny):
+    """vLLM's kernel that prepares a prompt's reading, whose block goes by the longest prompt of the step."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import prepare_prefill_inputs
+
+    _, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=K, kernels=True)
+    buffers = speculator.input_buffers
+    speculator.runner = SimpleNamespace(input_buffers=buffers)
+    warmed: set[Any] = set()
+    met: set[Any] = set()
+    with specialisations(warmed, run=True):
+        speculator.warm_prefill()
+    none = torch.zeros(2, dtype=torch.int32)
+    with specialisations(met, run=False):
+        for length in range(1, speculator.max_num_tokens // 2):
+            prepare_prefill_inputs(
+                buffers, InputBatch.make_dummy(2, 2 * length, buffers), torch.zeros(2, 1, dtype=torch.int64), none,
+                speculator.expanded_input_ids, speculator.expanded_positions, speculator.last_token_indices,
+                speculator.max_num_reqs, speculator.max_model_len,
+            )  # fmt: skip
+    assert met <= warmed and len(met) > 3
 
 
 def test_specialisation_reads_what_triton_reads():

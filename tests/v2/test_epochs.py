@@ -223,6 +223,31 @@ def _sleeper(head: torch.nn.Module) -> Any:
     return Worker()
 
 
+def test_epoch_ends_with_the_engine():
+    """NCCL waits for the graphs that use a communicator: they are gone when vLLM's part of the shutdown begins."""
+    from vllm_specdecpp.engine.install import SpecDecPPWorkerMixin
+
+    alive: list[int] = []
+
+    class Vllms:
+        def shutdown(self) -> None:
+            alive.append(_live_pools(epochs))
+
+    class Worker(SpecDecPPWorkerMixin, Vllms):
+        pass
+
+    def save() -> None:
+        alive.append(_live_pools(epochs))
+
+    epochs, worker = Epochs(), Worker()
+    speculator: Any = types.SimpleNamespace(cost_aware=types.SimpleNamespace(save=save), _mode=None)
+    speculator.drop_graphs = types.MethodType(capture.CapturedRounds.drop_graphs, speculator)
+    speculator.graphs = graphs.DraftGraphs(speculator, graphs.PER_PASS, [1], K, EpochBackend(epochs))
+    worker.model_runner = types.SimpleNamespace(drafter=None, speculator=speculator)
+    worker.shutdown()
+    assert alive == [1, 0]
+
+
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.asks(17)
 def test_epoch_of_a_head_goes_on_through_sleep(level):

@@ -43,6 +43,14 @@ def test_memory_of_a_verification_is_bounded():
     assert small.rows == small.chunk_rows == 42
 
 
+def test_memory_of_logits_that_ranks_put_together():
+    """vLLM's all-gather holds each rank's part, all parts, and these in the order of the vocabulary."""
+    logits = 8192 * 128_256 * 2
+    assert LogitsMemory(**LLAMA, ranks=4).verification == 2 * logits + logits // 4
+    few = {**LLAMA, "max_num_seqs": 2}
+    assert LogitsMemory(**few, ranks=2).verification == LogitsMemory(**few).verification  # the copy takes more
+
+
 @pytest.mark.parametrize("change", [{"length": 21}, {"max_num_seqs": 1025}, {"vocab_size": 200_000}])
 def test_memory_grows_with_each_of_its_factors(change):
     before, after = LogitsMemory(**LLAMA), LogitsMemory(**{**LLAMA, **change})
@@ -65,8 +73,8 @@ def test_memory_is_held_while_vllm_measures_it(monkeypatch):
     taken = []
     empty = torch.empty
 
-    def counted(*size: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
-        taken.append(size[0] * size[1] * dtype.itemsize)
+    def counted(size: int, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
+        taken.append(size * dtype.itemsize)
         return empty(1)
 
     memory = LogitsMemory(**LLAMA)
@@ -145,3 +153,15 @@ def test_memory_bug_of_one_length_for_all_batches(monkeypatch):
     with pytest.raises(AssertionError):
         monkeypatch.setitem(globals(), "lengths_by_batch", logits_memory.lengths_by_batch)
         test_memory_and_tokens_that_are_booked_are_bounded(256, 20, 8192)
+
+
+@pytest.mark.parametrize(("room", "moves"), [(4 * 2 * 16, True), (4 * 2 * 16 - 1, False)])
+def test_memory_of_searched_tokens_is_taken_as_far_as_there_is_room(monkeypatch, room: int, moves: bool):
+    from types import SimpleNamespace
+
+    from vllm_specdecpp.engine.v2 import free_runs
+
+    monkeypatch.setattr(free_runs, "StagedWriteTensor", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    states: Any = SimpleNamespace(max_num_reqs=2, max_model_len=16, device=torch.device("cpu"), all_token_ids=None)
+    free_runs.hold_tokens(states, room=room)
+    assert (states.all_token_ids is not None) == moves

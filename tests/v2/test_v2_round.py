@@ -86,11 +86,12 @@ def test_decisions_equal_the_hosts(name, min_length):
 
 
 def _check_confidences(device: Any, step: int, ran: torch.Tensor) -> None:
-    """vLLM's adaptive verification multiplies them up: 0 where no candidate is, else what was known before its draw."""
+    """vLLM's adaptive verification multiplies them up: 0 where no candidate is, else what was known before its draw,
+    and with a lag before the next one's."""
     confidences = device.confidences[: len(ran), step - 1]
     assert (confidences[~ran] == 0).all()
     if device.rule.estimator is not None:
-        survival = device.confidences[: len(ran), :step].prod(dim=1)
+        survival = device.confidences[: len(ran), : step - device.rule.estimator.lag].prod(dim=1)
         torch.testing.assert_close(survival[ran], device.survival[: len(ran)][ran], rtol=1e-4, atol=1e-6)
 
 

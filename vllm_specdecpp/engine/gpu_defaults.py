@@ -12,6 +12,7 @@ verification, and synchronous scheduling, which verifies exactly what was drafte
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ LOGITS_SHARE = 0.1
 """Of the memory that vLLM may use: what the logits of drafts and verifications may take by default."""
 MOST_OF_MEMORY = 0.5
 """The same, above which a start is refused: weights and KV cache have to fit, too."""
+TOKENS_SHARE = 0.01
+"""Of the GPU's memory: what the requests' tokens may take there, to be searched for free runs."""
 _HOPPER = 9
 """Major compute capability on which vLLM's default attention backend, FlashAttention 3, replays any mix of lengths."""
 
@@ -44,6 +47,13 @@ def memory_room(args: Any) -> int:
     return int(current_platform.get_device_total_memory() * args.gpu_memory_utilization)
 
 
+def tokens_room() -> float:
+    """Bytes of GPU memory that the requests' tokens may take."""
+    from vllm.platforms import current_platform
+
+    return TOKENS_SHARE * current_platform.get_device_total_memory() if on_gpu() else math.inf
+
+
 def default_length(args: Any, user: Mapping[str, Any]) -> int:
     """K, where the user gave none: at most :data:`LENGTH`, less where logits would take too much memory.
 
@@ -60,6 +70,7 @@ def default_length(args: Any, user: Mapping[str, Any]) -> int:
         dtype=model.head_dtype,
         max_num_batched_tokens=args.max_num_batched_tokens or max(tokens.values()),
         keeps_draft_logits=user.get("draft_sample_method") == "probabilistic",
+        ranks=args.tensor_parallel_size,
     )
     length = longest_that_fits(memory, int(LOGITS_SHARE * memory_room(args)))
     least = user.get("min_speculative_tokens")
@@ -74,6 +85,9 @@ def why_not_adaptive(args: Any, config: SpecDecPPConfig) -> str | None:
         return "rule='fixed' makes no estimates"
     if args.enable_lora:
         return "LoRA adapters"
+    model = args.create_model_config()
+    if model.use_mla or model.is_hybrid or model.attention_chunk_size is not None:
+        return f"the attention layers of {args.model}"
     attention = args.attention_config
     backend = args.attention_backend or attention.backend or "auto"
     name = str(getattr(backend, "name", backend)).upper()
@@ -84,9 +98,6 @@ def why_not_adaptive(args: Any, config: SpecDecPPConfig) -> str | None:
         return f"no attention backend for this GPU (compute capability {capability}) is known to replay mixed lengths"
     if name not in ("AUTO", "FLASH_ATTN") or attention.flash_attn_version not in (None, 3):
         return f"attention backend {name}, version {attention.flash_attn_version}"
-    model = args.create_model_config()
-    if model.use_mla or model.is_hybrid:
-        return f"layers of {args.model} that FlashAttention 3 does not run"
     return None
 
 
@@ -164,4 +175,5 @@ def memory_of(vllm_config: Any) -> LogitsMemory:
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         keeps_draft_logits=speculative.draft_sample_method == "probabilistic",
         booked=max(most * (length + 1) for _, most, length in table) if table else None,
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_specdecpp.config import SpecDecPPConfig
+from vllm_specdecpp.engine import gpu_defaults
 from vllm_specdecpp.engine.front_end import ADDITIONAL_CONFIG_KEY
 from vllm_specdecpp.engine.shared.requests import why_plain
 
@@ -51,7 +52,7 @@ class SpecDecPPWorkerMixin:
         kind = SpecDecPPSpeculator if config.drafts else RunsOnlySpeculator
         runner.speculator = kind(self.vllm_config, self.device, config, runner)
         if runner.speculator.run_sources:
-            hold_tokens(runner.req_states, config.suffix_cache == "engine")
+            hold_tokens(runner.req_states, config.suffix_cache == "engine", gpu_defaults.tokens_room())
         if self.vllm_config.lora_config is not None:
             from vllm_specdecpp.engine.v2 import lora
 
@@ -139,11 +140,17 @@ class SpecDecPPWorkerMixin:
             self._head_aside = []
 
     def shutdown(self) -> None:
-        """Write what was learnt and not written yet, then shut down as vLLM does."""
+        """Write what was learnt and not written yet, drop captured rounds, then shut down as vLLM does.
+
+        NCCL ends a communicator only when no graph that uses it is left.
+        """
         runner = getattr(self, "model_runner", None)
-        for name in ("drafter", "speculator"):
-            if (cost_aware := getattr(getattr(runner, name, None), "cost_aware", None)) is not None:
-                cost_aware.save()
+        for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
+            if getattr(drafter, "cost_aware", None) is not None:
+                drafter.cost_aware.save()
+            if getattr(drafter, "graphs", None) is not None:
+                drafter.drop_graphs("the engine has shut down")
+        del runner, drafter
         super().shutdown()  # type: ignore[misc]
 
     def _start_recording(self) -> None:

@@ -30,6 +30,8 @@ _BATCH_MEMORY = 128.0
 _SHARE = 4.0
 """A request's record tells as much of the next candidate as so many times the last score: 3.8 and 4.7 where it was
 fitted (recorded rounds at temperature 0, the record shrunk by 6 and by 12 looks), and more of later candidates."""
+_MOST_READING = 4.0
+"""Times of a round without drafting that one round spends on reading for several requests, however well they pay."""
 _FIT_MEMORY = 64.0
 """Rounds that the correction remembers."""
 
@@ -210,6 +212,13 @@ class Admission:
                 new = new[: len(new) // 2]  # half of them cost less
         self.price = out.price
         if reads:
+            # The cheapest first; one is read in any case, and the others wait for the next rounds.
+            order = np.flatnonzero(out.drafts[index])
+            order = order[debts[order].argsort(kind="stable")]
+            reading = debts[order].cumsum()
+            late = (reading > _MOST_READING * costs.verify.at(num_reqs)) & (reading > debts[order])
+            if late.any():
+                out.drafts[index[order[late]]], out.expected = False, 0.0  # the formula has said nothing of these few
             out.reading = float(debts[out.drafts[index]].sum())
         return out
 

@@ -27,6 +27,7 @@ class LogitsMemory:
         dtype: of its logits.
         keeps_draft_logits: whether drafts are sampled (``draft_sample_method="probabilistic"``).
         booked: most rows of logits in one step, where that is less than K + 1 of each sequence.
+        ranks: tensor-parallel size.
     """
 
     max_num_seqs: int
@@ -36,6 +37,7 @@ class LogitsMemory:
     max_num_batched_tokens: int
     keeps_draft_logits: bool
     booked: int | None = None
+    ranks: int = 1
 
     @property
     def rows(self) -> int:
@@ -56,8 +58,11 @@ class LogitsMemory:
 
     @property
     def verification(self) -> int:
-        """Bytes of the largest verification's logits, and of the sampler's copy."""
-        return self.rows * self.vocab_size * self.dtype.itemsize + self.chunk_rows * self.vocab_size * 4
+        """Bytes of the largest verification's logits, and of the sampler's copy or, before it, of putting together what
+        the ranks have of them (``CudaCommunicator.all_gather``: each one's part, all parts, and these in order)."""
+        logits = self.rows * self.vocab_size * self.dtype.itemsize
+        gathering = logits + logits // self.ranks if self.ranks > 1 else 0
+        return logits + max(self.chunk_rows * self.vocab_size * 4, gathering)
 
     def describe(self) -> str:
         """For the log."""
@@ -93,11 +98,10 @@ class LogitsMemory:
             ValueError: there is not so much.
         """
         try:
-            logits = torch.empty(self.rows, self.vocab_size, dtype=self.dtype, device=device)
-            copy = torch.empty(self.chunk_rows, self.vocab_size, device=device)
+            held = torch.empty(self.verification, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise ValueError(self.too_large(torch.accelerator.get_memory_info()[0])) from error
-        del logits, copy
+        del held
 
 
 def longest_that_fits(memory: LogitsMemory, room: int) -> int:

@@ -12,10 +12,12 @@ that comes after Y_d.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any, SupportsIndex
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor, UvaBufferPool
 
 from vllm_specdecpp.decision.cost_aware.device_runs import RowsBefore, TakenRows
@@ -25,6 +27,8 @@ from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows
 from vllm_specdecpp.kernels.runs import behind_drafts, take_runs
 from vllm_specdecpp.kernels.suffix_cache import match_others
 from vllm_specdecpp.kernels.suffix_match import suffix_match
+
+logger = init_logger("vllm.specdecpp")
 
 MOST_PAIRS = 65_536
 """Requests of the batch times requests held; beyond, nobody looks in others' outputs: it would take milliseconds."""
@@ -189,7 +193,7 @@ class OldestFirst(list[int]):
         return super().pop(index)
 
 
-def hold_tokens(req_states: Any, of_others: bool = False) -> None:
+def hold_tokens(req_states: Any, of_others: bool = False, room: float = math.inf) -> None:
     """Keep the requests' tokens on the device, before anything else refers to them: they are searched in each round.
 
     vLLM keeps them on the host, where a device reads them over the bus (``RequestState``, ``UvaBuffer``); for its own
@@ -198,9 +202,13 @@ def hold_tokens(req_states: Any, of_others: bool = False) -> None:
     Args:
         req_states: vLLM's ``RequestState``.
         of_others: whether requests look in each other's outputs: in those of the last max_num_seqs requests then.
+        room: bytes; where more would be taken, the tokens stay on the host.
     """
     shape = req_states.max_num_reqs, req_states.max_model_len
-    req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)
+    where = "on the GPU" if 4 * math.prod(shape) <= room else "on the host, as they are many: each search is slower"
+    logger.info("specdecpp: tokens that are searched for free runs, %.0f MiB, are %s", math.prod(shape) / 2**18, where)
+    if 4 * math.prod(shape) <= room:
+        req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)
     if of_others:
         req_states.free_indices = OldestFirst(req_states.free_indices)
         # vLLM reads these before drafting, and may write them anew as soon as it has: we read them while we draft.

@@ -116,7 +116,7 @@ class CudaBackend:
 
     def __init__(self, device: torch.device, pool: Callable[[Any], AbstractContextManager[Any]] = nullcontext) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = self._capturing = torch.cuda.graph_pool_handle()
         self._enter_pool = pool
         self._bodies = torch.cuda.Stream(device)
 
@@ -125,7 +125,7 @@ class CudaBackend:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         stream = torch.cuda.current_stream(self._device)
-        with self._enter_pool(self._pool) as pool, torch.cuda.graph(graph, pool=pool, stream=stream):
+        with self._enter_pool(self._pool) as self._capturing, torch.cuda.graph(graph, self._capturing, stream):
             yield graph
 
     @contextmanager
@@ -156,7 +156,7 @@ class CudaBackend:
     def recover(self) -> None:
         # torch's own exit from a capture stops at its first error, before it tells the allocator.
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._capturing)
         torch.cuda.synchronize(self._device)  # an error that the device does not get over comes up again here
 
     def replay(self, graph: Any) -> None:

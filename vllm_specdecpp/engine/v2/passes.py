@@ -17,7 +17,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils import torch_utils
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator, prepare_prefill_inputs
 
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.engine.shared.draft_limit import draft_limit
@@ -51,6 +52,18 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         self._back = torch.arange(SHORT - 1, -1, -1, device=device)
         self._writing = torch.full_like(self.idx_mapping, -1)  # [max_num_reqs] request state, -1 where no KV is written
         self._step = 1
+
+    def warm_prefill(self) -> None:
+        """Compile what vLLM prepares the reading of prompts with, between two rounds: one kernel for each power of two
+        up to 512 tokens, of which its own warm-up has the first few."""
+        none = torch.zeros(1, dtype=torch.int32, device=self.device)
+        last_sampled = torch.zeros(self.max_num_reqs, 1, dtype=torch.int64, device=self.device)
+        for power in range(2, 10):
+            batch = InputBatch.make_dummy(1, min(2**power - 2, self.max_num_tokens), self.runner.input_buffers)
+            prepare_prefill_inputs(
+                self.input_buffers, batch, last_sampled, none, self.expanded_input_ids, self.expanded_positions,
+                self.last_token_indices, self.max_num_reqs, self.max_model_len,
+            )  # fmt: skip
 
     def _can_read_short(self, input_batch: Any) -> bool:
         """Whether two tokens a request bring the draft model's KV up to date.
@@ -182,7 +195,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         last = slice(query_len - 1, num_tokens, query_len)
         self.current_draft_step.fill_(self._step - 1)
         self.sample_draft(
-            hidden_states[last],
+            hidden_states[last].contiguous(),
             positions[last].contiguous(),
             self.idx_mapping[:num_reqs],
             self.temperature,

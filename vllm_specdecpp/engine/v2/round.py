@@ -146,7 +146,11 @@ class DeviceRound(DraftRound):
         before = None if self.confidences is None else self.survival[rows].clone()
         column = self.append(token_ids, rows)
         if self.confidences is not None and before is not None:
-            # The estimate in force, which this step has multiplied the survival by.
-            certain = self.survival[rows] / before.clamp(min=1e-30)
-            self.confidences[rows, self.num_drawn - 1] = torch.where(column >= 0, certain, 0.0)
+            # The estimate in force, which this step has multiplied the survival by: the candidate's own, or, with a
+            # lag, that of the one before, which stands for its own until a next step knows better.
+            certain, there = self.survival[rows] / before.clamp(min=1e-30), column >= 0
+            self.confidences[rows, self.num_drawn - 1] = torch.where(there, certain, 0.0)
+            if self.rule.estimator is not None and self.rule.estimator.lag and self.num_drawn > 1:
+                late = self.confidences[rows, self.num_drawn - 2]
+                late.copy_(torch.where(there, certain, late))
         return column

@@ -106,6 +106,8 @@ class SpecDecPPSpeculator(CapturedRounds):
             return
         self._warm_for = self.round.rule
         self.round.warm()
+        if self.config.drafts:
+            self.warm_prefill()
         if self.runs is not None and self._tail is not None:
             self.runs.warm(self._tail)
         if self.booked_rows is not None and self.device.type == "cuda":
