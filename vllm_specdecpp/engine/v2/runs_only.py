@@ -57,6 +57,9 @@ class RunsOnlySpeculator(SpecDecPPSpeculator):
         """No draft pass is captured; the target's graphs are vLLM's and ``verify_graphs``'."""
         return EAGER, "there is no draft model"
 
+    def warm_prefill(self) -> None:
+        """No prompt is read."""
+
     def measure_costs(self) -> Points:
         """Time the target alone."""
         passes = timing.V2Passes(self)
