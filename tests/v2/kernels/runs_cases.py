@@ -62,10 +62,10 @@ def check_matches(launch: Any, seeds: int = 3) -> None:
             assert (int(starts[row]), int(matches[row])) == wanted, f"seed {seed}, row {row}"
 
 
-def check_others(launch: Any, seeds: int = 4) -> None:
+def check_others(launch: Any) -> None:
     """What others have emitted wins where more of it matches; of prompts, of what no longer counts and of what a
     request has said itself nothing does."""
-    for seed in range(seeds):
+    for seed in (1, 2, 3, 0):  # the last one is long
         rng = np.random.default_rng(seed)
         num_states, width = 7, 2300 if seed else MOST_LOOKED_AT + 1200
         tokens = torch.from_numpy(rng.integers(0, 4, (num_states, width)).astype(np.int32))

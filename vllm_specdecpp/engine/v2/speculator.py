@@ -2,9 +2,8 @@
 """The speculator for Model Runner V2: vLLM's standalone draft model, our draft loop.
 
 Loading, KV groups, block tables and attention metadata stay vLLM's (``StandaloneARSpeculator``). A further pass is run
-only while some request wants it; requests that have stopped write no KV. Eager rounds ask the device once a pass
-whether anybody goes on, captured ones (``engine.v2.graphs``) do not. Under the cost-aware rule, too, the device
-decides.
+only while some request wants it; those that have stopped write no KV. Eager rounds ask the device once a pass whether
+anybody goes on, captured ones (``engine.v2.graphs``) do not; under the cost-aware rule it decides, too.
 
 How a length reaches the verification: with synchronous scheduling the Worker hands the scheduler lists of that length
 (:meth:`SpecDecPPSpeculator.ragged`), so fewer rows are verified; with asynchronous scheduling the scheduler has booked
