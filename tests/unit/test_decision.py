@@ -219,7 +219,7 @@ class TestBrokenEstimates:
 
     def test_nan_logits_stop_every_rule(self) -> None:
         nan = torch.full((1, 5), math.nan)
-        features = features_from_logits(nan, torch.full((1, HIDDEN), math.nan), margin=True)
+        features = features_from_logits(nan, torch.full((1, HIDDEN), math.nan))
         for rule in all_rules():
             if rule.name == "fixed":
                 continue

@@ -12,6 +12,7 @@ import torch
 from tests.decision_rules import HIDDEN, all_rules
 from vllm_specdecpp.config import SpecDecPPConfig
 from vllm_specdecpp.decision import (
+    SCALAR_FEATURES,
     ConfidenceEstimator,
     EntropyEstimator,
     HeadEstimator,
@@ -51,11 +52,11 @@ class TestFeatures:
         assert features.top1_prob.tolist() == pytest.approx([1, 0.5, 1, 1 / 3])
         assert features.entropy.tolist() == pytest.approx([0, math.log(2), 0, math.log(3)])
 
-    @pytest.mark.parametrize(("top1", "entropy"), [(True, False), (False, True), (False, False), (True, True)])
-    def test_only_what_was_asked_for(self, top1: bool, entropy: bool) -> None:
+    @pytest.mark.parametrize("scalars", [{"top1_prob"}, {"entropy"}, set(), {"top1_prob", "entropy"}])
+    def test_only_what_was_asked_for(self, scalars: set[str]) -> None:
         hidden = torch.randn(2, HIDDEN)
-        features = features_from_logits(torch.randn(2, 5), hidden, top1=top1, entropy=entropy)
-        assert (features.top1_prob is not None, features.entropy is not None) == (top1, entropy)
+        features = features_from_logits(torch.randn(2, 5), hidden, needs={"hidden_states", *scalars})
+        assert {name for name in SCALAR_FEATURES if getattr(features, name) is not None} == scalars
         assert features.hidden_states is hidden
 
     def test_the_logits_are_left_alone(self) -> None:

@@ -47,7 +47,7 @@ def draft_round(state: DraftRound, prefix: int, draft: Tensor) -> Tensor:
     step = 0
     while state.goes_on():
         # The pass that has read Y_{k-1}.
-        features = features_from_logits(draft[last].log(), STATES[last], margin=True)
+        features = features_from_logits(draft[last].log(), STATES[last])
         state.observe(features)
         state.append(DRAWS[:, step])
         last = DRAWS[:, step]
@@ -194,7 +194,7 @@ class TestLossless:
             state = DraftRound(all_rules()[index], torch.full((num_reqs,), num_steps))
             out = []
             for k in range(step + 1):
-                state.observe(features_from_logits(logits[k], hidden[k], margin=True))
+                state.observe(features_from_logits(logits[k], hidden[k]))
                 state.append(tokens[k])
                 out.append(state.running.bool().tolist())
             return out

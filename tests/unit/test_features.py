@@ -27,30 +27,30 @@ class TestMargin:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_against_a_sort(self, vocab: int, dtype: torch.dtype) -> None:
         logits = (torch.randn(4, vocab, generator=torch.Generator().manual_seed(0)) * 5).to(dtype)
-        margin = features_from_logits(logits, margin=True).margin
+        margin = features_from_logits(logits).margin
         order = logits.double().sort(-1, descending=True).values
         assert margin is not None and margin.dtype == torch.float32
         torch.testing.assert_close(margin.double(), order[:, 0] - order[:, 1], atol=TOLERANCE, rtol=TOLERANCE)
 
     def test_ties_masked_and_single_logits(self) -> None:
         inf = math.inf
-        margin = features_from_logits(torch.tensor([[3.0, 3, 1], [2, -inf, -inf], [-7, -9, -7.5]]), margin=True).margin
+        margin = features_from_logits(torch.tensor([[3.0, 3, 1], [2, -inf, -inf], [-7, -9, -7.5]])).margin
         assert margin is not None and margin.tolist() == [0, inf, 0.5]
-        single = features_from_logits(torch.tensor([[3.0]]), margin=True).margin
+        single = features_from_logits(torch.tensor([[3.0]])).margin
         assert single is not None and single.tolist() == [inf]
 
-    @pytest.mark.parametrize("others", [False, True])
-    def test_only_when_asked_for(self, others: bool) -> None:
+    @pytest.mark.parametrize("others", [frozenset(), frozenset({"top1_prob", "entropy"})])
+    def test_only_when_asked_for(self, others: frozenset[str]) -> None:
         logits = torch.randn(2, 5)
-        assert features_from_logits(logits, top1=others, entropy=others).margin is None
-        features = features_from_logits(logits, top1=others, entropy=others, margin=True)
-        assert features.margin is not None and (features.top1_prob is not None) is others
+        assert features_from_logits(logits, needs=others).margin is None
+        features = features_from_logits(logits, needs=others | {"margin"})
+        assert features.margin is not None and (features.top1_prob is not None) is bool(others)
 
 
 def columns(num_rows: int = 7) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(num_rows, 50, generator=generator) * 4
-    features = features_from_logits(logits, margin=True)
+    features = features_from_logits(logits)
     found = {"top1_prob": features.top1_prob, "entropy": features.entropy, "margin": features.margin}
     return {name: column for name, column in found.items() if column is not None}
 

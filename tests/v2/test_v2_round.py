@@ -71,7 +71,7 @@ def test_decisions_equal_the_hosts(name, min_length):
     for step in range(1, MAX_LENGTH + 1):
         logits, hidden_states, token_ids = _pass(step, num_reqs)
         ran = state.running.bool()
-        state.observe(features_from_logits(logits, hidden_states, margin=True))
+        state.observe(features_from_logits(logits, hidden_states))
         state.append(token_ids)
         device.observe_pass(step, logits, hidden_states)
         column = device.append_drawn(token_ids)

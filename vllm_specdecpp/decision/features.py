@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -39,37 +39,30 @@ class StepFeatures:
 
 
 def features_from_logits(
-    logits: Tensor,
-    hidden_states: Tensor | None = None,
-    *,
-    top1: bool = True,
-    entropy: bool = True,
-    margin: bool = False,
+    logits: Tensor, hidden_states: Tensor | None = None, *, needs: Collection[str] = SCALAR_FEATURES
 ) -> StepFeatures:
     """Summarise the draft's logits, in float32.
 
     Args:
         logits: [num_reqs, vocab_size] before temperature; -inf entries have probability 0.
         hidden_states: [num_reqs, hidden_size], kept as it is.
-        top1: whether to compute ``top1_prob``; it is None otherwise.
-        entropy: whether to compute ``entropy``; it is None otherwise.
-        margin: whether to compute ``margin``; it is None otherwise.
+        needs: which of :data:`SCALAR_FEATURES` to compute, the others are None; other names are ignored.
     """
-    if not (top1 or entropy or margin):
+    if not any(name in needs for name in SCALAR_FEATURES):
         return StepFeatures(hidden_states)
     logits = logits.float()  # [num_reqs, vocab_size]
-    margins = _margin(logits) if margin else None  # [num_reqs]
-    if not (top1 or entropy):
-        return StepFeatures(hidden_states, margin=margins)
+    margin = _margin(logits) if "margin" in needs else None  # [num_reqs]
+    if "top1_prob" not in needs and "entropy" not in needs:
+        return StepFeatures(hidden_states, margin=margin)
     # Relative to the largest, so that a common offset costs no float32 digits.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     log_z = logits.logsumexp(dim=-1)  # [num_reqs]
-    top1_prob = torch.exp(-log_z) if top1 else None  # [num_reqs]
-    entropies = None
-    if entropy:
+    top1_prob = torch.exp(-log_z) if "top1_prob" in needs else None  # [num_reqs]
+    entropy = None
+    if "entropy" in needs:
         # entr(0) = 0, where p * log p would be NaN.
-        entropies = torch.special.entr((logits - log_z[:, None]).exp()).sum(dim=-1)  # [num_reqs]
-    return StepFeatures(hidden_states, top1_prob, entropies, margins)
+        entropy = torch.special.entr((logits - log_z[:, None]).exp()).sum(dim=-1)  # [num_reqs]
+    return StepFeatures(hidden_states, top1_prob, entropy, margin)
 
 
 def _margin(logits: Tensor) -> Tensor:

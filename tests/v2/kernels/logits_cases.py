@@ -93,7 +93,7 @@ def check(launch: Any, case: Case, seeds: int = 3) -> None:
 def _compare(launch: Any, logits: Tensor, where: str) -> None:
     out = outputs(*logits.shape)
     launch(logits, **out)
-    wanted = features_from_logits(logits, margin=True)
+    wanted = features_from_logits(logits)
     assert wanted.top1_prob is not None
     sound = ~torch.isnan(wanted.top1_prob)
     for name in ("top1_prob", "entropy", "margin"):

@@ -281,13 +281,7 @@ class SpecDecPPProposer(DraftPasses):
             running = state.running.nonzero().squeeze(1)  # [num_running]
             hidden_states = hidden_states[torch.isin(fed_rows, running)]  # [num_running, hidden_size]
             logits = self.compute_logits(hidden_states)  # [num_running, vocab_size]
-            features = features_from_logits(
-                logits,
-                hidden_states,
-                top1="top1_prob" in needs,
-                entropy="entropy" in needs,
-                margin="margin" in needs,
-            )
+            features = features_from_logits(logits, hidden_states, needs=needs)
             state.observe(features, running)
             metadata = select_rows(sampling_metadata, running) if len(running) < num_reqs else sampling_metadata
             token_ids, probs = self._sample_from_logits(logits, metadata)  # [num_running], [num_running, vocab_size]
