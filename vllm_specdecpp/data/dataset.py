@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import LabelRows, every_prompt, rows_of
-from vllm_specdecpp.data.shards import Dataset, open_dataset
+from vllm_specdecpp.data.shards import Dataset, Shard, open_dataset
 from vllm_specdecpp.head.files import same_model
 
 logger = logging.getLogger("vllm.specdecpp")
@@ -32,11 +32,20 @@ def load_rows(
     Raises:
         ValueError: one line: no dataset, mixed pairs, a damaged shard, no rows, or none accepted or none rejected.
     """
-    files = [(dataset, unit) for dataset in open_datasets(folders) for unit in dataset.units()]
-    shards = tqdm(files, desc="read shards", unit="shard", delay=_PROGRESS_AFTER_S, leave=False)
-    parts = [rows_of(dataset.shard(unit), lag, prompts_where) for dataset, unit in shards]
+    parts = [rows_of(shard, lag, prompts_where) for _, shard in read_shards(open_datasets(folders))]
     _check_labels(sum(map(len, parts)), sum(float(part.accepted.sum()) for part in parts), folders)
     return LabelRows.concat(parts)
+
+
+def read_shards(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, Shard]]:
+    """Each shard with its dataset, one at a time, in the order of the datasets and units; with a progress bar.
+
+    Raises:
+        ValueError: one line naming the file: a shard is damaged or foreign.
+    """
+    files = [(dataset, unit) for dataset in datasets for unit in dataset.units()]
+    for dataset, unit in tqdm(files, desc="read shards", unit="shard", delay=_PROGRESS_AFTER_S, leave=False):
+        yield dataset, dataset.shard(unit)
 
 
 def open_datasets(folders: Sequence[Path]) -> list[Dataset]:

@@ -8,7 +8,7 @@ done again replaces its files, so that an interrupted collection goes on where i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,19 +92,14 @@ class Dataset:
                 done.add(unit)
         return done
 
-    def shards(self, progress: Callable[[], object] | None = None) -> Iterator[Shard]:
+    def shards(self) -> Iterator[Shard]:
         """The shards in the order of their units, one at a time.
-
-        Args:
-            progress: called after each.
 
         Raises:
             ValueError: one line naming the file: a shard is damaged or foreign.
         """
         for unit in self.units():
             yield self.shard(unit)
-            if progress is not None:
-                progress()
 
     def summary(self) -> Summary:
         """Count what the shards hold.

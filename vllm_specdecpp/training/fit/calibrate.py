@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from tqdm import tqdm
 
 from vllm_specdecpp.data.dataset import load_rows, open_datasets
 from vllm_specdecpp.data.manifest import Manifest
@@ -156,12 +155,10 @@ def _report(
     rows: list[dict[str, Any]] = []
     evaluated_on = [folder.resolve().name for folder in options.evaluate]
     same = {"lag": head.lag, "fitted_on": fitted_on, "evaluated_on": evaluated_on}
-    total = len(sets) * len(estimates)
-    with tqdm(total=total, desc="bootstrap", unit="figure", delay=2.0, leave=False, file=sys.stderr) as progress:
-        for name, of_set in sets.items():
-            found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed, tick=progress.update)
-            found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
-            rows += [{**row, **same} for row in found]
+    for name, of_set in sets.items():
+        found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed)
+        found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
+        rows += [{**row, **same} for row in found]
     table = markdown(rows, head, calibration)
     write_whole(options.folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(options.folder / TABLE_FILE, table.encode())

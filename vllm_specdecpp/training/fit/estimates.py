@@ -102,13 +102,7 @@ def fit_estimates(fit: Scored, shift: float) -> tuple[Calibration, dict[str, Est
 
 
 def judge(
-    name: str,
-    scored: Scored,
-    estimates: Mapping[str, Estimate],
-    *,
-    resamples: int,
-    seed: int,
-    tick: Callable[[], object] = lambda: None,
+    name: str, scored: Scored, estimates: Mapping[str, Estimate], *, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
     """The rows of one set.
 
@@ -118,7 +112,6 @@ def judge(
         estimates: by name; the first one is what the others are compared with.
         resamples: bootstrap replicates of the prompts.
         seed: of the bootstrap.
-        tick: called after each estimate.
 
     Returns:
         One a estimate: figures with 95 % intervals (``_low``, ``_high``), and ``auc_over_<first>`` and
@@ -127,7 +120,8 @@ def judge(
     accepted, prompt = scored.rows.accepted, scored.rows.prompt
     rows: list[dict[str, Any]] = []
     base: tuple[str, metrics.Resamples] | None = None
-    for estimator, estimate in estimates.items():
+    progress = tqdm(estimates.items(), desc=f"bootstrap {name}", delay=2.0, leave=False, file=sys.stderr)
+    for estimator, estimate in progress:
         p = estimate(scored)
         found = metrics.resample(p, accepted, prompt, resamples=resamples, seed=seed)
         row: dict[str, Any] = {"set": name, "estimator": estimator}
@@ -147,7 +141,6 @@ def judge(
                 row[f"{over}_low"], row[f"{over}_high"] = metrics.interval(ours - theirs)
         row |= {"num": len(p), "prompts": len(prompt.unique()), "accept_rate": float(accepted.double().mean())}
         rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
-        tick()
     return rows
 
 

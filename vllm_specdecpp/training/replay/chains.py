@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.data.dataset import open_datasets
+from vllm_specdecpp.data.dataset import open_datasets, read_shards
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import every_prompt
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
@@ -103,7 +103,6 @@ def load_chains(
     head: AcceptanceHead | None = None,
     *,
     prompts_where: Callable[[PromptName], bool] = every_prompt,
-    progress: Callable[[], object] | None = None,
 ) -> Chains:
     """Read the recorded rounds of some datasets; hidden states are scored shard by shard and not kept.
 
@@ -111,18 +110,15 @@ def load_chains(
         folders: datasets of one pair of models.
         head: scores every step; None leaves ``head_logits`` empty.
         prompts_where: which prompts to keep.
-        progress: called after each shard.
 
     Raises:
         ValueError: one line: mixed pairs, a folder given twice, or nothing recorded.
     """
-    datasets = open_datasets(folders)
     pieces: list[Chains] = []
-    for dataset in datasets:
-        for shard in dataset.shards(progress):
-            chosen = [prompts_where((p["id"], p["set"])) for p in shard.prompts]
-            piece = chains_of_shard(shard, chosen, head, dataset.manifest.num_candidates)
-            pieces += [piece] if piece.num_starts else []
+    for dataset, shard in read_shards(open_datasets(folders)):
+        chosen = [prompts_where((p["id"], p["set"])) for p in shard.prompts]
+        piece = chains_of_shard(shard, chosen, head, dataset.manifest.num_candidates)
+        pieces += [piece] if piece.num_starts else []
     names = ", ".join(map(str, folders))
     if not pieces:
         left = " of prompts that the head was not trained on" if prompts_where is not every_prompt else ""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
+from tqdm import tqdm
 
 from vllm_specdecpp.costs import file as cost_file
 from vllm_specdecpp.costs.model import CostModel
@@ -124,24 +124,22 @@ def run(options: TuneOptions) -> int:
         return not trained.was_fitted_to(prompt)
 
     keep = not_fitted_to if trained.fitted else every_prompt
-    with _progress("shards read", sum(len(dataset.units()) for dataset in datasets)) as tick:
-        judged = load_chains(options.evaluate, head, progress=tick) if options.evaluate else None
-        data = load_chains(options.data, head, prompts_where=keep, progress=tick)
-        # Rules that read no head have no training data to keep out of.
-        data_of = dict.fromkeys(rules, data)
-        if judged is not None and trained.fitted:
-            whole = load_chains(options.data)
-            data_of |= {rule: whole for rule in rules if rule != "threshold"}
+    judged = load_chains(options.evaluate, head) if options.evaluate else None
+    data = load_chains(options.data, head, prompts_where=keep)
+    # Rules that read no head have no training data to keep out of.
+    data_of = dict.fromkeys(rules, data)
+    if judged is not None and trained.fitted:
+        whole = load_chains(options.data)
+        data_of |= {rule: whole for rule in rules if rule != "threshold"}
     if judged is None:
         judged = data
     recorded_length = min(data.recorded_length, judged.recorded_length)
     bounds = _bounds(options, recorded_length)
     choices: dict[str, Choice] = {}
     rows: list[dict[str, Any]] = []
-    with _progress("rules tried", len(rules) * len(bounds) * len(options.thresholds)) as tick:
-        for rule in rules:
-            its_costs = head_costs if RULES[rule].needs_head else costs
-            choices[rule] = choose(data_of[rule], its_costs, rule, head, options.thresholds, bounds, tick)
+    for rule in rules:
+        its_costs = head_costs if RULES[rule].needs_head else costs
+        choices[rule] = choose(data_of[rule], its_costs, rule, head, options.thresholds, bounds)
     served = None if judged is data else data
     walks = _walks(judged, costs, head, head_costs, choices, options.thresholds, recorded_length, served)
     for name in [*judged.sets, ALL]:
@@ -168,16 +166,14 @@ def choose(
     head: AcceptanceHead | None,
     thresholds: Sequence[float],
     bounds: Sequence[int],
-    tick: Callable[[], object] = lambda: None,
 ) -> Choice:
     """The threshold and the upper bound with the most tokens per second."""
     survival = survivals(chains, RecordedEstimator(rule, chains, head), max(bounds))
     rates: dict[Choice, float] = {}
-    for bound in bounds:
-        for threshold in thresholds:
-            lengths = threshold_lengths(chains, survival, threshold, bound)
-            rates[Choice(rule, threshold, bound)] = walk(chains, lengths, costs).tokens_per_second()
-            tick()
+    tried = [Choice(rule, threshold, bound) for bound in bounds for threshold in thresholds]
+    for choice in tqdm(tried, desc=f"try {rule}", delay=2.0, leave=False, file=sys.stderr):
+        lengths = threshold_lengths(chains, survival, choice.threshold, choice.num_speculative_tokens)
+        rates[choice] = walk(chains, lengths, costs).tokens_per_second()
     return max(rates, key=lambda choice: rates[choice])
 
 
@@ -267,12 +263,3 @@ def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: 
     together = [row for row in rows if row["set"] == ALL]
     plots.plot_pareto(pareto_points(together), options.out / "pareto.png", f"{pair}, {together[0]['tokens']:,} tokens")
     print(table)
-
-
-@contextmanager
-def _progress(unit: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on stderr; gives the function that moves it on by one."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=unit, file=sys.stderr, leave=False) as bar:
-        yield bar.update
