@@ -19,7 +19,7 @@ from vllm_specdecpp.training.collect.command import make_manifest, run
 from vllm_specdecpp.training.collect.on_policy import UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
 from vllm_specdecpp.training.collect.responses import write_responses
-from vllm_specdecpp.training.collect.stop_signal import StopSignal
+from vllm_specdecpp.training.collect.stop_signal import stop_on_signal
 from vllm_specdecpp.training.engine import environment
 
 NUM_PROMPTS, UNIT = 7, 2
@@ -243,7 +243,7 @@ def test_responses_are_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_signals_are_left_as_they_were():
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with StopSignal() as stop:
+    with stop_on_signal() as stop:
         seen = [stop.requested]
         os.kill(os.getpid(), signal.SIGTERM)
         seen.append(stop.requested)

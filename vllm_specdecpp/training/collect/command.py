@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector, UnitSummary
 from vllm_specdecpp.training.collect.options import CollectOptions
-from vllm_specdecpp.training.collect.stop_signal import StopSignal
+from vllm_specdecpp.training.collect.stop_signal import StopSignal, stop_on_signal
 from vllm_specdecpp.training.model_config import model_config
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def collect(options: CollectOptions) -> bool:
     todo = {unit: chunk for unit, chunk in units.items() if unit not in done}
     if len(todo) < len(units):
         _say(f"{len(units) - len(todo)} of {len(units)} shards are there, going on")
-    with StopSignal() as stop:
+    with stop_on_signal() as stop:
         try:
             _collect_all(options, dataset, todo, len(prompts), stop)
         except Exception as error:

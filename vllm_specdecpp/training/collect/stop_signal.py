@@ -8,44 +8,48 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("stopping after this unit; once more to stop at once", file=sys.stderr)
-
-
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """In here SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def handling(handler: Callable[[int, Any], object], *numbers: int) -> Iterator[None]:
+    """In here ``handler`` gets these signals; outside the main thread nothing changes."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers if in_main_thread}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@dataclass
+class StopSignal:
+    """Whether a first SIGINT or SIGTERM came: see :func:`stop_on_signal`."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopSignal]:
+    """In here the first SIGINT or SIGTERM is a wish to stop; the second one interrupts at once."""
+    stop = StopSignal()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        print("stopping after this unit; once more to stop at once", file=sys.stderr)
+
+    with handling(on_signal, signal.SIGINT, signal.SIGTERM):
+        yield stop
+
+
+def sigterm_interrupts() -> AbstractContextManager[None]:
+    """In here SIGTERM raises KeyboardInterrupt, as Ctrl-C does; outside the main thread nothing changes."""
+    return handling(signal.default_int_handler, signal.SIGTERM)
 
 
 @contextmanager
@@ -65,13 +69,8 @@ def ends_with_children(clear_away: Callable[[], object] = lambda: None) -> Itera
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
+    with handling(end, signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_children() -> None:
