@@ -54,7 +54,7 @@ def planted(num_rows: int, seed: int = 0, shift: float = 0.0) -> LabelRows:
 
 def auc(head: AcceptanceHead, rows: LabelRows) -> float:
     with torch.no_grad():
-        return metrics.auc(fitting.score(head, rows), rows.accepted)
+        return metrics.auc(fitting.score(head, rows.hidden, rows.scalars), rows.accepted)
 
 
 def test_the_loss_and_its_normaliser() -> None:
@@ -119,7 +119,7 @@ class TestLearning:
         assert (start["epoch"], start["rows"]) == (0, 0) and math.isnan(start["train_loss"])
         best = float(-(p * p.log() + (1 - p) * (1 - p).log()).mean())  # log-loss of the true law
         assert start["val_log_loss"] == pytest.approx(best, abs=0.01)
-        shifted = (fitting.score(head, rows) + math.log(w_rej)).sigmoid()
+        shifted = (fitting.score(head, rows.hidden, rows.scalars) + math.log(w_rej)).sigmoid()
         assert float((shifted - p).abs().mean()) < 0.03
 
     def test_a_head_without_scalars_keeps_its_random_start(self) -> None:

@@ -163,7 +163,7 @@ class TestRun:
         assert head.features
         rows = load_rows([data], 0).select(torch.arange(7))
         with torch.no_grad():
-            trained = score(head, rows).sigmoid()
+            trained = score(head, rows.hidden, rows.scalars).sigmoid()
         scalars: dict[str, Any] = dict(rows.scalars)
         served = HeadEstimator(head)(StepFeatures(rows.hidden, **scalars), 1)
         assert torch.equal(trained, served)

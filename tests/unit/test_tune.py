@@ -25,7 +25,7 @@ from vllm_specdecpp.training.replay.chains import load_chains
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import RecordedEstimator, oracle_lengths, survivals, threshold_lengths, walk
 from vllm_specdecpp.training.replay.tune import TuneOptions, choose, run
-from vllm_specdecpp.training.replay.tune_report import markdown, table_rows, warnings
+from vllm_specdecpp.training.replay.tune_report import Choice, markdown, table_rows, warnings
 
 CURVES = {
     "first": {1: 0.05}, "step": {1: 0.044}, "verify": {1: 0.19, 2: 0.20, 9: 0.26}, "read": {2: 0.04}
@@ -289,6 +289,10 @@ class TestRefusals:
     def test_head_of_another_draft(self, files: Files) -> None:
         self.refused(files, "org/other", head=write_head(files.root / "other", draft="org/other"))
 
+    def test_head_of_another_target(self, files: Files) -> None:
+        head = write_head(files.root / "other", target="org/other")
+        self.refused(files, "was trained for the target 'org/other', but the data is of", head=head)
+
     def test_what_is_not_there(self, files: Files) -> None:
         self.refused(files, "is no folder", head=files.root / "nowhere")
         self.refused(files, "cannot be read", costs=files.root / "none.json")
@@ -324,9 +328,9 @@ class TestReport:
         choice = choose(chains, costs, "confidence", None, [0.9], [max_length])
         survival = survivals(chains, RecordedEstimator("confidence", chains, None), max_length)
         walks = {
-            ("fixed", 0.0, 3): walk(chains, threshold_lengths(chains, survival, 0.5, 3), costs),
-            ("confidence", 0.9, max_length): walk(chains, threshold_lengths(chains, survival, 0.9, max_length), costs),
-            ("oracle", 0.0, max_length): walk(chains, oracle_lengths(chains, costs, max_length), costs),
+            Choice("fixed", 0.0, 3): walk(chains, threshold_lengths(chains, survival, 0.5, 3), costs),
+            choice: walk(chains, threshold_lengths(chains, survival, 0.9, max_length), costs),
+            Choice("oracle", 0.0, max_length): walk(chains, oracle_lengths(chains, costs, max_length), costs),
         }
         rows = table_rows("all", walks, chains.in_sets(None), {"confidence": choice}, costs, 20, 0)
         return rows, (chains, choice)

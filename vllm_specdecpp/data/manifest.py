@@ -78,6 +78,11 @@ class Manifest:
     """Time in UTC, ISO 8601."""
 
     @property
+    def pair(self) -> str:
+        """Draft and target by their last names."""
+        return " → ".join(label.rpartition("/")[2] for label in (self.draft, self.target))
+
+    @property
     def fingerprint(self) -> str:
         """The same for all shards that may lie in one folder: of the pair, the hidden size and the kind."""
         text = json.dumps([self.target, self.draft, self.hidden_size, self.kind])

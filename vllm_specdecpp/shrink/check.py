@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_specdecpp.costs.model import CostModel, Points
 from vllm_specdecpp.training.collect.stop_signal import ends_with_children
-from vllm_specdecpp.training.engine import environment, start_engine
+from vllm_specdecpp.training.engine import costs_of, environment, start_engine
 
 if TYPE_CHECKING:
     from vllm_specdecpp.shrink.options import ShrinkOptions
@@ -124,7 +124,7 @@ def play(options: ShrinkOptions, draft: str, prompts: Sequence[Sequence[int]]) -
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
         params = SamplingParams(temperature=0.0, max_tokens=_WARM_UP, ignore_eos=True, detokenize=False)
         llm.generate(inputs[:1], params, use_tqdm=False)
-        curves = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["costs"]
+        points = costs_of(llm)
         llm.collective_rpc("specdecpp_configure", kwargs={"rule": "fixed"})
         llm.collective_rpc("specdecpp_rounds", kwargs={"clear": True})
         params = SamplingParams(temperature=0.0, max_tokens=options.max_tokens, detokenize=False)
@@ -132,7 +132,6 @@ def play(options: ShrinkOptions, draft: str, prompts: Sequence[Sequence[int]]) -
         rounds = llm.collective_rpc("specdecpp_rounds")[0]
     finally:
         llm.llm_engine.engine_core.shutdown()
-    points = {name: {int(width): seconds for width, seconds in curve.items()} for name, curve in curves.items()}
     return Played(agreements(rounds), points)
 
 

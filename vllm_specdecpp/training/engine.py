@@ -13,6 +13,8 @@ from vllm_specdecpp.training.options import EngineOptions
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from vllm_specdecpp.costs.model import Points
+
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
@@ -53,3 +55,9 @@ def start_engine(target: str, speculative_config: Mapping[str, Any], options: En
     except RuntimeError as error:  # the engine's own process has said more above
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"specdecpp: the engine did not start ({lines[-1]})") from error
+
+
+def costs_of(llm: LLM) -> Points:
+    """What passes cost, by an engine whose rule is ``cost_aware``."""
+    found = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["costs"]
+    return {name: {int(width): seconds for width, seconds in curve.items()} for name, curve in found.items()}

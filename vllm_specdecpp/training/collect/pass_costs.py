@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm_specdecpp.data.prompts import Prompt, encode
 from vllm_specdecpp.training.collect.on_policy import start_pair
 from vllm_specdecpp.training.collect.options import PairOptions
+from vllm_specdecpp.training.engine import costs_of
 
 if TYPE_CHECKING:
     from vllm_specdecpp.costs.model import Points
@@ -43,7 +44,6 @@ def measure_costs(options: PairOptions, prompts: Sequence[Prompt]) -> Points:
         bar = functools.partial(tqdm, desc="costs", file=sys.stderr)
         fitting = [{"prompt_token_ids": each} for each in ids if len(each) <= longest][:NUM_PROMPTS]
         llm.generate(fitting, params, use_tqdm=bar)
-        found = llm.collective_rpc("specdecpp_stats")[0]["cost_aware"]["costs"]
+        return costs_of(llm)
     finally:
         llm.llm_engine.engine_core.shutdown()
-    return {name: {int(width): seconds for width, seconds in curve.items()} for name, curve in found.items()}

@@ -16,23 +16,23 @@ from pydantic import Field
 from vllm_specdecpp.data.dataset import load_rows, open_datasets
 from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.files import check_free, write_whole
-from vllm_specdecpp.head.files import CONFIG_FILE, same_model, update_config
+from vllm_specdecpp.head.files import CONFIG_FILE, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
 from vllm_specdecpp.training.fit.calibration import Calibration, shift_of
-from vllm_specdecpp.training.fit.calibration_report import markdown, pair
+from vllm_specdecpp.training.fit.calibration_report import markdown
 from vllm_specdecpp.training.fit.estimates import (
     Estimate,
     Scored,
     by_set,
     fit_estimates,
     judge,
-    reliability_curves,
     score_rows,
 )
 from vllm_specdecpp.training.fit.held_out import prompts_of, refuse_seen, training_data
 from vllm_specdecpp.training.options import POSITIONAL, CommandOptions
-from vllm_specdecpp.training.statistics import chance_ece
+from vllm_specdecpp.training.statistics import chance_ece, reliability
+from vllm_specdecpp.training.trained_head import load_head
 
 ROWS_FILE, TABLE_FILE, PLOT_FILE = FILES = ("rows.jsonl", "calibrate.md", "reliability.png")
 BEFORE_FILE = CONFIG_FILE + ".before"
@@ -106,7 +106,7 @@ def run(options: CalibrateOptions) -> int:
     calibration, estimates = fit_estimates(score_rows(head, rows), shift)
     if options.evaluate:
         scored = score_rows(head, load_rows(options.evaluate, head.lag))
-        _report(options, head, calibration, fitted_on, scored, estimates)
+        _report(options, datasets[0].manifest.pair, head, calibration, fitted_on, scored, estimates)
     _write_calibration(options.head, calibration, fitted_on)
     print(f"calibrated {options.head}: {calibration.shown()}; fitted on {fitted_on}")
     if "rule" in head.metadata:
@@ -116,8 +116,6 @@ def run(options: CalibrateOptions) -> int:
 
 def _check(options: CalibrateOptions) -> None:
     """Refuse before any work what could not be written in the end."""
-    if not options.head.is_dir():
-        raise ValueError(f"specdecpp: head={str(options.head)!r} is no folder; give the folder of a trained head")
     if not options.evaluate:
         if options.out is not None:
             raise ValueError(f"specdecpp: out={str(options.out)!r} stays empty without --evaluate; name datasets there")
@@ -129,15 +127,7 @@ def _check(options: CalibrateOptions) -> None:
 
 def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
     """The head, checked to be of the data's pair and not calibrated yet."""
-    head = AcceptanceHead.from_pretrained(
-        options.head, expected_hidden_size=manifest.hidden_size, expected_draft=manifest.draft
-    )
-    target = head.metadata.get("target")
-    if isinstance(target, str) and target and not same_model(target, manifest.target):
-        raise ValueError(
-            f"specdecpp: head={str(options.head)!r} was trained for the target {target!r}, but the data is of "
-            f'{manifest.target!r}; use a head of this pair, or correct "target" in its {CONFIG_FILE}'
-        )
+    head = load_head(options.head, manifest)
     if head.calibration is not None and not options.force:
         raise ValueError(
             f"specdecpp: head={str(options.head)!r} is calibrated already (on {head.calibration.get('fitted_on')}); "
@@ -147,8 +137,8 @@ def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
 
 
 def _report(
-    options: CalibrateOptions, head: AcceptanceHead, calibration: Calibration, fitted_on: str, scored: Scored,
-    estimates: dict[str, Estimate],
+    options: CalibrateOptions, pair: str, head: AcceptanceHead, calibration: Calibration, fitted_on: str,
+    scored: Scored, estimates: dict[str, Estimate],
 ) -> None:  # fmt: skip
     """rows.jsonl, calibrate.md and reliability.png; the table also goes to the terminal."""
     sets = dict(by_set(scored))
@@ -159,15 +149,18 @@ def _report(
         found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed)
         found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
         rows += [{**row, **same} for row in found]
-    table = markdown(rows, head, calibration)
+    table = markdown(rows, pair, head, calibration)
     write_whole(options.folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(options.folder / TABLE_FILE, table.encode())
     if options.plots:
         panels = {
-            name: dict(zip(PLOTTED.values(), reliability_curves(of_set, estimates, list(PLOTTED)), strict=True))
+            name: {
+                label: reliability(estimates[estimate](of_set), of_set.rows.accepted)
+                for estimate, label in PLOTTED.items()
+            }
             for name, of_set in sets.items()
         }
-        title = f"Reliability on held-out prompts: {pair(head)}, n = {len(scored.logit):,}"
+        title = f"Reliability on held-out prompts: {pair}, n = {len(scored.logit):,}"
         plots.plot_reliability(panels, options.folder / PLOT_FILE, title)
     print(table)
 

@@ -17,18 +17,12 @@ RIVALS = {
 """What a head has to beat."""
 
 
-def pair(head: AcceptanceHead) -> str:
-    """Draft and target by their last names."""
-    names = [str(head.metadata.get(role) or f"unknown {role}").rpartition("/")[2] for role in ("draft", "target")]
-    return " → ".join(names)
-
-
-def markdown(rows: Sequence[Mapping[str, Any]], head: AcceptanceHead, calibration: Calibration) -> str:
-    """The figures as a table, with what they rest on."""
+def markdown(rows: Sequence[Mapping[str, Any]], pair: str, head: AcceptanceHead, calibration: Calibration) -> str:
+    """The figures as a table, with what they rest on; ``pair``: of models, as in :class:`Manifest`."""
     first = rows[0]
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
-        f"# Calibration of the head for {pair(head)}",
+        f"# Calibration of the head for {pair}",
         "",
         f"* Command: `{command_line()}`; commit {git_sha() or 'unknown'}; {known}",
         f"* Fitted on {first['fitted_on']}: {calibration.shown()} "

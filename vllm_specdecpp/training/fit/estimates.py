@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ def score_rows(head: AcceptanceHead, rows: LabelRows) -> Scored:
     """
     parts = torch.arange(len(rows)).split(_CHUNK)
     progress = tqdm(parts, desc="score", unit_scale=_CHUNK, unit="row", delay=2.0, leave=False, file=sys.stderr)
-    logit = torch.cat([score(head, rows.select(index)) for index in progress])  # [n]
+    chunks = (rows.select(index) for index in progress)
+    logit = torch.cat([score(head, chunk.hidden, chunk.scalars) for chunk in chunks])  # [n]
     if num_bad := int((~logit.isfinite()).sum()):
         raise ValueError(
             f"specdecpp: the head's score of {num_bad} of {len(logit)} rows is no finite number; the labels "
@@ -151,10 +152,3 @@ def by_set(scored: Scored) -> Iterator[tuple[str, Scored]]:
         yield name, scored.select(mask)
     if len(found) > 1:
         yield "all", scored
-
-
-def reliability_curves(
-    scored: Scored, estimates: Mapping[str, Estimate], names: Sequence[str]
-) -> list[metrics.Reliability]:
-    """The bins of some estimates."""
-    return [metrics.reliability(estimates[name](scored), scored.rows.accepted) for name in names]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,10 +103,15 @@ def weighted_loss(logit: Tensor, target: Tensor, w_rej: float) -> tuple[Tensor, 
     return -(accept + reject).sum(), (target + w_rej * (1 - target)).sum()
 
 
-def score(head: AcceptanceHead, rows: LabelRows) -> Tensor:
-    """The head's uncalibrated logits of ``rows``: [n] float32, with gradients if they are on."""
-    scalars = encode_scalars(rows.scalars, head.features) if head.features else None
-    return head.logit(rows.hidden, scalars)
+def score(head: AcceptanceHead, hidden: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    """The head's uncalibrated logits: [n] float32, with gradients if they are on.
+
+    Args:
+        hidden: [n, hidden_size].
+        columns: name of a scalar feature → [n]; more than the head reads may be there.
+    """
+    scalars = encode_scalars(columns, head.features) if head.features else None
+    return head.logit(hidden, scalars)
 
 
 @torch.no_grad()
@@ -122,7 +127,7 @@ def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) ->
     logits = []
     for index in torch.arange(len(rows.hidden)).split(_EVALUATION_ROWS):
         chunk = rows.select(index)
-        logit, target = score(head, chunk), targets(chunk, soft)
+        logit, target = score(head, chunk.hidden, chunk.scalars), targets(chunk, soft)
         logits.append(logit)
         weighted = weighted_loss(logit, target, w_rej)
         plain = weighted_loss(logit + math.log(w_rej), target, 1.0)
@@ -218,7 +223,8 @@ def _train(
     head.train()
     head.dropout = settings.dropout
     for batch in shuffled:
-        loss, weight = weighted_loss(score(head, batch), targets(batch, settings.soft), settings.w_rej)
+        logit = score(head, batch.hidden, batch.scalars)
+        loss, weight = weighted_loss(logit, targets(batch, settings.soft), settings.w_rej)
         optimizer.zero_grad(set_to_none=True)
         (loss / weight).backward()
         optimizer.step()

@@ -26,7 +26,8 @@ from torch import Tensor
 from vllm_specdecpp.data.dataset import open_datasets, read_shards
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import every_prompt
-from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
+from vllm_specdecpp.decision.features import SCALAR_FEATURES
+from vllm_specdecpp.training.fit.fitting import score
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Shard
@@ -226,8 +227,6 @@ def _score(head: AcceptanceHead, hidden_states: Tensor, order: Tensor, scalars: 
     """The head's logit at every step of ``order``: [num_steps] float32."""
     logits = []
     for rows in torch.arange(len(order)).split(_CHUNK):
-        inputs = None
-        if head.features:
-            inputs = encode_scalars({name: scalars[name][rows] for name in head.features}, head.features)
-        logits.append(head.logit(hidden_states[order[rows]], inputs).float())
-    return torch.cat(logits) if logits else torch.zeros(0)
+        columns = {name: column[rows] for name, column in scalars.items()}
+        logits.append(score(head, hidden_states[order[rows]], columns))
+    return torch.cat(logits)

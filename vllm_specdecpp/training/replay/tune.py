@@ -46,6 +46,7 @@ from vllm_specdecpp.training.replay.tune_report import (
     pareto_points,
     table_rows,
 )
+from vllm_specdecpp.training.trained_head import load_head
 
 if TYPE_CHECKING:
     from vllm_specdecpp.data.shards import Dataset
@@ -145,8 +146,7 @@ def run(options: TuneOptions) -> int:
     for name in [*judged.sets, ALL]:
         chosen = judged.in_sets(None if name == ALL else [name])
         rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
-    manifest = datasets[0].manifest
-    _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), pair_of(manifest))
+    _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), datasets[0].manifest.pair)
     if head is not None and options.write:
         _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
     return 0
@@ -188,33 +188,29 @@ def _walks(
     served: Chains | None,
 ) -> Walks:
     """Every policy that is reported, on the chains that it is judged by; ``served``: what came before them."""
-    walks: Walks = {("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)}
+    walks: Walks = {
+        Choice("fixed", 0.0, k): walk(chains, fixed_lengths(chains, k), costs) for k in range(1, max_length + 1)
+    }
     for rule, choice in choices.items():
         survival = survivals(chains, RecordedEstimator(rule, chains, head), choice.num_speculative_tokens)
         for threshold in sorted({*thresholds, choice.threshold}):
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
             its_costs = head_costs if RULES[rule].needs_head else costs
-            walks[rule, threshold, choice.num_speculative_tokens] = walk(chains, lengths, its_costs)
+            walks[choice._replace(threshold=threshold)] = walk(chains, lengths, its_costs)
     lengths = cost_aware_lengths(chains, costs, None, max_length, served)
-    walks[COST_AWARE, 0.0, max_length] = walk(chains, lengths, costs)
+    walks[Choice(COST_AWARE, 0.0, max_length)] = walk(chains, lengths, costs)
     if head is not None:
         lengths = cost_aware_lengths(chains, head_costs, head, max_length, served)
-        walks[COST_AWARE_HEAD, 0.0, max_length] = walk(chains, lengths, head_costs)
-    walks["oracle", 0.0, max_length] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
+        walks[Choice(COST_AWARE_HEAD, 0.0, max_length)] = walk(chains, lengths, head_costs)
+    walks[Choice("oracle", 0.0, max_length)] = walk(chains, oracle_lengths(chains, costs, max_length), costs)
     return walks
 
 
 def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[AcceptanceHead | None, list[str]]:
-    """The head, checked against the data's draft model, and the rules to tune."""
+    """The head, checked to be of the data's pair, and the rules to tune."""
     if options.head is None:
         return None, [rule for rule in TUNED if not RULES[rule].needs_head]
-    from vllm_specdecpp.head.model import AcceptanceHead
-
-    if not options.head.is_dir():
-        raise ValueError(f"specdecpp: head={options.head} is no folder; give the folder of a trained head")
-    head = AcceptanceHead.from_pretrained(
-        options.head, expected_hidden_size=manifest.hidden_size, expected_draft=manifest.draft
-    )
+    head = load_head(options.head, manifest)
     if options.write and "rule" in head.metadata and not options.force:
         raise ValueError(
             f"specdecpp: head={options.head} has a tuned rule already ({head.metadata['rule']}); "
@@ -249,11 +245,6 @@ def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains
     assert options.head is not None
     update_config(options.head, rule=rule)
     print(f"specdecpp: wrote the rule into {options.head}/config.json", file=sys.stderr)
-
-
-def pair_of(manifest: Manifest) -> str:
-    """Draft and target by their last names."""
-    return " → ".join(str(name).rpartition("/")[2] for name in (manifest.draft, manifest.target))
 
 
 def _write_results(options: TuneOptions, rows: Sequence[dict[str, Any]], table: str, pair: str) -> None:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.provenance import command_line
 from vllm_specdecpp.training.replay.chains import Chains
 from vllm_specdecpp.training.replay.replay import CUT_RATE_WARNING, Walk
+from vllm_specdecpp.training.statistics import interval
 
 COST_AWARE, COST_AWARE_HEAD = "cost_aware", "cost_aware with the head"
 """The engine's default rule, which has no threshold to choose; without a head it reads the top-1 probability."""
@@ -27,17 +27,15 @@ ALL = "all"
 """The set of all prompts together."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A rule with its threshold h and its upper bound on the candidate length."""
+class Choice(NamedTuple):
+    """A policy with its threshold h (0 where it has none) and its upper bound on the candidate length."""
 
     rule: str
     threshold: float
     num_speculative_tokens: int
 
 
-Walks = dict[tuple[str, float, int], Walk]
-"""(policy, threshold, upper bound) → its walk; the threshold of "fixed" and "oracle" is 0."""
+Walks = dict[Choice, Walk]
 
 
 def table_rows(
@@ -48,11 +46,11 @@ def table_rows(
     Args:
         chosen: [num_prompts] bool, the set's prompts.
     """
-    fixed = {key: w.tokens_per_second(chosen) for key, w in walks.items() if key[0] == "fixed"}
+    fixed = {key: w.tokens_per_second(chosen) for key, w in walks.items() if key.rule == "fixed"}
     base_key = max(fixed, key=lambda key: fixed[key])
     base = walks[base_key]
     base_rate = fixed[base_key]
-    oracle_rate = next(w for key, w in walks.items() if key[0] == "oracle").tokens_per_second(chosen)
+    oracle_rate = next(w for key, w in walks.items() if key.rule == "oracle").tokens_per_second(chosen)
     num = int(chosen.sum())
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, num, (resamples, num), generator=generator)  # [num_resamples, num_prompts]
@@ -61,15 +59,15 @@ def table_rows(
         return w.tokens[chosen][index].sum(1) / w.seconds[chosen][index].sum(1)  # [num_resamples]
 
     base_samples = sampled(base)
-    default = next((w for key, w in walks.items() if key[0] == COST_AWARE), base)
+    default = next((w for key, w in walks.items() if key.rule == COST_AWARE), base)
     default_rate, default_samples = default.tokens_per_second(chosen), sampled(default)
     rows: list[dict[str, Any]] = []
     for key, w in walks.items():
         policy, threshold, bound = key
         rate, samples = w.tokens_per_second(chosen), sampled(w)
-        low, high = _interval(samples)
-        over_low, over_high = _interval(samples / base_samples)
-        default_low, default_high = _interval(samples / default_samples)
+        low, high = interval(samples)
+        over_low, over_high = interval(samples / base_samples)
+        default_low, default_high = interval(samples / default_samples)
         is_rule = policy in choices
         rows.append(
             {
@@ -77,7 +75,7 @@ def table_rows(
                 "policy": policy,
                 "threshold": threshold if is_rule else None,
                 "num_speculative_tokens": bound,
-                "chosen": choices[policy] == Choice(policy, threshold, bound) if is_rule else key == base_key,
+                "chosen": choices[policy] == key if is_rule else key == base_key,
                 "prompts": num,
                 "tokens": int(w.tokens[chosen].sum()),
                 "rounds": int(w.rounds[chosen].sum()),
@@ -85,7 +83,7 @@ def table_rows(
                 "tokens_per_second_low": low,
                 "tokens_per_second_high": high,
                 "over_off": rate * costs.verify.at(1),
-                "best_fixed_k": base_key[2],
+                "best_fixed_k": base_key.num_speculative_tokens,
                 "over_best_fixed": rate / base_rate,
                 "over_best_fixed_low": over_low,
                 "over_best_fixed_high": over_high,
@@ -97,11 +95,6 @@ def table_rows(
             }
         )
     return rows
-
-
-def _interval(samples: Tensor) -> tuple[float, float]:
-    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
-    return low, high
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> tuple[bool, str] | None:
