@@ -14,15 +14,15 @@ import torch
 from tests import recorded_process
 from tests.recorded_process import HIDDEN, Process, chains_of, record, rule_length, run_policy
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision import ThresholdRule
+from vllm_specdecpp.decision import DraftRound, StopRule, ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
 from vllm_specdecpp.training.replay.replay import (
     Lengths,
     RecordedEstimator,
+    at,
     fixed_lengths,
     oracle_lengths,
-    run_rule,
     survivals,
     threshold_lengths,
     walk,
@@ -69,6 +69,22 @@ def lengths_of(chains: Chains, name: str, threshold: float, max_length: int) -> 
     rule, head = policy(name)
     survival = survivals(chains, RecordedEstimator(rule, chains, head), max_length)
     return threshold_lengths(chains, survival, threshold, max_length)
+
+
+def run_rule(chains: Chains, rule: StopRule, max_length: int) -> Lengths:
+    """The engine's own loop over all starts at once; the rule's estimator is a :class:`RecordedEstimator`."""
+    state = DraftRound(rule, chains.available.clamp(max=max_length))
+    stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
+    for k in range(max_length):
+        ran = state.running.bool()
+        rows = ran.nonzero().squeeze(1)  # [num_rows]
+        steps = chains.first_step[rows] + k
+        state.observe(at(steps), rows)
+        state.append(chains.token_ids[steps], rows)
+        stopped |= ran & rule.should_stop(state.survival, k)
+    lengths = state.lengths.long()
+    cut = ~stopped & (lengths == chains.available) & (lengths < max_length) & ~chains.limited
+    return Lengths(lengths, cut)
 
 
 class TestAgainstTheProcess:
@@ -148,7 +164,7 @@ class TestOneLoop:
         survival = survivals(chains, estimator, 12)
         for threshold in THRESHOLDS:
             for max_length in (1, 3, 12):
-                expected, _ = run_rule(chains, ThresholdRule(estimator, threshold), max_length)
+                expected = run_rule(chains, ThresholdRule(estimator, threshold), max_length)
                 found = threshold_lengths(chains, survival, threshold, max_length)
                 assert torch.equal(found.candidates, expected.candidates)
                 assert torch.equal(found.cut, expected.cut)

@@ -8,16 +8,13 @@ stay as they are.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
-from vllm_specdecpp.training.replay.replay import Lengths, RecordedEstimator, at
+from vllm_specdecpp.training.replay.replay import Lengths, RecordedEstimator, scores
 
 
 def cost_aware_lengths(
@@ -40,7 +37,7 @@ def cost_aware_lengths(
     lag = estimator.lag
     own = CostModel(**costs.points(), max_reqs=1, max_tokens=max_length + 1)
     rule = CostAwareRule(own, max_length, lag=lag)
-    scores = _scores(chains, estimator, max_length)  # [num_starts, max_length + 1]
+    found = scores(chains, estimator, max_length).double().numpy()  # [num_starts, max_length]
     bound = chains.available.clamp(max=max_length).tolist()
     run, ends = chains.run.tolist(), chains.prompt_starts.tolist()
     candidates, passes = (torch.zeros(chains.num_starts, dtype=torch.int64) for _ in range(2))
@@ -52,7 +49,7 @@ def cost_aware_lengths(
             round_ = rule.begin([standing])
             while round_.running[0]:
                 num_drawn = len(round_.widths)
-                round_.step(None if num_drawn < lag else scores[here, num_drawn : num_drawn + 1])
+                round_.step(None if num_drawn < lag else found[here, num_drawn : num_drawn + 1])
             length, num_passes = int(round_.lengths[0]), len(round_.widths)
             seconds = costs.draft_seconds(round_.widths), costs.verify.at(length + 1)
             accepted = min(length, run[here])
@@ -62,13 +59,3 @@ def cost_aware_lengths(
     # A round that would have ended just there counts too: the rule does not say which.
     cut = (candidates == chains.available) & (candidates < max_length) & ~chains.limited
     return Lengths(candidates, cut, passes)
-
-
-def _scores(chains: Chains, estimator: RecordedEstimator, max_length: int) -> NDArray[np.float64]:
-    """Score that the pass after k candidates gives: [num_starts, max_length + 1], NaN beyond the record."""
-    found = torch.full((chains.num_starts, max_length + 1), torch.nan)
-    for k in range(estimator.lag, max_length):
-        rows: Tensor = (chains.available > k).nonzero().squeeze(1)  # [num_rows]
-        if len(rows):
-            found[rows, k] = estimator(at(chains.first_step[rows] + k), k + 1 - estimator.lag).float()
-    return found.double().numpy()

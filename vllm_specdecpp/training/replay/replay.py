@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replays recorded rounds under any stop rule: what it would have drafted, and how long that would have taken.
 
-The rule's own code (:class:`DraftRound`) runs once over every start of the chains as one batch; walking the chains with
-the lengths that come out is arithmetic. A rule meets the recorded features of a start's steps in order, as in the
-engine, and never an outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
+Every start of the chains is scored once, by the rule's own estimator; which lengths follow, and walking the chains with
+them, is arithmetic. A rule meets the recorded features of a start's steps in order, as in the engine, and never an
+outcome; how exact that is: see :mod:`vllm_specdecpp.training.replay.chains`.
 
 Every policy emits the same tokens, so tokens per second differ by the seconds alone. Prefill is left out.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision import (
-    ConfidenceEstimator,
-    DraftRound,
-    Estimator,
-    FixedRule,
-    StepFeatures,
-    StopRule,
-    ThresholdRule,
-)
+from vllm_specdecpp.decision import ConfidenceEstimator, StepFeatures, ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.replay.chains import Chains
@@ -115,35 +108,32 @@ def at(steps: Tensor) -> StepFeatures:
     return StepFeatures(hidden_states=steps[:, None])
 
 
-def run_rule(chains: Chains, rule: StopRule, max_length: int) -> tuple[Lengths, Tensor]:
-    """The rule's own loop over all starts at once; its estimator is a :class:`RecordedEstimator`.
+def scores(chains: Chains, estimator: RecordedEstimator, max_length: int) -> Tensor:
+    """The score that the pass after k candidates gives: [num_starts, max_length] float32.
 
-    Returns:
-        Lengths, and the survival before each candidate, [num_starts, max_length] float32 (as long as a start runs).
+    NaN beyond the record, and where a lagged estimator has nothing to score yet.
     """
-    state = DraftRound(rule, chains.available.clamp(max=max_length))
-    survival = torch.ones(chains.num_starts, max_length)
-    stopped = torch.zeros(chains.num_starts, dtype=torch.bool)
-    for k in range(max_length):
-        if not state.goes_on():
-            break
-        ran = state.running.bool()
-        rows = ran.nonzero().squeeze(1)  # [num_rows]
-        steps = chains.first_step[rows] + k
-        state.observe(at(steps), rows)
-        state.append(chains.token_ids[steps], rows)
-        survival[:, k] = state.survival
-        stopped |= ran & rule.should_stop(state.survival, k)
-    return _with_cut(chains, state.lengths.long(), stopped, max_length), survival
+    found = torch.full((chains.num_starts, max_length), torch.nan)
+    for k in range(estimator.lag, max_length):
+        rows = (chains.available > k).nonzero().squeeze(1)  # [num_rows]
+        if len(rows):
+            found[rows, k] = estimator(at(chains.first_step[rows] + k), k + 1 - estimator.lag).float()
+    return found
 
 
 def survivals(chains: Chains, estimator: RecordedEstimator, max_length: int) -> Tensor:
     """Survival before each candidate if drafting never stopped: [num_starts, max_length] float32."""
-    return run_rule(chains, _NeverStop(estimator), max_length)[1]
+    passes = torch.arange(max_length)
+    scored = (passes >= estimator.lag) & (passes < chains.available[:, None])  # [num_starts, max_length]
+    # A broken score, a NaN, counts as 0, as in the engine.
+    found = scores(chains, estimator, max_length).nan_to_num(nan=0.0).clamp(0, 1)
+    factors = torch.where(scored, found, 1.0)
+    # Not cumprod, which multiplies in float64: the engine does not.
+    return torch.stack(list(itertools.accumulate(factors.unbind(1), torch.mul)), dim=1)
 
 
 def threshold_lengths(chains: Chains, survival: Tensor, threshold: float, max_length: int) -> Lengths:
-    """The paper's rule at one threshold, from survivals computed once; equals :func:`run_rule`.
+    """The paper's rule at one threshold, from survivals computed once; the tests compare it with :class:`DraftRound`.
 
     Args:
         survival: [num_starts, n] with n >= max_length, from :func:`survivals`.
@@ -220,13 +210,6 @@ def walk(chains: Chains, lengths: Lengths, costs: CostModel) -> Walk:
         seconds=total(draft[passes] + verify[candidates + 1]),
         cut=total(lengths.cut[rounds]),
     )
-
-
-class _NeverStop(FixedRule):
-    """Asks its estimator and goes on."""
-
-    def __init__(self, estimator: Estimator) -> None:
-        self.estimator, self.needs = estimator, estimator.needs
 
 
 def _with_cut(chains: Chains, lengths: Tensor, stopped: Tensor, max_length: int) -> Lengths:
