@@ -16,10 +16,10 @@ from tests.calibrate_files import HIDDEN, W_REJ, K, ids, make_dataset, make_head
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.prompts import PromptName, split_by_id
 from vllm_specdecpp.data.shards import write_shard
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import calibrate
 from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
-from vllm_specdecpp.training.fit.calibration import Calibration
 from vllm_specdecpp.training.fit.calibration_report import verdict
 
 ESTIMATORS = [
@@ -71,9 +71,9 @@ def test_w_rej_is_undone_and_the_head_judged(tmp_path: Path, lag: int) -> None:
 
     calibration = AcceptanceHead.from_pretrained(head).calibration
     assert calibration is not None
-    assert calibration["slope"] == pytest.approx(1, abs=0.15)
-    assert calibration["intercepts"] == pytest.approx([math.log(W_REJ)] * (K - lag), abs=0.35)
-    assert "30 prompts of fit" in calibration["fitted_on"]
+    assert calibration.slope == pytest.approx(1, abs=0.15)
+    assert calibration.intercepts == pytest.approx([math.log(W_REJ)] * (K - lag), abs=0.35)
+    assert "30 prompts of fit" in str(calibration.fitted_on)
     assert (head / "config.json.before").read_bytes() == before
 
     rows = {(row["set"], row["estimator"]): row for row in rows_in(head / "calibration")}
@@ -111,8 +111,10 @@ def test_the_verdict_follows_from_the_interval() -> None:
 
 
 def test_how_a_calibration_is_said() -> None:
-    assert Calibration(1.0, (-0.0002, 0.0001)).shown() == "slope 1.000, intercept 0.000 at every position"
-    assert Calibration(1.2, (-0.1, -0.0001)).shown() == "slope 1.200, intercepts by position -0.100, 0.000"
+    found = Calibration(slope=1.0, intercepts=[-0.0002, 0.0001])
+    assert found.shown() == "slope 1.000, intercept 0.000 at every position"
+    found = Calibration(slope=1.2, intercepts=[-0.1, -0.0001])
+    assert found.shown() == "slope 1.200, intercepts by position -0.100, 0.000"
 
 
 def test_the_engines_probability_is_the_calibrated_one(head: Path, fit: Path) -> None:
@@ -135,15 +137,15 @@ def test_of_the_training_data_only_validation_prompts_are_used(tmp_path: Path, h
     found = AcceptanceHead.from_pretrained(head).calibration
     assert found is not None
     num = sum(not seen(each) for each in ids("train", 80))
-    assert 0 < num < 40 and f"{num} prompts of train" in found["fitted_on"]
-    assert found["intercepts"] == pytest.approx([math.log(W_REJ)] * K, abs=0.4)
+    assert 0 < num < 40 and f"{num} prompts of train" in str(found.fitted_on)
+    assert found.intercepts == pytest.approx([math.log(W_REJ)] * K, abs=0.4)
 
     # The same prompts collected anew are training prompts too; other prompts all count.
     again = make_dataset(tmp_path / "again", ids("train", 80), seed=7, shift_of=lambda each: 5.0 if seen(each) else 0.0)
     other = make_dataset(tmp_path / "other", ids("other", 10))
     run(options(head, [again, other], force=True))
     found = AcceptanceHead.from_pretrained(head).calibration
-    assert found is not None and f"{num + 10} prompts of again, other" in found["fitted_on"]
+    assert found is not None and f"{num + 10} prompts of again, other" in str(found.fitted_on)
 
 
 def test_evaluation_on_prompts_of_the_training_is_refused(
@@ -292,7 +294,7 @@ def test_a_head_without_provenance_or_labels_takes_all_prompts(tmp_path: Path, f
     released = make_head(tmp_path / "released", draft=None, target=None)
     assert run(options(released, fit)) == 0
     found = AcceptanceHead.from_pretrained(released).calibration
-    assert found is not None and "30 prompts of fit" in found["fitted_on"]
+    assert found is not None and "30 prompts of fit" in str(found.fitted_on)
 
 
 def test_a_tuned_rule_is_called_out_of_date(tmp_path: Path, fit: Path, capsys: pytest.CaptureFixture[str]) -> None:

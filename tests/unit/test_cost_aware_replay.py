@@ -12,6 +12,7 @@ import torch
 from tests.recorded_process import HIDDEN, Process, chains_of, record
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision.cost_aware.rule import CostAwareRule, Standing
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.cost_aware import cost_aware_lengths
 from vllm_specdecpp.training.replay.replay import Lengths, fixed_lengths, oracle_lengths, walk
@@ -28,7 +29,7 @@ def make_head(lag: int) -> AcceptanceHead:
     with torch.no_grad():
         head.output.weight.zero_()
         head.output.weight[1, 0] = 1.5
-    head.calibration = {"slope": 1.0, "intercepts": [1.0, 0.3, -0.2], "fitted_on": "a test"}
+    head.calibration = Calibration(slope=1.0, intercepts=[1.0, 0.3, -0.2])
     return head
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit import calibration
 
@@ -38,7 +39,7 @@ def test_few_prompts_teach_no_intercepts() -> None:
         loose = calibration.fit_calibration(logit, accepted, position)
         found = calibration.fit_by_prompts(logit, accepted, position, prompt)
         spreads += torch.tensor([max(each.intercepts) - min(each.intercepts) for each in (found, loose)])
-        best = calibration.Calibration(0.75, (0.0,))  # the prompts' own offsets flatten the slope
+        best = Calibration(slope=0.75, intercepts=[0.0])  # the prompts' own offsets flatten the slope
         for i, each in enumerate((best, found, loose)):
             losses[i] += metrics.log_loss(each.probability(judged[0], judged[2]), judged[1])
     assert spreads[0] < 0.6 * spreads[1]

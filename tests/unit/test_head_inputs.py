@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, num_inputs
-from vllm_specdecpp.head.files import update_config
+from vllm_specdecpp.head.files import Calibration, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN, WIDTH, ROWS = 8, 5, 6
@@ -76,7 +76,7 @@ def test_the_formula(options: dict[str, Any], num_layers: int, tied: bool) -> No
 def test_round_trip(tmp_path: Path, options: dict[str, Any], num_layers: int, tied: bool) -> None:
     head = make_head(num_layers, tied, **options)
     head.metadata = {"draft": "org/small", "target": "org/large", "w_rej": 6.0, "soft": False, "rule": {"rule": "x"}}
-    head.calibration = {"slope": 0.5, "intercepts": [1.0, -2.0], "fitted_on": "a set"}
+    head.calibration = Calibration(slope=0.5, intercepts=[1.0, -2.0], fitted_on="a set")
     folder = tmp_path / "new" / "head"
     head.save_pretrained(folder)
     loaded = AcceptanceHead.from_pretrained(folder, expected_hidden_size=HIDDEN, expected_draft="org/small")
@@ -124,7 +124,7 @@ class TestCalibration:
 
     def head(self) -> AcceptanceHead:
         head = make_head()
-        head.calibration = {"slope": self.SLOPE, "intercepts": self.INTERCEPTS}
+        head.calibration = Calibration(slope=self.SLOPE, intercepts=self.INTERCEPTS)
         return head
 
     @pytest.mark.parametrize("position", [1, 2, 3, 4, 100])
@@ -134,6 +134,10 @@ class TestCalibration:
         shift = self.INTERCEPTS[min(position, 3) - 1]
         expected = torch.sigmoid(self.SLOPE * head.logit(hidden).double() + shift)
         torch.testing.assert_close(head.probability(hidden, None, position).double(), expected, atol=1e-6, rtol=1e-6)
+        each = head.calibrated(head.logit(hidden), position)
+        assert head.calibration is not None
+        positions = torch.full((len(hidden),), position)
+        torch.testing.assert_close(head.calibration.probability(head.logit(hidden), positions), each)
 
     def test_the_logit_stays_uncalibrated_and_none_removes_it(self) -> None:
         head, plain = self.head(), make_head()
@@ -255,7 +259,7 @@ class TestUpdateConfig:
         update_config(tmp_path, calibration={"slope": 1.5, "intercepts": [0.5]}, rule={"rule": "fixed"})
         loaded = AcceptanceHead.from_pretrained(tmp_path)
         assert loaded.metadata == {"draft": "d", "note": "mine", "rule": {"rule": "fixed"}}
-        assert loaded.calibration == {"slope": 1.5, "intercepts": [0.5]} and loaded.features == tuple(FEATURES)
+        assert loaded.calibration == Calibration(slope=1.5, intercepts=[0.5]) and loaded.features == tuple(FEATURES)
         update_config(tmp_path, calibration=None)
         assert AcceptanceHead.from_pretrained(tmp_path).calibration is None
         assert (tmp_path / "model.safetensors").read_bytes() == weights

@@ -15,6 +15,7 @@ from tests import recorded_process
 from tests.recorded_process import HIDDEN, Process, chains_of, record, rule_length, run_policy
 from vllm_specdecpp.costs.model import CostModel
 from vllm_specdecpp.decision import DraftRound, StopRule, ThresholdRule
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate
 from vllm_specdecpp.training.replay.replay import (
@@ -46,7 +47,7 @@ def make_head(lag: int, features: tuple[str, ...] = (), calibrated: bool = False
     with torch.no_grad():
         head.output.bias.copy_(torch.tensor([-0.7, 0.7]))
     if calibrated:
-        head.calibration = {"slope": 1.3, "intercepts": [1.5, 0.2, -0.6], "fitted_on": "a test"}
+        head.calibration = Calibration(slope=1.3, intercepts=[1.5, 0.2, -0.6])
     return head
 
 

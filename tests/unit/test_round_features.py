@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_specdecpp.decision import DraftRound, HeadEstimator, StepFeatures, ThresholdRule, encode_scalars
 from vllm_specdecpp.decision.features import SCALAR_FEATURES
 from vllm_specdecpp.decision.round import Rows
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 
 NUM_REQS, NUM_STEPS, HIDDEN = 40, 9, 3
@@ -37,7 +38,7 @@ def make_head(lag: int) -> AcceptanceHead:
     generator = torch.Generator().manual_seed(lag)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.7, generator=generator)
-    head.calibration = {"slope": 0.7, "intercepts": [2.5, 0.5, 3.0, 0.0, 2.0]}
+    head.calibration = Calibration(slope=0.7, intercepts=[2.5, 0.5, 3.0, 0.0, 2.0])
     return head.eval()
 
 

@@ -28,11 +28,38 @@ _STANDARDISATION = ("mean", "scale")
 class Calibration(BaseModel):
     """P(accepted) = sigmoid(slope * logit + intercept of the candidate's position)."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     slope: float
     intercepts: list[float] = Field(min_length=1)
     """Of position 1, 2, ...; the last one is that of all positions beyond."""
+    fitted_on: str | None = None
+    """The rows, in words."""
+
+    def probability(self, logit: Tensor, position: int | Tensor) -> Tensor:
+        """Calibrated probability.
+
+        Args:
+            logit: [num_rows] the score on the log-odds scale.
+            position: 1-based index of the candidate in its round: of all rows, or [num_rows] of each.
+
+        Returns:
+            [num_rows] in the dtype of ``logit``.
+        """
+        intercept: float | Tensor
+        if isinstance(position, Tensor):
+            table = logit.new_tensor(self.intercepts)  # [num_positions]
+            intercept = table[(position.long() - 1).clamp(0, len(table) - 1)]  # [num_rows]
+        else:  # no tensor: a CUDA graph that is captured may copy nothing from the host
+            intercept = self.intercepts[min(position, len(self.intercepts)) - 1]
+        return (self.slope * logit + intercept).sigmoid()
+
+    def shown(self) -> str:
+        """Slope and intercepts in words."""
+        texts = [f"{each + 0.0:.3f}".replace("-0.000", "0.000") for each in self.intercepts]
+        if len(set(texts)) == 1:
+            return f"slope {self.slope:.3f}, intercept {texts[0]} at every position"
+        return f"slope {self.slope:.3f}, intercepts by position {', '.join(texts)}"
 
 
 class HeadConfig(BaseModel):

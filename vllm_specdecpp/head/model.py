@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vllm_specdecpp.decision.features import check_features, num_inputs
 from vllm_specdecpp.files import write_whole
 from vllm_specdecpp.head import files as head_files
-from vllm_specdecpp.head.files import CONFIG_FILE, SAFETENSORS_FILE
+from vllm_specdecpp.head.files import CONFIG_FILE, SAFETENSORS_FILE, Calibration
 from vllm_specdecpp.provenance import model_label, shrinking
 
 
@@ -52,7 +52,7 @@ class AcceptanceHead(nn.Module):
         standardize: whether ``(hidden_state - mean) * scale`` comes first; ``mean`` and ``scale`` are buffers.
 
     Attributes:
-        calibration: ``{"slope": a, "intercepts": [b of position 1, ..., of all beyond], "fitted_on": text}``, or None.
+        calibration: what makes its logits probabilities; None: the sigmoid alone.
         metadata: the config's other keys: ``draft``, ``target``, ``w_rej``, ``soft``, ``rule``.
         dropout: of the hidden state and of the blocks' updates, in training mode only.
 
@@ -85,7 +85,7 @@ class AcceptanceHead(nn.Module):
         self.standardize = standardize
         self.metadata: dict[str, Any] = {}
         self.dropout = 0.0
-        self.calibration: dict[str, Any] | None = None
+        self.calibration: Calibration | None = None
         if standardize:
             self.register_buffer("mean", torch.zeros(hidden_size))
             self.register_buffer("scale", torch.ones(hidden_size))
@@ -133,7 +133,7 @@ class AcceptanceHead(nn.Module):
         return accepted - rejected
 
     def probability(self, hidden_states: Tensor, scalars: Tensor | None = None, position: int = 1) -> Tensor:
-        """P(accepted): sigmoid(logit), or sigmoid(slope * logit + intercept of the position) if calibrated.
+        """P(accepted): sigmoid(logit), or what the calibration makes of it.
 
         Args:
             hidden_states: [num_reqs, hidden_size].
@@ -147,10 +147,7 @@ class AcceptanceHead(nn.Module):
 
     def calibrated(self, logit: Tensor, position: int) -> Tensor:
         """:meth:`probability` of uncalibrated logits [num_reqs]."""
-        if self.calibration is not None:
-            intercepts = self.calibration["intercepts"]
-            logit = self.calibration["slope"] * logit + intercepts[min(position, len(intercepts)) - 1]
-        return logit.sigmoid()
+        return logit.sigmoid() if self.calibration is None else self.calibration.probability(logit, position)
 
     @property
     def num_parameters(self) -> int:
@@ -178,7 +175,7 @@ class AcceptanceHead(nn.Module):
         ours = {"width": self.width, "features": list(self.features), "standardize": self.standardize}
         config |= {key: value for key, value in ours.items() if value}
         config |= {} if self.lag == 1 else {"lag": self.lag}
-        config |= {} if self.calibration is None else {"calibration": self.calibration}
+        config |= {} if self.calibration is None else {"calibration": self.calibration.model_dump(exclude_none=True)}
         return config | {key: value for key, value in self.metadata.items() if key not in config}
 
     @classmethod
@@ -228,7 +225,7 @@ class AcceptanceHead(nn.Module):
             width=config.width, features=config.features, lag=config.lag, standardize=config.standardize,
         )  # fmt: skip
         head.metadata = dict(config.model_extra or {})
-        head.calibration = None if config.calibration is None else config.calibration.model_dump()
+        head.calibration = config.calibration
         for key, parameter in head.state_dict().items():
             found = tensors[key]
             if found.shape != parameter.shape:

@@ -16,10 +16,10 @@ from pydantic import Field
 from vllm_specdecpp.data.dataset import load_rows, open_datasets
 from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.files import check_free, write_whole
-from vllm_specdecpp.head.files import CONFIG_FILE, update_config
+from vllm_specdecpp.head.files import CONFIG_FILE, Calibration, update_config
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training import plots
-from vllm_specdecpp.training.fit.calibration import Calibration, shift_of
+from vllm_specdecpp.training.fit.calibration import shift_of
 from vllm_specdecpp.training.fit.calibration_report import markdown
 from vllm_specdecpp.training.fit.estimates import (
     Estimate,
@@ -130,7 +130,7 @@ def _head(options: CalibrateOptions, manifest: Manifest) -> AcceptanceHead:
     head = load_head(options.head, manifest)
     if head.calibration is not None and not options.force:
         raise ValueError(
-            f"specdecpp: head={str(options.head)!r} is calibrated already (on {head.calibration.get('fitted_on')}); "
+            f"specdecpp: head={str(options.head)!r} is calibrated already (on {head.calibration.fitted_on}); "
             "add --force to do it again"
         )
     return head
@@ -170,4 +170,4 @@ def _write_calibration(folder: Path, calibration: Calibration, fitted_on: str) -
     before = folder / BEFORE_FILE
     if not before.exists():
         write_whole(before, (folder / CONFIG_FILE).read_bytes())
-    update_config(folder, calibration=calibration.config(fitted_on))
+    update_config(folder, calibration=calibration.model_copy(update={"fitted_on": fitted_on}).model_dump())

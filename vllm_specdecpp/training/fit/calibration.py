@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.training.statistics import row_losses
 
 SLOPE_PRECISION = 1.0
@@ -45,40 +46,6 @@ MAX_LOG_ODDS = 12.0
 _GRADIENT_NORM = 1e-7  # ends a fit
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """P(accepted) = sigmoid(slope * logit + intercept of the position)."""
-
-    slope: float
-    intercepts: tuple[float, ...]
-    """Of position 1, 2, ...; the last one is that of all positions beyond."""
-
-    def probability(self, logit: Tensor, position: Tensor) -> Tensor:
-        """Calibrated probability.
-
-        Args:
-            logit: [num_rows] the score on the log-odds scale.
-            position: [num_rows] 1-based index of the candidate in its round.
-
-        Returns:
-            [num_rows] float64.
-        """
-        table = torch.tensor(self.intercepts, dtype=torch.float64)  # [num_positions]
-        index = (position.long() - 1).clamp(0, len(table) - 1)  # [num_rows]
-        return (self.slope * logit.double() + table[index]).sigmoid()
-
-    def shown(self) -> str:
-        """Slope and intercepts in words."""
-        texts = [f"{each + 0.0:.3f}".replace("-0.000", "0.000") for each in self.intercepts]
-        if len(set(texts)) == 1:
-            return f"slope {self.slope:.3f}, intercept {texts[0]} at every position"
-        return f"slope {self.slope:.3f}, intercepts by position {', '.join(texts)}"
-
-    def config(self, fitted_on: str) -> dict[str, Any]:
-        """The head config's ``calibration``."""
-        return {"slope": self.slope, "intercepts": list(self.intercepts), "fitted_on": fitted_on}
-
-
 def fit_calibration(
     logit: Tensor, accepted: Tensor, position: Tensor, *, shift: float = 0.0, strength: float = 1.0
 ) -> Calibration:
@@ -104,7 +71,7 @@ def fit_calibration(
     precision = torch.tensor([SLOPE_PRECISION, COMMON_PRECISION] + [POSITION_PRECISION] * num_positions).double()
     precision *= strength
     slope, common, *deviations = fit_logistic(inputs, accepted, prior_mean, precision, torch.ones_like(logit)).tolist()
-    return Calibration(slope, tuple(common + each for each in deviations))
+    return Calibration(slope=slope, intercepts=[common + each for each in deviations])
 
 
 def fit_by_prompts(

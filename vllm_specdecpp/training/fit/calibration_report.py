@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.provenance import command_line, git_sha, versions
-from vllm_specdecpp.training.fit.calibration import Calibration
 
 RIVALS = {
     "confidence_calibrated": "the calibrated top-1 probability, which the engine uses without a head",

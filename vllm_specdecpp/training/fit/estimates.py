@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, encode_scalars
+from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.training import statistics as metrics
-from vllm_specdecpp.training.fit.calibration import Calibration, fit_by_prompts, fit_regression, log_odds
+from vllm_specdecpp.training.fit.calibration import fit_by_prompts, fit_regression, log_odds
 from vllm_specdecpp.training.fit.fitting import score, targets
 
 if TYPE_CHECKING:
