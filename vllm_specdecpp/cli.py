@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -197,9 +197,7 @@ def _add(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:
-    """The type without its Optional, its list and its bounds, and whether it takes several values."""
-    if get_origin(annotation) is Annotated:
-        return _kind(get_args(annotation)[0])
+    """The type without its Optional and its list, and whether it takes several values."""
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [part for part in get_args(annotation) if part is not type(None)]
         return _kind(rest[0]) if len(rest) == 1 else (str, False)

@@ -22,10 +22,12 @@ from vllm_specdecpp.training.fit import calibrate
 from vllm_specdecpp.training.fit.calibrate import CalibrateOptions, run
 from vllm_specdecpp.training.fit.calibration_report import verdict
 
-ESTIMATORS = [
-    "head", "head_uncalibrated", "logit_features", "logit_features_calibrated", "confidence", "confidence_calibrated",
-    "entropy", "entropy_calibrated",
-]  # fmt: skip
+ESTIMATORS = ["head", "head_uncalibrated", "logit_features_calibrated", "confidence", "confidence_calibrated"]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "RESAMPLES", 40)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +58,6 @@ def names(prefix: str, num: int = 30) -> list[PromptName]:
 
 
 def options(head: Path, fit: Path | list[Path], *evaluate: Path, **more: Any) -> CalibrateOptions:
-    more = {"plots": False, "bootstrap": 40, **more}
     return CalibrateOptions(head=head, fit=fit if isinstance(fit, list) else [fit], evaluate=list(evaluate), **more)
 
 
@@ -85,13 +86,14 @@ def test_w_rej_is_undone_and_the_head_judged(tmp_path: Path, lag: int) -> None:
     assert ours["lag"] == lag and ours["prompts"] == 90 and "fit" in ours["fitted_on"]
     assert ours["num"] == rows["a", "head"]["num"] + rows["b", "head"]["num"]
     assert 0 < ours["accept_rate"] < 1
-    for other in ("confidence", "entropy_calibrated", "logit_features"):
+    for other in ("confidence", "logit_features_calibrated"):
         assert rows["all", other]["log_loss_over_head_low"] > 0  # the head alone knows h without noise
         assert rows["all", other]["auc_over_head_high"] < 0
     # The noise makes the raw confidence overconfident; the fitted calibration cures that.
     assert rows["all", "confidence_calibrated"]["ece"] < rows["all", "confidence"]["ece"]
     table = (head / "calibration" / "calibrate.md").read_text()
-    assert "draft → target" in table and table.count("| logit features |") == 3 and str(tmp_path) not in table
+    assert "draft → target" in table and str(tmp_path) not in table
+    assert table.count("| logit features calibrated |") == 3
     assert "By log-loss on all, the head is **better than** the calibrated top-1 probability" in table
     assert "**better than** a logistic regression on the draft's scalars" in table
     by_chance = rows["all", "head"]["ece_by_chance"]
@@ -203,7 +205,7 @@ def test_nothing_is_replaced_without_force(head: Path, fit: Path, held_out: Path
     original = (head / "config.json").read_bytes()
     run(options(head, fit, held_out))
     rows, config = (head / "calibration" / "rows.jsonl").read_bytes(), (head / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"holds rows\.jsonl, calibrate\.md already; add --force"):
+    with pytest.raises(ValueError, match=r"holds rows\.jsonl, calibrate\.md, reliability\.png already; add --force"):
         run(options(head, fit, held_out))
     with pytest.raises(ValueError, match="is calibrated already"):
         run(options(head, fit))
@@ -225,9 +227,8 @@ def test_a_set_of_accepted_candidates_only_has_no_auc(tmp_path: Path, head: Path
     assert "| - |" in (head / "calibration" / "calibrate.md").read_text()
 
 
-def test_the_plot_and_its_absence(tmp_path: Path, head: Path, fit: Path, held_out: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run(options(head, fit, held_out, plots=True, out=tmp_path / "results"))
+def test_another_folder_for_the_results(tmp_path: Path, head: Path, fit: Path, held_out: Path) -> None:
+    run(options(head, fit, held_out, out=tmp_path / "results"))
     assert sorted(file.name for file in (tmp_path / "results").iterdir()) == [
         "calibrate.md",
         "reliability.png",
@@ -243,7 +244,7 @@ def test_without_matplotlib_it_says_so_before_any_work(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(calibrate, "load_rows", lambda *args, **kwargs: pytest.fail("worked before it complained"))
     with pytest.raises(ValueError, match="plots need matplotlib"):
-        run(options(head, fit, held_out, plots=True))
+        run(options(head, fit, held_out))
 
 
 def test_a_score_that_is_no_number_leaves_the_head_as_it_was(tmp_path: Path, head: Path, fit: Path) -> None:
@@ -307,7 +308,7 @@ def test_a_tuned_rule_is_called_out_of_date(tmp_path: Path, fit: Path, capsys: p
 def test_from_the_command_line(
     tmp_path: Path, head: Path, fit: Path, held_out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["calibrate", str(head), "--fit", str(fit), "--evaluate", str(held_out), "--no-plots", "--bootstrap", "5"]
+    command = ["calibrate", str(head), "--fit", str(fit), "--evaluate", str(held_out)]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert "| head uncalibrated |" in out and "slope" in out

@@ -191,6 +191,9 @@ def test_a_head_that_was_trained_otherwise(tmp_path: Path) -> None:
     content = {"options": made.model_dump(mode="json", exclude={"data", "out", "force"})}
     (tmp_path / "provenance.json").write_text(json.dumps(content))
     assert _is_trained(made)
+    content["options"] |= {"soft": True, "patience": 5}  # which an earlier version wrote
+    (tmp_path / "provenance.json").write_text(json.dumps(content))
+    assert _is_trained(made)
     with refused("was trained with seed=0, not 1; remove it to train again, or name another --out"):
         _is_trained(made.model_copy(update={"seed": 1}))
     (tmp_path / "provenance.json").write_text("{")

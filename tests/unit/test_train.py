@@ -25,7 +25,7 @@ def options(**changes: Any) -> TrainOptions:
     """Quick settings for small data."""
     quick = {
         "data": ["d"], "out": "o", "layers": 1, "width": 0, "features": ["none"], "lr": 3e-3, "epochs": 8,
-        "batch_size": 64, "dropout": 0.0, "weight_decay": 0.0, "patience": 8,
+        "batch_size": 64, "dropout": 0.0, "weight_decay": 0.0,
     }  # fmt: skip
     return TrainOptions(**{**quick, **changes})
 
@@ -113,7 +113,7 @@ class TestLearning:
         accepted = torch.rand(num_rows, generator=generator) < p
         rows = make_rows(torch.randn(num_rows, HIDDEN, generator=generator), accepted, soft=p, entropy=entropy)
         head, history = train_head(
-            rows, rows, options(features=["entropy"], lr=1e-9, epochs=1, w_rej=w_rej, soft=True, dropout=0.0)
+            rows, rows, options(features=["entropy"], lr=1e-9, epochs=1, w_rej=w_rej, dropout=0.0)
         )
         start = history[0]
         assert (start["epoch"], start["rows"]) == (0, 0) and math.isnan(start["train_loss"])
@@ -125,18 +125,19 @@ class TestLearning:
     def test_a_head_without_scalars_keeps_its_random_start(self) -> None:
         head = AcceptanceHead(HIDDEN, 1)
         before = [parameter.clone() for parameter in head.parameters()]
-        fitting.start_at_scalars(head, planted(100), 1.0, True)
+        fitting.start_at_scalars(head, planted(100), 1.0)
         assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
 
     @pytest.mark.parametrize("w", [1.0, 3.0, 6.0])
-    def test_w_rej_shifts_the_optimum(self, w: float) -> None:
+    def test_w_rej_shifts_the_optimum(self, w: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """The optimum is p / (p + w * (1 - p)). Two states, of which one is accepted 3 times in 10, the other 9."""
         state = torch.arange(2000) % 2
         hidden = torch.nn.functional.one_hot(state, 2).float()
         accepted = torch.where(state == 0, torch.arange(2000) % 20 < 6, torch.arange(2000) % 20 < 18)
         rows = make_rows(hidden, accepted)
         # Whole-data batches: the weighted count of a small one varies.
-        settings = options(w_rej=w, layers=0, batch_size=2000, epochs=400, lr=0.05, patience=400)
+        monkeypatch.setattr(fitting, "PATIENCE", 400)
+        settings = options(w_rej=w, layers=0, batch_size=2000, epochs=400, lr=0.05)
         head, history = train_head(rows, rows, settings)
         with torch.no_grad():
             p_hat = head.probability(torch.eye(2))
@@ -144,18 +145,16 @@ class TestLearning:
         torch.testing.assert_close(p_hat, p / (p + w * (1 - p)), atol=0.01, rtol=0)
         entropy = float(torch.special.entr(torch.stack([p, 1 - p])).sum(0).mean())
         assert min(row["val_log_loss"] for row in history) == pytest.approx(entropy, abs=1e-3)  # undone
-        assert head.metadata == {"w_rej": w, "soft": True}
+        assert head.metadata == {"w_rej": w}
 
     def test_soft_labels(self) -> None:
-        """They win over the outcome where they are known, unless soft is off."""
+        """They win over the outcome where they are known."""
         hidden = torch.nn.functional.one_hot(torch.arange(1200) % 2, 2).float()
         soft = torch.where(torch.arange(1200) % 2 == 0, 0.25, math.nan)
         rows = make_rows(hidden, torch.arange(1200) % 4 < 3, soft)  # accepted: state 0 always, state 1 half the time
-        settings = {"layers": 0, "batch_size": 1200, "epochs": 400, "lr": 0.05, "patience": 400}
-        for use, expected in ((True, [0.25, 0.5]), (False, [1.0, 0.5])):
-            head, _ = train_head(rows, None, options(soft=use, **settings))
-            with torch.no_grad():
-                assert head.probability(torch.eye(2)).tolist() == pytest.approx(expected, abs=0.02)
+        head, _ = train_head(rows, None, options(layers=0, batch_size=1200, epochs=400, lr=0.05))
+        with torch.no_grad():
+            assert head.probability(torch.eye(2)).tolist() == pytest.approx([0.25, 0.5], abs=0.02)
 
     def test_tied_blocks_stay_one_matrix(self, tmp_path: Path) -> None:
         for tied, blocks in ((True, 1), (False, 3)):
@@ -222,26 +221,27 @@ class TestRegularisation:
         assert heavy.output.weight.norm() < 0.65 * light.output.weight.norm()
         assert heavy.output.bias.norm() > 0.8 * light.output.bias.norm()
 
-    def test_the_best_epoch_is_kept_and_training_ends_early(self) -> None:
+    def test_the_best_epoch_is_kept_and_training_ends_early(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Few rows with random labels: the longer, the worse on others."""
         rows, val_rows = planted(60), planted(60, 1)
         generator = torch.Generator().manual_seed(0)
         rows, val_rows = (
             replace(part, accepted=(torch.rand(60, generator=generator) < 0.5).float()) for part in (rows, val_rows)
         )
-        settings = options(epochs=200, patience=30, lr=0.02, layers=2)
+        monkeypatch.setattr(fitting, "PATIENCE", 30)
+        settings = options(epochs=200, lr=0.02, layers=2)
         head, history = train_head(rows, val_rows, settings)
         losses = [row["val_log_loss"] for row in history]
         best = losses.index(min(losses))
         assert len(history) == best + 1 + 30 < 200
         assert losses[-1] > losses[best] + 0.1
-        found = fitting.evaluate(head, val_rows, 1.0, True)
+        found = fitting.evaluate(head, val_rows, 1.0)
         assert found["log_loss"] == pytest.approx(losses[best], rel=1e-6)
         assert [row["best"] for row in history][best:] == [1] + 30 * [0]
 
     def test_without_validation_all_epochs_count(self) -> None:
-        _, history = train_head(planted(100), None, options(epochs=5, patience=1))
-        assert len(history) == 5 and history[-1]["best"] == 1 and "val_log_loss" not in history[-1]
+        _, history = train_head(planted(100), None, options(epochs=7))
+        assert len(history) == 7 and history[-1]["best"] == 1 and "val_log_loss" not in history[-1]
 
 
 class TestStandardisation:

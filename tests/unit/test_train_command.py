@@ -20,7 +20,7 @@ from vllm_specdecpp.data.prompts import split_by_id
 from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import train
-from vllm_specdecpp.training.fit.fitting import evaluate, score
+from vllm_specdecpp.training.fit.fitting import PATIENCE, evaluate, score
 from vllm_specdecpp.training.fit.held_out import name_digest, training_data
 from vllm_specdecpp.training.fit.train import TrainOptions, advice_on, run, train_head
 
@@ -30,7 +30,7 @@ ENOUGH: dict[str, Any] = {"lr": 0.02, "epochs": 20, "dropout": 0.1, "weight_deca
 """To learn a few hundred rows by heart."""
 PAPERS: dict[str, Any] = {
     "lag": 1, "width": None, "layers": 3, "tied": True, "features": ["none"], "standardize": False, "w_rej": 6.0,
-    "lr": 5e-5, "batch_size": 32, "epochs": 3, "dropout": 0.0, "weight_decay": 0.0, "warmup": 0.03,
+    "lr": 5e-5, "batch_size": 32, "epochs": 3, "dropout": 0.0, "weight_decay": 0.0,
 }  # fmt: skip
 """SpecDec++ (arXiv:2405.19715): its head, its loss and its optimiser."""
 
@@ -74,7 +74,7 @@ def options(data: Path | list[Path], out: Path, **changes: Any) -> TrainOptions:
 class TestRun:
     @pytest.mark.parametrize(
         "changes",
-        [{}, {"lag": 1}, {"width": 0}, {"width": 4, "layers": 2, "tied": False, "w_rej": 6.0, "soft": False},
+        [{}, {"lag": 1}, {"width": 0}, {"width": 4, "layers": 2, "tied": False, "w_rej": 6.0},
          {"features": ["none"]}, {"features": ["entropy"], "standardize": False, "validation": 0.0, "layers": 0}],
     )  # fmt: skip
     def test_the_engine_can_load_it(self, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class TestRun:
         assert (head.lag, head.width, head.num_layers) == (settings.lag, settings.width, settings.layers)
         assert list(head.features) == settings.resolved_features and head.standardize is settings.standardize
         assert head.tied is (settings.tied or settings.layers == 0) and not head.training
-        metadata = {"w_rej": settings.w_rej, "soft": settings.soft, "draft": "org/small", "target": "org/target"}
+        metadata = {"w_rej": settings.w_rej, "draft": "org/small", "target": "org/target"}
         assert head.metadata == metadata
         names = ["config.json", "log.csv", "model.safetensors", "provenance.json"]
         assert sorted(path.name for path in (tmp_path / "head").iterdir()) == names
@@ -108,7 +108,7 @@ class TestRun:
         assert metrics["num_rows"] == len(load_rows([data], 0)) - len(val_rows)
         best = min(float(row["val_log_loss"]) for row in log)
         assert metrics["val_log_loss"] == pytest.approx(best, rel=1e-5)
-        assert evaluate(head, val_rows, 1.0, True)["log_loss"] == pytest.approx(best, rel=1e-5)
+        assert evaluate(head, val_rows, 1.0)["log_loss"] == pytest.approx(best, rel=1e-5)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_auc"] == metrics["val_auc"]
 
     @pytest.mark.parametrize("lag", [0, 1])
@@ -210,7 +210,7 @@ class TestDefaults:
             for changes in (started, {}):
                 settings = TrainOptions(data=[Path("d")], out=Path("o"), **changes)
                 head, _ = train_head(rows(0, weight, 12_000), rows(1, weight, 3000), settings)
-                losses.append(evaluate(head, judged, 1.0, True)["log_loss"])
+                losses.append(evaluate(head, judged, 1.0)["log_loss"])
             gains.append(losses[0] - losses[1])
         assert gains[0] > 0.01 and gains[1] > -0.001
 
@@ -222,7 +222,7 @@ class TestDefaults:
         assert shown is not None
         found = cli.parse(TrainOptions, ["d", "--out", "o", *shown[0].split()], "train")
         assert {name: getattr(found, name) for name in PAPERS} == PAPERS
-        assert found.patience >= found.epochs  # no early end
+        assert found.epochs <= PATIENCE  # no early end
 
     def test_advice(self, data: Path) -> None:
         def history(best: int, last: int) -> list[dict[str, Any]]:

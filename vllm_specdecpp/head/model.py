@@ -53,7 +53,7 @@ class AcceptanceHead(nn.Module):
 
     Attributes:
         calibration: what makes its logits probabilities; None: the sigmoid alone.
-        metadata: the config's other keys: ``draft``, ``target``, ``w_rej``, ``soft``, ``rule``.
+        metadata: the config's other keys: ``draft``, ``target``, ``w_rej``, ``rule``.
         dropout: of the hidden state and of the blocks' updates, in training mode only.
 
     Raises:

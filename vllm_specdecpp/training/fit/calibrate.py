@@ -35,6 +35,9 @@ from vllm_specdecpp.training.statistics import chance_ece, reliability
 from vllm_specdecpp.training.trained_head import load_head
 
 ROWS_FILE, TABLE_FILE, PLOT_FILE = FILES = ("rows.jsonl", "calibrate.md", "reliability.png")
+RESAMPLES = 300
+"""Of the prompts, behind the 95 % intervals."""
+
 BEFORE_FILE = CONFIG_FILE + ".before"
 PLOTTED = {
     "head": "head",
@@ -64,14 +67,8 @@ class CalibrateOptions(CommandOptions):
     out: Path | None = None
     """Folder for rows.jsonl, calibrate.md and reliability.png; by default ``calibration`` in the head's folder."""
 
-    plots: bool = True
-    """Draw the reliability plot."""
-
-    bootstrap: int = Field(default=300, ge=1)
-    """Resamples of the prompts behind the 95 % intervals."""
-
     seed: int = Field(default=0, ge=0)
-    """Of the resamples."""
+    """Of the resamples of the prompts behind the 95 % intervals."""
 
     force: bool = False
     """Replace an earlier calibration and its results."""
@@ -120,8 +117,7 @@ def _check(options: CalibrateOptions) -> None:
         if options.out is not None:
             raise ValueError(f"specdecpp: out={str(options.out)!r} stays empty without --evaluate; name datasets there")
         return
-    if options.plots:
-        plots.check_installed()
+    plots.check_installed()
     check_free(options.folder, FILES, options.force)
 
 
@@ -146,22 +142,20 @@ def _report(
     evaluated_on = [folder.resolve().name for folder in options.evaluate]
     same = {"lag": head.lag, "fitted_on": fitted_on, "evaluated_on": evaluated_on}
     for name, of_set in sets.items():
-        found = judge(name, of_set, estimates, resamples=options.bootstrap, seed=options.seed)
+        found = judge(name, of_set, estimates, resamples=RESAMPLES, seed=options.seed)
         found[0]["ece_by_chance"] = chance_ece(estimates[found[0]["estimator"]](of_set), options.seed)
         rows += [{**row, **same} for row in found]
     table = markdown(rows, pair, head, calibration)
     write_whole(options.folder / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(options.folder / TABLE_FILE, table.encode())
-    if options.plots:
-        panels = {
-            name: {
-                label: reliability(estimates[estimate](of_set), of_set.rows.accepted)
-                for estimate, label in PLOTTED.items()
-            }
-            for name, of_set in sets.items()
+    panels = {
+        name: {
+            label: reliability(estimates[estimate](of_set), of_set.rows.accepted) for estimate, label in PLOTTED.items()
         }
-        title = f"Reliability on held-out prompts: {pair}, n = {len(scored.logit):,}"
-        plots.plot_reliability(panels, options.folder / PLOT_FILE, title)
+        for name, of_set in sets.items()
+    }
+    title = f"Reliability on held-out prompts: {pair}, n = {len(scored.logit):,}"
+    plots.plot_reliability(panels, options.folder / PLOT_FILE, title)
     print(table)
 
 

@@ -74,7 +74,7 @@ def fit_estimates(fit: Scored, shift: float) -> tuple[Calibration, dict[str, Est
     Raises:
         ValueError: one line: a scalar feature is no number.
     """
-    label, position = targets(fit.rows, soft=True), fit.rows.position
+    label, position = targets(fit.rows), fit.rows.position
 
     def calibrated(logit: Callable[[Scored], Tensor], shift: float = 0.0) -> tuple[Calibration, Estimate]:
         found = fit_by_prompts(logit(fit), label, position, fit.rows.prompt, shift=shift)
@@ -86,20 +86,14 @@ def fit_estimates(fit: Scored, shift: float) -> tuple[Calibration, dict[str, Est
     def confidence(scored: Scored) -> Tensor:
         return scored.rows.scalars["top1_prob"].clamp(0, 1)  # rounding may exceed 1
 
-    def entropy(scored: Scored) -> Tensor:
-        return torch.exp(-scored.rows.scalars["entropy"].clamp(min=0))
-
     regression = fit_regression(features(fit), label)
     calibration, head = calibrated(lambda scored: scored.logit, shift)
     return calibration, {
         "head": head,
         "head_uncalibrated": lambda scored: scored.logit.double().sigmoid(),
-        "logit_features": lambda scored: regression.logit(features(scored)).sigmoid(),
         "logit_features_calibrated": calibrated(lambda scored: regression.logit(features(scored)))[1],
         "confidence": confidence,
         "confidence_calibrated": calibrated(lambda scored: log_odds(confidence(scored)))[1],
-        "entropy": entropy,
-        "entropy_calibrated": calibrated(lambda scored: log_odds(entropy(scored)))[1],
     }
 
 

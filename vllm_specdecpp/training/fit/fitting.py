@@ -21,6 +21,12 @@ from vllm_specdecpp.training import statistics as metrics
 from vllm_specdecpp.training.fit.calibration import fit_regression
 from vllm_specdecpp.training.fit.train_options import TrainOptions
 
+WARMUP = 0.03
+"""Share of the steps over which the learning rate rises; then it falls as a cosine does."""
+
+PATIENCE = 5
+"""Epochs without a better validation log-loss after which training ends."""
+
 _CONSTANT = 1e-5
 """A dimension whose deviation is below this share of its mean (bfloat16 resolves 4e-3) carries nothing but rounding."""
 
@@ -52,14 +58,13 @@ def standardize(head: AcceptanceHead, hidden: Tensor) -> None:
     head.scale.copy_(torch.where(constant, 0.0, 1 / deviation))
 
 
-def targets(rows: LabelRows, soft: bool) -> Tensor:
-    """[n] float32: the soft labels where they are known and wanted, else 1 for accepted and 0 for rejected."""
-    accepted = rows.accepted.float()
-    return torch.where(rows.soft.isnan(), accepted, rows.soft.float()) if soft else accepted
+def targets(rows: LabelRows) -> Tensor:
+    """[n] float32: min(1, p/q) where it is known, else 1 for accepted and 0 for rejected."""
+    return torch.where(rows.soft.isnan(), rows.accepted.float(), rows.soft.float())
 
 
 @torch.no_grad()
-def start_at_scalars(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) -> None:
+def start_at_scalars(head: AcceptanceHead, rows: LabelRows, w_rej: float) -> None:
     """Let a head that reads scalars begin as their logistic regression, to which training adds the hidden state.
 
     The blocks start as the identity and the hidden state without a say; otherwise a few hundred steps would leave a
@@ -69,11 +74,10 @@ def start_at_scalars(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: 
         head: freshly made; changed in place.
         rows: training rows.
         w_rej: weight of the reject class.
-        soft: as in :func:`targets`.
     """
     if not head.features:
         return
-    label = targets(rows, soft).double()  # [num_rows]
+    label = targets(rows).double()  # [num_rows]
     weight = label + w_rej * (1 - label)
     found = fit_regression(encode_scalars(rows.scalars, head.features), label / weight, weights=weight)
     for block in head.blocks:
@@ -115,7 +119,7 @@ def score(head: AcceptanceHead, hidden: Tensor, columns: Mapping[str, Tensor]) -
 
 
 @torch.no_grad()
-def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) -> dict[str, float]:
+def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float) -> dict[str, float]:
     """Losses of a head in evaluation mode.
 
     Returns:
@@ -127,7 +131,7 @@ def evaluate(head: AcceptanceHead, rows: LabelRows, w_rej: float, soft: bool) ->
     logits = []
     for index in torch.arange(len(rows.hidden)).split(_EVALUATION_ROWS):
         chunk = rows.select(index)
-        logit, target = score(head, chunk.hidden, chunk.scalars), targets(chunk, soft)
+        logit, target = score(head, chunk.hidden, chunk.scalars), targets(chunk)
         logits.append(logit)
         weighted = weighted_loss(logit, target, w_rej)
         plain = weighted_loss(logit + math.log(w_rej), target, 1.0)
@@ -169,13 +173,13 @@ def fit(
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     num_steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, int(settings.warmup * num_steps), num_steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, int(WARMUP * num_steps), num_steps)
     history: list[dict[str, Any]] = []
     row: dict[str, Any]
     best: tuple[float, int, dict[str, Tensor]] | None = None  # log-loss, epoch, weights
     start = time.perf_counter()
     if val_rows is not None:
-        found = evaluate(head.eval(), val_rows, settings.w_rej, settings.soft)
+        found = evaluate(head.eval(), val_rows, settings.w_rej)
         if not math.isfinite(found["log_loss"]):
             raise ValueError("specdecpp: the validation rows hold values that are no numbers; collect them again")
         best = (found["log_loss"], 0, copy.deepcopy(head.state_dict()))
@@ -189,7 +193,7 @@ def fit(
             row |= _train(head, shuffled, optimizer, scheduler, settings, progress)
             judged = row["train_loss"]
             if math.isfinite(judged) and val_rows is not None:
-                found = evaluate(head, val_rows, settings.w_rej, settings.soft)
+                found = evaluate(head, val_rows, settings.w_rej)
                 row |= {f"val_{key}": value for key, value in found.items()}
                 judged = found["log_loss"]
             if not math.isfinite(judged):
@@ -203,7 +207,7 @@ def fit(
             history.append(row)
             progress.set_postfix({key: f"{row[key]:.4f}" for key in ("train_loss", "val_log_loss") if key in row})
             on_epoch(history)
-            if epoch - best[1] >= settings.patience:
+            if epoch - best[1] >= PATIENCE:
                 break
     if best is not None:
         head.load_state_dict(best[2])
@@ -224,7 +228,7 @@ def _train(
     head.dropout = settings.dropout
     for batch in shuffled:
         logit = score(head, batch.hidden, batch.scalars)
-        loss, weight = weighted_loss(logit, targets(batch, settings.soft), settings.w_rej)
+        loss, weight = weighted_loss(logit, targets(batch), settings.w_rej)
         optimizer.zero_grad(set_to_none=True)
         (loss / weight).backward()
         optimizer.step()

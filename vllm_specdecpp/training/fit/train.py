@@ -59,9 +59,9 @@ def train_head(
         )  # fmt: skip
         if options.standardize:
             standardize(head, rows.hidden)
-        start_at_scalars(head, rows, options.w_rej, options.soft)
+        start_at_scalars(head, rows, options.w_rej)
         history = fit(head, rows, val_rows, options, on_epoch)
-    head.metadata = {"w_rej": options.w_rej, "soft": options.soft}
+    head.metadata = {"w_rej": options.w_rej}
     return head, history
 
 
@@ -95,7 +95,7 @@ def run(options: TrainOptions) -> int:
         "num_parameters": head.num_parameters, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
     if val_rows is not None:
-        found = evaluate(head, val_rows, options.w_rej, options.soft)
+        found = evaluate(head, val_rows, options.w_rej)
         metrics |= {f"val_{key}": _rounded(value) for key, value in found.items()}
         metrics["val_log_loss_at_start"] = _rounded(history[0]["val_log_loss"])
     _write_provenance(options, manifests, metrics, prompts_of(datasets))

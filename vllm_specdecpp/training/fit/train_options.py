@@ -48,11 +48,8 @@ class TrainOptions(CommandOptions):
     w_rej: float = Field(default=1.0, gt=0)
     """Weight of the reject class in the loss; the paper's pick is 6. ``calibrate`` undoes it."""
 
-    soft: bool = True
-    """Whether min(1, p/q) is the label where it is known, instead of accepted or rejected."""
-
     lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate (AdamW)."""
+    """Peak learning rate (AdamW); it rises over the first steps, then falls as a cosine does."""
 
     weight_decay: float = Field(default=1.0, ge=0)
     """Of the matrices, not of the biases."""
@@ -61,16 +58,11 @@ class TrainOptions(CommandOptions):
     """Of the hidden state and of each block's update, in training only."""
 
     epochs: int = Field(default=15, ge=1)
-    """Passes over the data at most."""
+    """Passes over the data at most; training ends after five without a better validation log-loss, and keeps the best
+    weights."""
 
     batch_size: int = Field(default=256, ge=1)
     """Rows a step."""
-
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises; then it falls as a cosine does."""
-
-    patience: int = Field(default=5, ge=1)
-    """Epochs without a better validation log-loss after which training ends; the best weights are kept."""
 
     validation: float = Field(default=0.2, ge=0, lt=1)
     """Share of the prompts that is held out for early stopping, and for ``calibrate`` and ``tune``, which may use no

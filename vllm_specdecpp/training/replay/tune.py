@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from tqdm import tqdm
@@ -54,7 +54,12 @@ if TYPE_CHECKING:
 
 TUNED = tuple(entry.name for entry in RULES.values() if entry.threshold is not None)
 FILES = ("rows.jsonl", "tune.md", "pareto.png")
-_BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+BOUNDS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+"""Thresholds h, and upper bounds on the candidate length, that are tried."""
+
+RESAMPLES = 1000
+"""Of the prompts, behind the 95 % intervals."""
 
 
 class TuneOptions(CommandOptions):
@@ -83,19 +88,8 @@ class TuneOptions(CommandOptions):
     out: Path
     """Folder for rows.jsonl, tune.md and pareto.png."""
 
-    thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default=[round(0.05 * i, 2) for i in range(1, 20)], min_length=1
-    )
-    """Thresholds h to try, each strictly between 0 and 1."""
-
-    lengths: list[Annotated[int, Field(ge=1)]] = []
-    """Upper bounds on the candidate length to try; by default several, up to what was recorded."""
-
-    bootstrap: int = Field(default=1000, ge=1)
-    """Resamples of the prompts behind the 95 % intervals."""
-
     seed: int = 0
-    """Of the resamples."""
+    """Of the resamples of the prompts behind the 95 % intervals."""
 
     write: bool = True
     """Write the chosen rule into the head's config.json."""
@@ -135,17 +129,18 @@ def run(options: TuneOptions) -> int:
     if judged is None:
         judged = data
     recorded_length = min(data.recorded_length, judged.recorded_length)
-    bounds = _bounds(options, recorded_length)
+    # None beyond what was recorded can be replayed.
+    bounds = [bound for bound in BOUNDS if bound < recorded_length] + [recorded_length]
     choices: dict[str, Choice] = {}
     rows: list[dict[str, Any]] = []
     for rule in rules:
         its_costs = head_costs if RULES[rule].needs_head else costs
-        choices[rule] = choose(data_of[rule], its_costs, rule, head, options.thresholds, bounds)
+        choices[rule] = choose(data_of[rule], its_costs, rule, head, THRESHOLDS, bounds)
     served = None if judged is data else data
-    walks = _walks(judged, costs, head, head_costs, choices, options.thresholds, recorded_length, served)
+    walks = _walks(judged, costs, head, head_costs, choices, recorded_length, served)
     for name in [*judged.sets, ALL]:
         chosen = judged.in_sets(None if name == ALL else [name])
-        rows += table_rows(name, walks, chosen, choices, costs, options.bootstrap, options.seed)
+        rows += table_rows(name, walks, chosen, choices, costs, RESAMPLES, options.seed)
     _write_results(options, rows, markdown(rows, costs, machine, data_of, judged), datasets[0].manifest.pair)
     if head is not None and options.write:
         _write_rule(options, choices["threshold"], machine, data, datasets[: len(options.data)])
@@ -183,7 +178,6 @@ def _walks(
     head: AcceptanceHead | None,
     head_costs: CostModel,
     choices: dict[str, Choice],
-    thresholds: Sequence[float],
     max_length: int,
     served: Chains | None,
 ) -> Walks:
@@ -193,7 +187,7 @@ def _walks(
     }
     for rule, choice in choices.items():
         survival = survivals(chains, RecordedEstimator(rule, chains, head), choice.num_speculative_tokens)
-        for threshold in sorted({*thresholds, choice.threshold}):
+        for threshold in THRESHOLDS:
             lengths = threshold_lengths(chains, survival, threshold, choice.num_speculative_tokens)
             its_costs = head_costs if RULES[rule].needs_head else costs
             walks[choice._replace(threshold=threshold)] = walk(chains, lengths, its_costs)
@@ -217,17 +211,6 @@ def _head_and_rules(options: TuneOptions, manifest: Manifest) -> tuple[Acceptanc
             "add --force to replace it, or --no-write to leave it"
         )
     return head, list(TUNED)
-
-
-def _bounds(options: TuneOptions, recorded_length: int) -> list[int]:
-    """Upper bounds on the candidate length to try: none beyond what was recorded can be replayed."""
-    for length in options.lengths:
-        if length > recorded_length:
-            raise ValueError(
-                f"specdecpp: lengths={length} exceeds the {recorded_length} candidates that the rounds were recorded "
-                f"with; give at most {recorded_length}, or collect with --candidates {length}"
-            )
-    return sorted(set(options.lengths)) or [k for k in _BOUNDS if k < recorded_length] + [recorded_length]
 
 
 def _write_rule(options: TuneOptions, choice: Choice, machine: str, data: Chains, datasets: Sequence[Dataset]) -> None:
