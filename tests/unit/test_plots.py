@@ -37,8 +37,8 @@ def curve(num_rows: int, seed: int = 0) -> Reliability:
     return reliability(p, torch.bernoulli(p, generator=generator))
 
 
-def pareto_point(label: str, group: str, x: float, y: float, **more: Any) -> dict[str, Any]:
-    return {"label": label, "group": group, "discard_rate": x, "verification_rate": y, **more}
+def pareto_point(label: str | None, group: str, x: float, y: float, **more: Any) -> dict[str, Any]:
+    return {"label": label, "group": group, "emphasis": False, "discard_rate": x, "verification_rate": y, **more}
 
 
 def is_png(path: Path) -> bool:
@@ -96,30 +96,22 @@ def test_wilsons_ends_solve_the_score_equation(num: int, accepted: int) -> None:
         assert (rate - end) ** 2 == pytest.approx(z**2 * end * (1 - end) / num, abs=1e-9) or end == rate
 
 
-def test_pareto_joins_a_group_by_discard_rate_and_labels_what_matters(tmp_path: Path, drawn: list[Any]) -> None:
+def test_pareto_joins_a_group_by_discard_rate_and_marks_what_was_chosen(tmp_path: Path, drawn: list[Any]) -> None:
     points = [pareto_point(f"K={k}", "fixed K", 0.2 * k, 1 / k, emphasis=k == 3) for k in (5, 2, 1, 4, 3)]
-    points.append(pareto_point("oracle", "oracle", 0.0, 0.15))
+    points += [pareto_point(None, "oracle", 0.0, 0.15), pareto_point(None, "default", 0.1, 0.2, emphasis=True)]
     plots.plot_pareto(points, tmp_path / "p.png", "pair, n = 9")
     (axes,) = drawn[0].axes
     assert list(axes.lines[0].get_xdata()) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
-    labels = [text.get_text() for text in axes.texts]
-    assert labels == ["K=1", "K=5"]  # the oracle's group says it already
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fixed K, chosen: K=3", "oracle"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["fixed K, chosen: K=3", "oracle", "default"]
+    marked = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert marked[0] == [pytest.approx([0.6, 1 / 3])] and marked[1:] == [[], [pytest.approx([0.1, 0.2])]]
     assert "N_discarded" in axes.get_xlabel() and "N_target" in axes.get_ylabel()
     assert is_png(tmp_path / "p.png")
 
 
-def test_pareto_labels_do_not_hide_each_other(tmp_path: Path, drawn: list[Any]) -> None:
-    ends = [pareto_point("a", "one", 0.0, 1.0), pareto_point("b", "one", 1.0, 0.0)]
-    near = [pareto_point("c", "two", 0.03, 0.96), pareto_point("d", "two", 0.5, 0.5)]
-    plots.plot_pareto([*ends, *near], tmp_path / "p.png")
-    (axes,) = drawn[0].axes
-    assert [text.get_text() for text in axes.texts] == ["a", "b", "d"]
-
-
 def test_groups_differ_in_colour_and_marker(tmp_path: Path, drawn: list[Any]) -> None:
-    plots.plot_pareto([pareto_point("x", f"g{i}", i, i) for i in range(7)], tmp_path / "p.png")
+    plots.plot_pareto([pareto_point("x", f"g{i}", i, i) for i in range(7)], tmp_path / "p.png", "t")
     (axes,) = drawn[0].axes
     assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 7
 
@@ -128,4 +120,4 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install '.\[train\]'"):
-        plots.plot_pareto([pareto_point("a", "b", 1.0, 1.0)], tmp_path / "p.png")
+        plots.plot_pareto([pareto_point("a", "b", 1.0, 1.0)], tmp_path / "p.png", "t")

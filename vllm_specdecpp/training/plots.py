@@ -22,10 +22,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#777777"
 _PANELS_A_ROW = 3
 _MIN_ROWS = 10
-_RATES = ("discard_rate", "verification_rate")
-_NEAR = 0.12
-"""Labels of the Pareto plot keep this share of the axes apart."""
-
 _CHARACTERS_AN_INCH = 9  # of a title
 
 
@@ -72,17 +68,15 @@ def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path
     _save(figure, path)
 
 
-def plot_pareto(
-    points: Sequence[Mapping[str, Any]], path: Path, title: str = "Verification against discard rate"
-) -> None:
+def plot_pareto(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """The paper's plot (arXiv:2405.19715): target passes a token against discarded candidates a token.
 
-    Lower left is better. The points of a group are joined in the order of their discard rate. The legend says the
-    labels of those with ``emphasis``; beside the first and last point of a group goes theirs, unless one is near.
+    Lower left is better. The points of a group are joined in the order of their discard rate; those with ``emphasis``
+    have a larger mark, and the legend says their labels.
 
     Args:
-        points: mappings with ``label``, ``group``, ``discard_rate`` (N_discarded / N), ``verification_rate``
-            (N_target / N) and, if wanted, ``emphasis`` (bool: a larger mark, for a chosen setting).
+        points: mappings with ``group``, ``label`` (None: the group's name says it), ``emphasis`` (bool: chosen),
+            ``discard_rate`` (N_discarded / N) and ``verification_rate`` (N_target / N).
         path: of the PNG.
         title: names the pair and the number of tokens.
 
@@ -90,39 +84,24 @@ def plot_pareto(
         ValueError: one line: matplotlib is not installed.
     """
     figure, [[axes]] = _figure((7.6, 5.4), title)
-    reach = [max(p[key] for p in points) - min(p[key] for p in points) or 1.0 for key in _RATES]
-    labelled: list[tuple[float, float]] = []
     for i, (group, members) in enumerate(_groups(points).items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         members = sorted(members, key=lambda point: (point["discard_rate"], -point["verification_rate"]))
-        x = [point["discard_rate"] for point in members]
-        y = [point["verification_rate"] for point in members]
-        chosen = [str(p["label"]) for p in members if p.get("emphasis") and str(p["label"]) != group]
-        name = f"{group}, chosen: {', '.join(chosen)}" if chosen else group
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, zorder=2)
-        for j, point in enumerate(members):
-            if point.get("emphasis"):
-                axes.scatter(
-                    x[j], y[j], s=150, marker=marker, color=colour, edgecolors="black", linewidths=1.4, zorder=4
-                )
-            if j == 0:
-                place = {"xytext": (-8, 0), "ha": "right", "va": "center"}
-            elif j == len(members) - 1:
-                place = {"xytext": (8, 0), "ha": "left", "va": "center"}
-            else:
-                continue
-            near = any(math.hypot((x[j] - a) / reach[0], (y[j] - b) / reach[1]) < _NEAR for a, b in labelled)
-            if str(point["label"]) != group and not near:
-                labelled.append((x[j], y[j]))
-                axes.annotate(
-                    str(point["label"]), (x[j], y[j]), textcoords="offset points", fontsize=9, color=colour,
-                    path_effects=[_halo()], zorder=5, **place,
-                )  # fmt: skip
+        chosen = [point for point in members if point["emphasis"]]
+        labels = ", ".join(point["label"] for point in chosen if point["label"])
+        name = f"{group}, chosen: {labels}" if labels else group
+        axes.plot(*_rates(members), markersize=5, linewidth=1.6, label=name, zorder=2, **style)
+        axes.scatter(*_rates(chosen), s=150, edgecolors="black", linewidths=1.4, zorder=4, **style)
     axes.set_xlabel("discard rate: rejected or unused candidates a token (N_discarded / N)")
     axes.set_ylabel("verification rate: target passes a token (N_target / N)")
     axes.margins(x=0.1, y=0.1)
     axes.legend(fontsize=9, loc="upper right", title="lower left is better", title_fontsize=9)
     _save(figure, path)
+
+
+def _rates(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """x and y of the points in the Pareto plot."""
+    return [point["discard_rate"] for point in points], [point["verification_rate"] for point in points]
 
 
 def _reliability_line(axes: Any, curve: Reliability, *, first: bool, color: str, marker: str) -> Any:

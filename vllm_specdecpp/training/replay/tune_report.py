@@ -188,7 +188,7 @@ def pareto_points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         points.append(
             {
                 "group": "fixed K" if row["policy"] == "fixed" else row["policy"],
-                "label": row["policy"] if untuned else label,
+                "label": None if untuned else label,
                 "emphasis": row["chosen"] or (untuned and row["policy"] != "oracle"),
                 "discard_rate": row["discard_rate"],
                 "verification_rate": row["verification_rate"],
