@@ -59,7 +59,7 @@ test: $(STAMP)
 # A process each: what interprets Triton's kernels, and what watches them, is patched in for the whole process.
 test-v2: $(STAMP)
 	@$(PYTEST) $(QUICK) tests/v2 $(ARGS) $(MAY_BE_EMPTY)
-	@$(PYTEST) --dist load $(QUICK) tests/v2/kernels $(ARGS) $(MAY_BE_EMPTY)
+	@$(PYTEST) --dist worksteal $(QUICK) tests/v2/kernels $(ARGS) $(MAY_BE_EMPTY)
 
 # vLLM 0.33 on 0.32's CPU kernels, in an environment of its own.
 test-v033: $(STAMP)
