@@ -14,7 +14,7 @@ def main() -> None:
     target, draft = sys.argv[1:3] if len(sys.argv) > 2 else ("Qwen/Qwen2.5-Coder-1.5B-Instruct", None)
     # Without "model" the draft comes from the table of known pairs.
     speculative_config = {"method": "specdecpp"} | ({"model": draft} if draft else {})
-    print("loading and timing both models: some minutes at the first start on a CPU, less at the next ones", flush=True)
+    print("loading and timing both models: about a minute at the first start on a CPU, then less", flush=True)
     # A KV cache of a given size: on CPUs vLLM would want 92 % of the memory free.
     llm = LLM(
         model=target,

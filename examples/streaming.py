@@ -2,7 +2,7 @@
 """Stream an answer from a specdecpp server. Start the server first, in another terminal:
 
     vllm serve Qwen/Qwen2.5-Coder-1.5B-Instruct --speculative-config specdecpp --max-model-len 1024 \
-        --dtype bfloat16 --kv-cache-memory-bytes 1073741824    # the last option on a CPU
+        --dtype bfloat16 --kv-cache-memory-bytes 1073741824    # the last two options on a CPU
     python examples/streaming.py [http://localhost:8000/v1]
 
 Each round's accepted tokens arrive together.

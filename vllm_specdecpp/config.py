@@ -46,12 +46,13 @@ class SpecDecPPConfig(BaseModel):
     """Branch, tag or commit of the head's hub repository."""
 
     rule: str | None = None
-    """Stop rule; by default ``cost_aware``, which weighs each candidate against its measured time. With a ``threshold``
-    or a ``min_speculative_tokens`` given: ``threshold`` (the paper's) if there is a head, else ``confidence``."""
+    """Stop rule; by default ``cost_aware``, which weighs each candidate against its measured time. With a
+    ``threshold``, or a ``min_speculative_tokens`` above 1: ``threshold`` (the paper's) if there is a head, else
+    ``confidence``."""
 
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """h, of the rules ``threshold``, ``confidence`` and ``entropy``: drafting stops once the estimated probability that
-    some candidate is rejected, 1 - survival, exceeds it."""
+    some candidate is rejected, 1 - survival, exceeds it. Strictly between 0 and 1."""
 
     sources: list[str] | None = None
     """Where candidates come from: ``draft_model``, and ``suffix``: what followed the last time that the request's last
@@ -65,7 +66,8 @@ class SpecDecPPConfig(BaseModel):
     One request's timing then tells of another's text: leave it off where users must not learn of each other."""
 
     num_speculative_tokens: int = Field(default=20, ge=1, le=128)
-    """Upper bound on the candidate length K (vLLM's name for it). On GPUs the default is 10 or less (`docs/gpu.md`)."""
+    """Upper bound on the candidate length K (vLLM's name for it), 1 to 128. On GPUs the default is 10 or less
+    (`docs/gpu.md`)."""
 
     min_speculative_tokens: int = Field(default=1, ge=1)
     """Candidates a round has at least; only an end-of-sequence token or the request's own limits go below it. Not for
