@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,7 +198,6 @@ def test_specialisation_of_every_prompt_is_warmed(tiny):
 
     _, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=K, kernels=True)
     buffers = speculator.input_buffers
-    speculator.runner = SimpleNamespace(input_buffers=buffers)
     warmed: set[Any] = set()
     met: set[Any] = set()
     with specialisations(warmed, run=True):

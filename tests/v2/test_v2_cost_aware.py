@@ -14,6 +14,7 @@ from tests.v2.cost_rounds import MAX_LENGTH, ScriptedPlay, late_copies, scripted
 from tests.v2.oracle import Stops
 from tests.v2.play import Play
 from tests.v2.run_rounds import RunsPlay, with_runs
+from vllm_specdecpp.engine.shared import cost_aware as shared
 from vllm_specdecpp.engine.v2 import cost_aware as v2_cost_aware
 
 
@@ -79,6 +80,33 @@ def test_until_its_costs_are_known_it_drafts_as_far_as_it_may(tiny):
     speculator.cost_aware = None
     lengths = Play(speculator, config, Stops(2.0), seed=8).run(num_steps=6)
     assert max(lengths) == MAX_LENGTH
+
+
+@pytest.mark.parametrize("fails", ["begin", "finish"])
+def test_a_rule_that_fails_ends_drafting_and_nothing_else(tiny, monkeypatch, fails):
+    config, speculator, rule = scripted(tiny, seed=5)
+    costs, errors = speculator.cost_aware, []
+    monkeypatch.setattr(shared.logger, "exception", lambda *said: errors.append(said))
+    begin_round = costs.begin_round
+
+    def planned(names: list[str], *args: Any) -> Any:
+        num, plan = len(rule.plans), begin_round(names, *args)
+        if len(rule.plans) == num:
+            rule.plans.append(dict.fromkeys(names, 0))
+        return plan
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    costs.begin_round = planned
+    play = ScriptedPlay(speculator, config, seed=15)
+    assert any(play.run(num_steps=12)) and not errors
+    setattr(rule, fails, fail)
+    num, left_out = len(play.lengths), play.num_left_out
+    play.run(num_steps=14)
+    assert len(errors) == 1 and costs.has_failed
+    # The outcome that it fails on comes with the next step.
+    assert not any(play.lengths[num + 4 :]) and play.num_left_out >= left_out + 8
 
 
 def test_another_rule_and_back(tiny):

@@ -145,6 +145,7 @@ class SpecDecPPWorkerMixin:
         NCCL ends a communicator only when no graph that uses it is left.
         """
         runner = getattr(self, "model_runner", None)
+        drafter: Any
         for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
             if getattr(drafter, "cost_aware", None) is not None:
                 drafter.cost_aware.save()

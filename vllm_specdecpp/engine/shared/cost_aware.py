@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -34,6 +35,8 @@ SAVE_EVERY = 1000
 
 class CostAwareDrafting:
     """Begins rounds under the cost-aware rule, and tells it what became of them.
+
+    An exception of the rule's own, which is a bug of ours, does not end the engine: from then on nobody drafts.
 
     Args:
         rule: None on ranks that follow rank 0.
@@ -64,6 +67,25 @@ class CostAwareDrafting:
         self._behind: Callable[[int, Sequence[int]], list[Run]] | None = None  # row, candidates -> runs that go on
         self._search_seconds = 0.0  # of one request, in this round
         self._is_filled = False
+        self.has_failed = False
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Around what the rule does on the host: after an exception its state is nothing to go on with."""
+        try:
+            yield
+        except Exception:
+            self.has_failed = True
+            logger.exception(
+                "specdecpp: the rule has failed: nothing is drafted until the next start, and nothing is kept of what "
+                "was learnt. This is a bug: please report what follows"
+            )
+
+    def _idle(self, batch: Sequence[Standing]) -> CostAwareRound:
+        """A round in which nobody drafts."""
+        assert self.rule is not None
+        limits = np.zeros(len(batch), dtype=np.int64)
+        return CostAwareRound(self.rule, [s.request_id for s in batch], limits, limits > 0, 0.0)
 
     def begin(
         self,
@@ -83,14 +105,20 @@ class CostAwareDrafting:
             tokens: index in the batch -> the request's tokens so far; None: no runs in this round.
         """
         if self.rule is not None:
-            if self._round is not None:
-                self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
-            self._behind = None if tokens is None else self._finder(batch, tokens, stop_token_ids)
-            started = time.perf_counter()
-            runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
-            self._search_seconds = (time.perf_counter() - started) / max(sum(s.limit > 0 for s in batch), 1)
-            self._round, self._is_filled = self.rule.begin(batch, runs), False
-            self._round.load(self.tail.params)
+            round_ = self._idle(batch)
+            if not self.has_failed:
+                with self._guarded():
+                    if self._round is not None:
+                        self.finish(self._round, self._step, outcomes, len(batch), since_last_seconds)
+                    self._behind = None if tokens is None else self._finder(batch, tokens, stop_token_ids)
+                    started = time.perf_counter()
+                    runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
+                    self._search_seconds = (time.perf_counter() - started) / max(sum(s.limit > 0 for s in batch), 1)
+                    round_ = self.rule.begin(batch, runs)
+            if self.has_failed:
+                self._behind = None
+            self._round, self._is_filled = round_, False
+            round_.load(self.tail.params)
         self.share_params()
         longest = torch.tensor([s.limit for s in batch], dtype=torch.int32, device=self._device)  # [num_reqs]
         self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
@@ -136,13 +164,14 @@ class CostAwareDrafting:
         assert state is not None
         ends = torch.zeros_like(state.running)
         if self._round is not None and self._behind is not None:
-            running = state.running.nonzero().squeeze(1).tolist()
-            num, step = len(running), self._round.rule.costs.step
-            if num * self._search_seconds <= MOST_SEARCHING * step.at(num):
-                survival, accept = (x.tolist() for x in self.tail.standing(state.survival, state.num_drawn))
-                for row in running:
-                    runs = self._behind(row, drawn[row])
-                    ends[row] = self._round.outrun(row, runs, survival[row], accept[row], num)
+            with self._guarded():
+                running = state.running.nonzero().squeeze(1).tolist()
+                num, step = len(running), self._round.rule.costs.step
+                if num * self._search_seconds <= MOST_SEARCHING * step.at(num):
+                    survival, accept = (x.tolist() for x in self.tail.standing(state.survival, state.num_drawn))
+                    for row in running:
+                        runs = self._behind(row, drawn[row])
+                        ends[row] = self._round.outrun(row, runs, survival[row], accept[row], num)
         state.running.masked_fill_(self._agree(ends) > 0, 0)
 
     def follow(self, drafted: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -154,11 +183,12 @@ class CostAwareDrafting:
         if self._round is not None and self._behind is not None:
             self._fill()
             round_, drafts = self._round, self._round.drafts.tolist()
-            rows = len(drafts) + int(round_.submitted.sum())
-            if sum(drafts) * self._search_seconds <= MOST_SEARCHING * round_.rule.costs.verify.at(rows):
-                assert self._state is not None
-                runs = [self._behind(row, mine) if drafts[row] else [] for row, mine in enumerate(drafted)]
-                round_.follow(runs, self.tail.reach(self._state.lengths[: len(drafts)]).double().cpu().numpy())
+            with self._guarded():
+                rows = len(drafts) + int(round_.submitted.sum())
+                if sum(drafts) * self._search_seconds <= MOST_SEARCHING * round_.rule.costs.verify.at(rows):
+                    assert self._state is not None
+                    runs = [self._behind(row, mine) if drafts[row] else [] for row, mine in enumerate(drafted)]
+                    round_.follow(runs, self.tail.reach(self._state.lengths[: len(drafts)]).double().cpu().numpy())
         return self.free_runs(len(drafted))
 
     def free_runs(self, num_reqs: int) -> list[list[int]]:
@@ -245,7 +275,7 @@ class CostAwareDrafting:
 
     def save(self) -> None:
         """Keep the costs for the next start; those of single passes alone are measured anew."""
-        if self.rule is not None and self.file is not None and self._overheads is None:
+        if self.rule is not None and self.file is not None and self._overheads is None and not self.has_failed:
             self.file.save(self.rule.costs.points(lasting=True), self.rule.state())
 
     def counts(self) -> dict[tuple[str, str], float]:

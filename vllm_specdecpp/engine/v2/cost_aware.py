@@ -154,13 +154,17 @@ class DeviceCostAware(CostAwareDrafting):
                 share = self.rule.costs.first.at(len(behind)) / sum(num > 0 for num in behind)
                 apart = [share if num else 0.0 for num in behind]
             rows = zip(request_ids, max_lengths, room, unread, emitted, apart, constrained, strict=True)
-            round_ = self.rule.begin(list(map(Standing._make, rows)), () if self.runs is None else None)
+            batch = list(map(Standing._make, rows))
+            round_ = self._idle(batch)
+            if not self.has_failed:
+                with self._guarded():
+                    round_ = self.rule.begin(batch, () if self.runs is None else None)
             drafts = round_.drafts.nonzero()[0].tolist()
             longest = max(round_.limits[drafts].tolist(), default=0)
             self._drafting = bool(longest)
             plan = Plan(longest, tuple(drafts), reads=self._drafting)
             round_.load(self.tail.params)
-            self._last = _Begun(round_, self._start, runs=self.runs)
+            self._last = None if self.has_failed else _Begun(round_, self._start, runs=self.runs)
         self.share_params()
         return plan
 
@@ -175,7 +179,9 @@ class DeviceCostAware(CostAwareDrafting):
         if self.rule is None:
             return
         last = self._last
-        assert last is not None
+        if last is None:
+            assert self.has_failed
+            return
         last.read, last.end = read, self._clock.mark()
         last.report = HostCopy(self.tail.report(lengths[:num_reqs], *(() if last.runs is None else last.runs.report())))
 
@@ -195,6 +201,14 @@ class DeviceCostAware(CostAwareDrafting):
         was_prefilling: Sequence[bool],
     ) -> None:  # fmt: skip
         """A round and the step that verified it are over; arguments as in :meth:`verified`."""
+        if not self.has_failed:
+            with self._guarded():
+                self._learn(outcomes, begun, next_start, request_ids, was_prefilling)
+
+    def _learn(
+        self, outcomes: torch.Tensor, begun: _Begun, next_start: Any, request_ids: Sequence[str],
+        was_prefilling: Sequence[bool],
+    ) -> None:  # fmt: skip
         assert self.rule is not None and begun.report is not None
         round_, num_reqs = begun.round_, len(begun.round_.request_ids)
         packed = begun.report.tensor.numpy()

@@ -59,7 +59,7 @@ class DraftPasses(Drafter, StandaloneARSpeculator):
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         last_sampled = torch.zeros(self.max_num_reqs, 1, dtype=torch.int64, device=self.device)
         for power in range(2, 10):
-            batch = InputBatch.make_dummy(1, min(2**power - 2, self.max_num_tokens), self.runner.input_buffers)
+            batch = InputBatch.make_dummy(1, min(2**power - 2, self.max_num_tokens), self.input_buffers)
             prepare_prefill_inputs(
                 self.input_buffers, batch, last_sampled, none, self.expanded_input_ids, self.expanded_positions,
                 self.last_token_indices, self.max_num_reqs, self.max_model_len,
