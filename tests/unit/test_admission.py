@@ -218,7 +218,7 @@ class TestReading:
         made.records.mean, made.records.looks = 0.8, 500.0
         made.lengths.restore({"mean": 300.0, "weight": 64.0})
         behind = dict(zip("abcdefgh", (900, 150, 150, 150, 150, 0, 0, 700), strict=True))
-        drafting = []
+        drafting: list[set[str]] = []
         while not drafting or drafting[-1] != set(behind):
             admitted = made.plan([standing(n, behind=count) for n, count in behind.items()], model, money)
             drafting.append({n for n, drafts in zip(behind, admitted.drafts, strict=True) if drafts})
