@@ -89,6 +89,7 @@ def _chosen(args: Any) -> tuple[Any, Any]:
         ({}, {"use_mla": True}, (False, None)),
         ({}, {"is_hybrid": True, "attention_backend": "TRITON_ATTN"}, (False, None)),
         ({}, {"attention_chunk_size": 8192}, (False, None)),
+        ({}, {"speculative_config": {"draft_sample_method": "probabilistic"}}, (False, None)),
         ({}, {"attention_backend": "FLASHINFER"}, (False, None)),
         ({}, {"attention_config": SimpleNamespace(backend=None, flash_attn_version=2)}, (False, None)),
         ({}, {"attention_config": SimpleNamespace(backend=SimpleNamespace(name="FLASH_ATTN"), flash_attn_version=3)},

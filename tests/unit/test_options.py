@@ -232,6 +232,10 @@ def test_adaptive_verification_needs_estimates(no_hub, choose):
     choose("1")
     with pytest.raises(ValueError, match="^specdecpp: enable_adaptive_verification=True.*rule='fixed'"):
         options.expand(_args(speculative_config=_ours(rule="fixed", enable_adaptive_verification=True)))
+    with pytest.raises(ValueError, match="^specdecpp: enable_adaptive_verification=True.*'probabilistic'.*leave one"):
+        options.expand(_args(speculative_config=_ours(
+            draft_sample_method="probabilistic", enable_adaptive_verification=True
+        )))  # fmt: skip
     args = _args(speculative_config=_ours(enable_adaptive_verification=True))
     assert options.expand(args) is not None
     assert args.speculative_config["enable_adaptive_verification"] is True

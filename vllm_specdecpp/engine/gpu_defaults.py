@@ -33,6 +33,20 @@ _HOPPER = 9
 """Major compute capability on which vLLM's default attention backend, FlashAttention 3, replays any mix of lengths."""
 
 
+SAMPLED = (
+    "draft_sample_method='probabilistic': which candidates are verified would depend on those that were drawn, so "
+    "outputs would no longer be the target's"
+)
+"""Why there is no adaptive verification. Rows go to the candidates of a batch by chances, which are estimated once the
+draft model has read the candidates before: so whether Y_j gets one may depend on Y_j, by what is drafted behind it.
+Where each Y_j is the likeliest token it is a function of the past, and so are the chances."""
+
+
+def samples_drafts(speculative_config: Mapping[str, Any]) -> bool:
+    """Whether drafts are drawn, and not each one's likeliest token."""
+    return speculative_config.get("draft_sample_method") == "probabilistic"
+
+
 def on_gpu() -> bool:
     """Whether this is about an NVIDIA GPU."""
     from vllm.platforms import current_platform
@@ -69,7 +83,7 @@ def default_length(args: Any, user: Mapping[str, Any]) -> int:
         vocab_size=model.get_vocab_size(),
         dtype=model.head_dtype,
         max_num_batched_tokens=args.max_num_batched_tokens or max(tokens.values()),
-        keeps_draft_logits=user.get("draft_sample_method") == "probabilistic",
+        keeps_draft_logits=samples_drafts(user),
         ranks=args.tensor_parallel_size,
     )
     length = longest_that_fits(memory, int(LOGITS_SHARE * memory_room(args)))
@@ -85,19 +99,20 @@ def why_not_adaptive(args: Any, config: SpecDecPPConfig) -> str | None:
         return "rule='fixed' makes no estimates"
     if args.enable_lora:
         return "LoRA adapters"
-    model = args.create_model_config()
-    if model.use_mla or model.is_hybrid or model.attention_chunk_size is not None:
-        return f"the attention layers of {args.model}"
+    if samples_drafts(args.speculative_config):
+        return SAMPLED
     attention = args.attention_config
     backend = args.attention_backend or attention.backend or "auto"
     name = str(getattr(backend, "name", backend)).upper()
-    if name == "TRITON_ATTN":
-        return None
-    capability = current_platform.get_device_capability()
-    if capability is None or capability.major != _HOPPER:
-        return f"no attention backend for this GPU (compute capability {capability}) is known to replay mixed lengths"
-    if name not in ("AUTO", "FLASH_ATTN") or attention.flash_attn_version not in (None, 3):
-        return f"attention backend {name}, version {attention.flash_attn_version}"
+    if name != "TRITON_ATTN":
+        capability = current_platform.get_device_capability()
+        if capability is None or capability.major != _HOPPER:
+            return f"no attention backend of compute capability {capability} is known to replay mixed lengths"
+        if name not in ("AUTO", "FLASH_ATTN") or attention.flash_attn_version not in (None, 3):
+            return f"attention backend {name}, version {attention.flash_attn_version}"
+    model = args.create_model_config()
+    if model.use_mla or model.is_hybrid or model.attention_chunk_size is not None:
+        return f"the attention layers of {args.model}"
     return None
 
 

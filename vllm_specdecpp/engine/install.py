@@ -146,13 +146,15 @@ class SpecDecPPWorkerMixin:
         """
         runner = getattr(self, "model_runner", None)
         drafter: Any
-        for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
-            if getattr(drafter, "cost_aware", None) is not None:
-                drafter.cost_aware.save()
-            if getattr(drafter, "graphs", None) is not None:
-                drafter.drop_graphs("the engine has shut down")
-        del runner, drafter
-        super().shutdown()  # type: ignore[misc]
+        try:
+            for drafter in (getattr(runner, "drafter", None), getattr(runner, "speculator", None)):
+                if getattr(drafter, "cost_aware", None) is not None:
+                    drafter.cost_aware.save()
+                if getattr(drafter, "graphs", None) is not None:
+                    drafter.drop_graphs("the engine has shut down")
+        finally:
+            del runner, drafter
+            super().shutdown()  # type: ignore[misc]
 
     def _start_recording(self) -> None:
         """Record rounds from now on, on rank 0 alone: every rank sees the same numbers."""

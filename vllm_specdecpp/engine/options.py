@@ -171,6 +171,10 @@ def _select_model_runner(args: Any, user: Mapping[str, Any], config: SpecDecPPCo
             "specdecpp: enable_adaptive_verification=True sizes the verification by the rule's estimates, and "
             "rule='fixed' makes none; choose another rule"
         )
+    if user.get("enable_adaptive_verification") and gpu_defaults.samples_drafts(user):
+        raise ValueError(
+            f"specdecpp: enable_adaptive_verification=True cannot be used with {gpu_defaults.SAMPLED}; leave one out"
+        )
     if only_v1 is not None and wanted is None and HAS_TRITON:
         # Without Triton vLLM runs V1 anyway, and other engines of this process keep their choice.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # worker processes inherit it

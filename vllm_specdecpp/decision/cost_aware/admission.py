@@ -31,7 +31,7 @@ _SHARE = 4.0
 """A request's record tells as much of the next candidate as so many times the last score: 3.8 and 4.7 where it was
 fitted (recorded rounds at temperature 0, the record shrunk by 6 and by 12 looks), and more of later candidates."""
 _MOST_READING = 4.0
-"""Times of a round without drafting that one round spends on reading for several requests, however well they pay."""
+"""Times of a round without drafting that are spent on reading before another request is put off to the next round."""
 _FIT_MEMORY = 64.0
 """Rounds that the correction remembers."""
 
@@ -186,6 +186,7 @@ class Admission:
             out.drafts[index[chosen]] = True
             out.expected, out.price, out.baseline = rate / correction, rate, rate
         rate_hoped, length, new = 0.0, 0, chosen[:0]
+        tried = new
         if hopes and (not out.expected or len(chosen) < len(mine)):
             others = np.ones(len(mine), dtype=np.bool_)
             others[chosen] = not out.expected
@@ -205,20 +206,21 @@ class Admission:
                 lost = seconds - (base_tokens + float((accepted - tokens[everyone]).sum())) / out.price
                 out.trial = purse.affords(lost)
                 if out.trial:
-                    out.staked = purse.stake(lost)
+                    out.staked, tried = purse.stake(lost), new
                     out.drafts[index[everyone]] = True
                     if not out.expected:  # the stop rule hopes as well
                         out.price *= float((mean[new] / hoped[new]).mean())
                 new = new[: len(new) // 2]  # half of them cost less
         self.price = out.price
         if reads:
-            # The cheapest first; one is read in any case, and the others wait for the next rounds.
-            order = np.flatnonzero(out.drafts[index])
-            order = order[debts[order].argsort(kind="stable")]
-            reading = debts[order].cumsum()
-            late = (reading > _MOST_READING * costs.verify.at(num_reqs)) & (reading > debts[order])
-            if late.any():
-                out.drafts[index[order[late]]], out.expected = False, 0.0  # the formula has said nothing of these few
+            # In the batch's order, so that everybody's turn comes; who is read for makes others late, not itself.
+            drafting = np.flatnonzero(out.drafts[index])
+            before = debts[drafting].cumsum() - debts[drafting]
+            late = drafting[(debts[drafting] > 0) & (before > _MOST_READING * costs.verify.at(num_reqs))]
+            if len(late):
+                out.drafts[index[late]] = False
+                out.expected, out.baseline = 0.0, off_rate  # the formula has said nothing of those that are left
+                out.trial &= bool(out.drafts[index[tried]].any())
             out.reading = float(debts[out.drafts[index]].sum())
         return out
 

@@ -74,6 +74,8 @@ class CostAwareDrafting:
         """Around what the rule does on the host: after an exception its state is nothing to go on with."""
         try:
             yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # not the rule's
         except Exception:
             self.has_failed = True
             logger.exception(
@@ -86,6 +88,13 @@ class CostAwareDrafting:
         assert self.rule is not None
         limits = np.zeros(len(batch), dtype=np.int64)
         return CostAwareRound(self.rule, [s.request_id for s in batch], limits, limits > 0, 0.0)
+
+    def _load(self, round_: CostAwareRound) -> None:
+        """Bring what the round is decided by to the tail; of a rule that has failed nothing but limits of 0."""
+        if self.has_failed:
+            self.tail.params.packed.zero_()
+        else:
+            round_.load(self.tail.params)
 
     def begin(
         self,
@@ -118,7 +127,7 @@ class CostAwareDrafting:
             if self.has_failed:
                 self._behind = None
             self._round, self._is_filled = round_, False
-            round_.load(self.tail.params)
+            self._load(round_)
         self.share_params()
         longest = torch.tensor([s.limit for s in batch], dtype=torch.int32, device=self._device)  # [num_reqs]
         self._state = DraftRound(self.tail, longest, stop_token_ids=stop_token_ids, agree=self._agree)
@@ -163,7 +172,7 @@ class CostAwareDrafting:
         state = self._state
         assert state is not None
         ends = torch.zeros_like(state.running)
-        if self._round is not None and self._behind is not None:
+        if self._round is not None and self._behind is not None and not self.has_failed:
             with self._guarded():
                 running = state.running.nonzero().squeeze(1).tolist()
                 num, step = len(running), self._round.rule.costs.step
@@ -180,7 +189,7 @@ class CostAwareDrafting:
         Args:
             drafted: [num_reqs] candidates of the draft model.
         """
-        if self._round is not None and self._behind is not None:
+        if self._round is not None and self._behind is not None and not self.has_failed:
             self._fill()
             round_, drafts = self._round, self._round.drafts.tolist()
             with self._guarded():
@@ -306,12 +315,13 @@ class CostAwareDrafting:
             ``admission``: ``rho``, the tokens that a second of drafting must bring; ``speedup`` over no drafting, as
             last expected; mean ``acceptance`` and the number of ``looks`` that it rests on; ``correction``, how much
             faster drafting was than expected; ``purse_seconds``, the balance of the purse.
-            ``costs``: curve -> width -> seconds.
+            ``costs``: curve -> width -> seconds. ``has_failed``: an exception has ended drafting.
         """
         if self.rule is None:
             return {}
         acceptance, admission = self.rule.acceptance, self.rule.admission
         return {
+            "has_failed": self.has_failed,
             "calibration": {
                 "slope": acceptance.this.slope,
                 "intercepts": acceptance.this.intercepts.tolist(),

@@ -57,6 +57,8 @@ class Plan:
     """Rows of the batch that may draft."""
     reads: bool
     """Whether the draft model reads what the target has just read. If not, no draft pass is run at all."""
+    takes_runs: bool = True
+    """Whether requests may take free runs."""
 
 
 @dataclass
@@ -162,8 +164,8 @@ class DeviceCostAware(CostAwareDrafting):
             drafts = round_.drafts.nonzero()[0].tolist()
             longest = max(round_.limits[drafts].tolist(), default=0)
             self._drafting = bool(longest)
-            plan = Plan(longest, tuple(drafts), reads=self._drafting)
-            round_.load(self.tail.params)
+            plan = Plan(longest, tuple(drafts), reads=self._drafting, takes_runs=not self.has_failed)
+            self._load(round_)
             self._last = None if self.has_failed else _Begun(round_, self._start, runs=self.runs)
         self.share_params()
         return plan

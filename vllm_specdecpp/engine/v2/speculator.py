@@ -231,6 +231,7 @@ class SpecDecPPSpeculator(CapturedRounds):
             costs.runs = runs
         plan = self._plan(costs, input_batch, limits)
         self._book(limits, plan.drafts)
+        runs = runs if plan.takes_runs else None
         if runs is not None and self._tail is not None:
             runs.find(input_batch, self._tail)
         num_passes, uncounted = 0, self._none
@@ -348,16 +349,12 @@ class SpecDecPPSpeculator(CapturedRounds):
     def _later_passes(self, input_batch: Any, max_length: int, skip_attn: bool = False) -> int:
         """Passes 2, 3, ... without graphs; returns how many passes were run, the first one among them."""
         for step in range(2, max_length + 1):
-            if not self._goes_on():
+            if not self.round.any_running:  # waits for the device
                 return step - 1
             self._step = step
             self._load_candidates(input_batch.num_reqs)
             self._eager_pass(input_batch, 1, skip_attn)
         return max(1, max_length)
-
-    def _goes_on(self) -> bool:
-        """Whether some request draws another candidate. Waits for the device."""
-        return bool(self.round.any_running)
 
     def _note(
         self,
