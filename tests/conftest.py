@@ -104,6 +104,16 @@ def reference(tiny):
     return load
 
 
+@pytest.fixture(scope="session")
+def law(reference):
+    """As :func:`exact_law.joint_law`, of the target with a small vocabulary."""
+    import functools
+
+    from tests.exact_law import joint_law
+
+    return functools.partial(joint_law, reference("small_target").model)
+
+
 @pytest.fixture(autouse=True)
 def logs_reach_caplog(request, monkeypatch):
     """Once vLLM has started an engine, its loggers, of which ours is a child, keep to a level and a handler of their

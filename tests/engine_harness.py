@@ -13,6 +13,10 @@ from unittest import mock
 
 MAX_MODEL_LEN = 192
 """Of the tiny engines, in tokens."""
+CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
+"""Seconds of the cost-aware rule: drafting is well worth it."""
+SMALL = {"max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096}
+"""Options of an engine with a small vocabulary, whose law is tested: many short answers at once."""
 _kept: tuple[str, ExitStack, Any] | None = None
 
 
@@ -80,7 +84,7 @@ def prompts(num: int, *, seed: int = 0, shortest: int = 3, longest: int = 40, vo
     return [[rnd.randrange(3, vocab) for _ in range(rnd.randint(shortest, longest))] for _ in range(num)]
 
 
-def generate(llm: Any, requests: Sequence[list[int]], **sampling: Any) -> list[Any]:
+def generate(llm: Any, requests: Sequence[Sequence[int]], **sampling: Any) -> list[Any]:
     """vLLM's request outputs, in order; greedy unless told otherwise."""
     from vllm import SamplingParams
 
@@ -91,6 +95,22 @@ def generate(llm: Any, requests: Sequence[list[int]], **sampling: Any) -> list[A
 def token_ids(outputs: Sequence[Any]) -> list[list[int]]:
     """The first completion of each request."""
     return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def first_tokens(
+    llm: Any, prompt: Sequence[int], num: int, length: int, seed: int, n: int = 1, **sampling: Any
+) -> list[tuple[int, ...]]:
+    """Of ``num`` independent answers, ``n`` to a request, the first ``length`` tokens; two more come after them."""
+    import torch
+
+    torch.manual_seed(seed)
+    outputs = generate(llm, [prompt] * (num // n), n=n, max_tokens=length + 2, ignore_eos=True, **sampling)
+    return [tuple(c.token_ids[:length]) for o in outputs for c in o.outputs]
+
+
+def accepted_share(rounds: Sequence[dict[str, Any]]) -> float:
+    """How many of the candidates were accepted: between 0 and 1, both branches of the rejection sampler are used."""
+    return sum(r["accepted"] for r in rounds) / sum(len(r["candidates"]) for r in rounds)
 
 
 def configure(llm: Any, **changes: Any) -> None:
@@ -113,9 +133,14 @@ def rounds_of(outputs: Sequence[Any], rounds: Sequence[dict[str, Any]]) -> list[
     return [grouped[o.request_id] for o in outputs]
 
 
+def runner(llm: Any) -> Any:
+    """The engine's model runner."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 def proposer(llm: Any) -> Any:
     """The engine's drafter."""
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+    return runner(llm).drafter
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from vllm_specdecpp.decision.cost_aware import CostModel
@@ -56,10 +54,7 @@ def law_p_value(llm: Any, drafter: Any, model: Any, num: int) -> float:
     """Of ``num`` samples at temperature 1, runs among the candidates; ``model``: the target."""
     set_costs(drafter, FLAT)
     harness.take_rounds(llm)
-    torch.manual_seed(1)
-    outputs = harness.generate(llm, [PROMPT] * num, temperature=1.0, max_tokens=LENGTH + 2, ignore_eos=True)
+    samples = harness.first_tokens(llm, PROMPT, num, LENGTH, 1, temperature=1.0)
     rounds = harness.take_rounds(llm)
-    accepted, candidates = sum(r["accepted"] for r in rounds), sum(len(r["candidates"]) for r in rounds)
-    assert num / 4 < candidates and 0.05 < accepted / candidates < 0.95, (accepted, candidates)
-    samples = [tuple(tokens[:LENGTH]) for tokens in harness.token_ids(outputs)]
+    assert num / 4 < sum(len(r["candidates"]) for r in rounds) and 0.05 < harness.accepted_share(rounds) < 0.95
     return p_value(samples, joint_law(model, PROMPT, LENGTH, 1.0))

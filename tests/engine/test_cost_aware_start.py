@@ -7,10 +7,9 @@ import json
 from typing import Any
 
 import pytest
-import torch
 
 from tests import engine_harness as harness
-from tests.exact_law import joint_law, p_value
+from tests.exact_law import p_value
 from vllm_specdecpp.costs import file, timing
 from vllm_specdecpp.costs.file import CostFile, read
 from vllm_specdecpp.costs.widths import PASSES
@@ -18,27 +17,19 @@ from vllm_specdecpp.engine.v1 import timing as v1_timing
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_sampled_output_follows_the_exact_law(tiny, reference, method):
-    num, length = 2048, 4
-    prompt = [3, 5, 4, 7, 6]
+def test_sampled_output_follows_the_exact_law(tiny, law, method):
+    prompt, length = [3, 5, 4, 7, 6], 4
     config = {
         "method": "specdecpp", "model": tiny.small_draft, "num_speculative_tokens": 5, "draft_sample_method": method,
         "trace_rounds": 100_000,
     }  # fmt: skip
-    options = {"max_model_len": 64, "max_num_seqs": 64, "max_num_batched_tokens": 4096}
-    with harness.engine(tiny.small_target, config, **options) as llm:
+    with harness.engine(tiny.small_target, config, **harness.SMALL | {"max_num_seqs": 64}) as llm:
         # Between the two: some requests go on, some leave a candidate out.
         harness.set_costs(llm, {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 10e-3, 64: 11e-3, 512: 16e-3}})
-        torch.manual_seed(1)
-        outputs = harness.generate(
-            llm, [prompt] * (num // 64), n=64, max_tokens=length + 2, ignore_eos=True, temperature=1.0
-        )
+        samples = harness.first_tokens(llm, prompt, 2048, length, 1, n=64, temperature=1.0)
         rounds = harness.take_rounds(llm)
-    assert len({len(r["candidates"]) for r in rounds}) >= 3
-    accepted = sum(r["accepted"] for r in rounds) / sum(len(r["candidates"]) for r in rounds)
-    assert 0.1 < accepted < 0.98
-    samples = [tuple(c.token_ids[:length]) for o in outputs for c in o.outputs]
-    assert p_value(samples, joint_law(reference("small_target").model, prompt, length, 1.0)) > 1e-4
+    assert len({len(r["candidates"]) for r in rounds}) >= 3 and 0.1 < harness.accepted_share(rounds) < 0.98
+    assert p_value(samples, law(prompt, length, 1.0)) > 1e-4
 
 
 def test_costs_and_what_was_learnt_are_kept_for_the_next_start(tiny, tmp_path, monkeypatch, caplog):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests import engine_harness as harness
-from tests.exact_law import joint_law, p_value
+from tests.exact_law import p_value
 from tests.reference_loop import answer
 from tests.tiny_models import SMALL_VOCAB_SIZE
 
@@ -21,7 +20,6 @@ RULES: list[dict[str, Any]] = [
     {"rule": "confidence", "threshold": 0.6},
     {"rule": "entropy", "threshold": 0.8},
 ]
-RULE_IDS = [r["rule"] for r in RULES]
 
 NUM_SAMPLES = 2048
 PROMPT = [3, 5, 4, 7, 6]
@@ -31,25 +29,16 @@ FAILS_BELOW = 1e-4
 """p-value. The seeds are fixed, so a passing case goes on passing; a planted bias lands below 1e-12."""
 
 
-@pytest.fixture(scope="module")
-def greedy_baseline(reference):
-    """Output without speculation."""
-    return [answer(reference("target"), prompt, 40) for prompt in harness.prompts(24, seed=3)]
-
-
-@pytest.mark.parametrize("draft", ["draft_good", "draft_rand"])
-def test_greedy_output_is_unchanged(tiny, tmp_path, monkeypatch, greedy_baseline, draft):
-    """One engine is started by the bare word."""
-    config: Any = "specdecpp"
-    if draft == "draft_rand":
-        config = {"method": config, "model": tiny.draft_rand, "head": tiny.head, "num_speculative_tokens": 6}
-    (tmp_path / "pairs.json").write_text(json.dumps({tiny.target: {"draft": tiny.draft_good, "head": tiny.head}}))
+def test_greedy_output_is_unchanged(tiny, tmp_path, monkeypatch, reference):
+    """By the bare word, with a bad draft; ``test_parity`` has a good one."""
+    (tmp_path / "pairs.json").write_text(json.dumps({tiny.target: {"draft": tiny.draft_rand, "head": tiny.head}}))
     monkeypatch.setenv("SPECDECPP_PAIRS", str(tmp_path / "pairs.json"))
-    with harness.engine(tiny.target, config) as llm:
+    prompts = harness.prompts(6, seed=3)
+    baseline = [answer(reference("target"), prompt, 40) for prompt in prompts]
+    with harness.engine(tiny.target, "specdecpp") as llm:
         for rule in RULES:
             harness.configure(llm, **rule)
-            outputs = harness.generate(llm, harness.prompts(24, seed=3), ignore_eos=True)
-            assert harness.token_ids(outputs) == greedy_baseline, rule
+            assert harness.token_ids(harness.generate(llm, prompts, ignore_eos=True)) == baseline, rule
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
@@ -59,48 +48,32 @@ def sampling_llm(request, tiny):
         "method": "specdecpp", "model": tiny.small_draft, "head": tiny.head, "num_speculative_tokens": 5,
         "draft_sample_method": request.param, "trace_rounds": 100_000,
     }  # fmt: skip
-    with harness.engine(
-        tiny.small_target, config, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=4096
-    ) as llm:
+    with harness.engine(tiny.small_target, config, **harness.SMALL) as llm:
         llm.draft_sample_method = request.param
         yield llm
 
 
-@pytest.fixture(scope="module")
-def law(reference):
-    """(temperature, top_k, top_p) → the exact joint law of the first tokens."""
-    return functools.cache(lambda *sampling: joint_law(reference("small_target").model, PROMPT, LAW_LENGTH, *sampling))
-
-
 def _samples(llm: Any, seed: int, **sampling: Any) -> list[tuple[int, ...]]:
-    """``NUM_SAMPLES`` independent continuations' first tokens."""
-    torch.manual_seed(seed)
-    n = 256
-    outputs = harness.generate(
-        llm, [PROMPT] * (NUM_SAMPLES // n), n=n, max_tokens=LAW_LENGTH + 2, ignore_eos=True, **sampling
-    )
-    return [tuple(c.token_ids[:LAW_LENGTH]) for o in outputs for c in o.outputs]
+    return harness.first_tokens(llm, PROMPT, NUM_SAMPLES, LAW_LENGTH, seed, n=256, **sampling)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize(("rule", "temperature"), [(0, 0.7), (1, 1.0), (3, 0.7)], ids=["fixed", "threshold", "entropy"])
 def test_sampled_output_follows_the_exact_law(sampling_llm, law, rule, temperature):
-    harness.configure(sampling_llm, **rule)
+    """The other rule's is below: ``confidence``, at both temperatures."""
+    harness.configure(sampling_llm, **RULES[rule])
     harness.take_rounds(sampling_llm)
     samples = _samples(sampling_llm, 1, temperature=temperature)
     rounds = harness.take_rounds(sampling_llm)
-    candidates = sum(len(r["candidates"]) for r in rounds)
-    accepted = sum(r["accepted"] for r in rounds)
-    assert 0.1 < accepted / candidates < 0.95  # both branches of the rejection sampler are used
-    if rule["rule"] != "fixed":
+    assert 0.1 < harness.accepted_share(rounds) < 0.95
+    if rule:
         assert len({len(r["candidates"]) for r in rounds}) >= 3
-    assert p_value(samples, law(temperature, None, None)) > FAILS_BELOW
+    assert p_value(samples, law(PROMPT, LAW_LENGTH, temperature)) > FAILS_BELOW
 
 
 def test_sampled_output_follows_the_exact_law_with_top_k_and_top_p(sampling_llm, law):
     harness.configure(sampling_llm, **RULES[2])
     samples = _samples(sampling_llm, 2, temperature=0.7, top_k=5, top_p=0.9)
-    assert p_value(samples, law(0.7, 5, 0.9)) > FAILS_BELOW
+    assert p_value(samples, law(PROMPT, LAW_LENGTH, 0.7, 5, 0.9)) > FAILS_BELOW
 
 
 def test_greedy_and_sampled_requests_share_a_batch(sampling_llm, law, reference):
@@ -108,17 +81,20 @@ def test_greedy_and_sampled_requests_share_a_batch(sampling_llm, law, reference)
     from vllm import SamplingParams
 
     harness.configure(sampling_llm, **RULES[2])
+    harness.take_rounds(sampling_llm)
     torch.manual_seed(3)
     common: dict[str, Any] = {"max_tokens": LAW_LENGTH + 2, "ignore_eos": True, "detokenize": False}
     params = [SamplingParams(temperature=(0.0, 0.7, 1.0)[i % 3], **common) for i in range(3072)]
     outputs = sampling_llm.generate([{"prompt_token_ids": PROMPT}] * len(params), params, use_tqdm=False)
+    rounds = harness.take_rounds(sampling_llm)
+    assert 0.1 < harness.accepted_share(rounds) < 0.98 and len({len(r["candidates"]) for r in rounds}) >= 3
     tokens = [tuple(t[:LAW_LENGTH]) for t in harness.token_ids(outputs)]
     greedy: list[int] = []
     for _ in range(LAW_LENGTH):
         greedy.append(reference("small_target").steps([*PROMPT, *greedy])[0].token)
     assert set(tokens[::3]) == {tuple(greedy)}
-    assert p_value(tokens[1::3], law(0.7, None, None)) > FAILS_BELOW
-    assert p_value(tokens[2::3], law(1.0, None, None)) > FAILS_BELOW
+    assert p_value(tokens[1::3], law(PROMPT, LAW_LENGTH, 0.7)) > FAILS_BELOW
+    assert p_value(tokens[2::3], law(PROMPT, LAW_LENGTH, 1.0)) > FAILS_BELOW
 
 
 def test_a_biased_stop_is_noticed(sampling_llm, law, monkeypatch):
@@ -139,7 +115,7 @@ def test_a_biased_stop_is_noticed(sampling_llm, law, monkeypatch):
 
     monkeypatch.setattr(drafter, "propose", biased)
     harness.configure(sampling_llm, **RULES[0])
-    assert p_value(_samples(sampling_llm, 4, temperature=1.0), law(1.0, None, None)) < 1e-12
+    assert p_value(_samples(sampling_llm, 4, temperature=1.0), law(PROMPT, LAW_LENGTH, 1.0)) < 1e-12
 
 
 def test_a_wrong_temperature_is_noticed(sampling_llm, law, monkeypatch):
@@ -151,7 +127,7 @@ def test_a_wrong_temperature_is_noticed(sampling_llm, law, monkeypatch):
     harness.configure(sampling_llm, **RULES[0])
     register_kernels({cpu_sampler.KERNEL: lambda output_ptr, *_: output_ptr.fill_(3)})
     try:
-        assert p_value(_samples(sampling_llm, 5, temperature=0.7), law(0.7, None, None)) < 1e-12
+        assert p_value(_samples(sampling_llm, 5, temperature=0.7), law(PROMPT, LAW_LENGTH, 0.7)) < 1e-12
     finally:
         register_kernels({cpu_sampler.KERNEL: cpu_sampler.expand})
 
@@ -198,6 +174,6 @@ def test_expand_repeats_and_replaces(dtype):
 def test_exact_law_sums_to_one(law):
     """Guards the oracle itself."""
     for sampling in ((1.0, None, None), (0.7, 5, 0.9)):
-        exact = law(*sampling)
+        exact = law(PROMPT, LAW_LENGTH, *sampling)
         assert len(exact) == SMALL_VOCAB_SIZE**LAW_LENGTH
         assert sum(exact.values()) == pytest.approx(1.0, abs=1e-9)

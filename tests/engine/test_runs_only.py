@@ -13,7 +13,7 @@ from tests.engine.test_free_runs import PROMPTS
 def test_greedy_output_and_memory_are_those_without_speculation(tiny):
     with harness.engine(tiny.target) as llm:
         wanted = harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True))
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        runner = harness.runner(llm)
         layers = [sorted(group.layer_names) for group in runner.kv_cache_config.kv_cache_groups]
     for config in (runs_only.CONFIG, runs_only.OF_OTHERS):
         with harness.engine(tiny.target, config, enable_prefix_caching=True) as llm:
@@ -34,15 +34,13 @@ def test_what_another_request_has_emitted_is_looked_in_if_asked_for(tiny):
 
 @pytest.mark.parametrize("config", [runs_only.CONFIG, runs_only.OF_OTHERS], ids=["own text", "others' as well"])
 def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch, config):
-    with harness.engine(
-        tiny.small_target, config, max_model_len=64, max_num_seqs=256, max_num_batched_tokens=4096
-    ) as llm:
+    with harness.engine(tiny.small_target, config, **harness.SMALL) as llm:
         model, drafter = reference("small_target").model, harness.proposer(llm)
-        assert runs_only.law_p_value(llm, drafter, model, 4096) > 1e-4
+        assert runs_only.law_p_value(llm, drafter, model, 2048) > 1e-4
         # Runs that are accepted too often are noticed.
         sampler = drafter.runner.rejection_sampler
         monkeypatch.setattr(sampler, "apply_logits_processors", lambda logits, *args: 0 * logits)
-        assert runs_only.law_p_value(llm, drafter, model, 4096) < 1e-9
+        assert runs_only.law_p_value(llm, drafter, model, 2048) < 1e-9
 
 
 def test_a_draft_model_that_would_never_draft_is_refused(tiny):
