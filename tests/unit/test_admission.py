@@ -307,7 +307,7 @@ def test_a_cold_start_drafts_at_once_where_long_drafts_pay() -> None:
     assert len(drafted) > 0.95 * len(run["rounds"])
 
 
-@pytest.mark.parametrize("accept", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("accept", [*(pytest.param(a, marks=pytest.mark.slow) for a in (0.0, 0.2)), 0.5])
 def test_text_that_never_pays_costs_the_purse_and_no_more(accept: float) -> None:
     model = costs(0.044, 0.040, INT8)
     rule = CostAwareRule(costs(0.044, 0.040, INT8), 20)

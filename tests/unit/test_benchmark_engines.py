@@ -65,6 +65,7 @@ def test_the_proposer_is_vllms_own_and_comes_back() -> None:
     assert worker.model_runner._determine_batch_execution_and_padding() == "ours"
 
 
+@pytest.mark.slow  # numba compiles for half a minute
 def test_vllms_ngram_drafts_and_ours_comes_back() -> None:
     """In a process of its own: numba, which it imports, keeps vLLM from starting an engine in the same one (it looks
     for kernels in all modules' attributes, and takes llvmlite's ``vars(lib)`` for a dict)."""

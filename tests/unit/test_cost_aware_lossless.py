@@ -86,11 +86,11 @@ def p_value(counts: np.ndarray) -> float:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_the_live_rule_is_lossless(lag):
-    counts, seen = serve(600, peek=False, lag=lag, seed=1)
+    counts, seen = serve(250, peek=False, lag=lag, seed=1)
     assert len(seen) >= 3  # lengths did vary
     assert p_value(counts) > 1e-3
 
 
 def test_the_test_sees_a_rule_that_peeks():
-    counts, _ = serve(600, peek=True, lag=0, seed=1)
+    counts, _ = serve(250, peek=True, lag=0, seed=1)
     assert p_value(counts) < 1e-6

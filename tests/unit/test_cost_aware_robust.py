@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -74,8 +75,7 @@ def garbage(rule: CostAwareRule, rng: np.random.Generator, serial: int) -> None:
     rule.finish(round_, verified, accepted, drafting, rest, read)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "lag"), [(0, 0), (1, 1)])
 def test_garbage_raises_nothing_and_leaves_nothing_behind(seed, lag):
     rng = np.random.default_rng(seed)
     rule = make_rule(lag=lag)
@@ -143,22 +143,28 @@ def serve(rule: CostAwareRule, rng: np.random.Generator, accept: float, scores: 
 
 
 @pytest.fixture(scope="module")
-def reached():
-    """Tokens per second of a rule that has seen nothing else."""
+def clean():
+    """A rule that has seen nothing else."""
     rule = make_rule()
-    honest(rule, np.random.default_rng(7), 400)
-    return honest(rule, np.random.default_rng(8), 300)
+    honest(rule, np.random.default_rng(7), 200)
+    return rule
+
+
+@pytest.fixture(scope="module")
+def reached(clean):
+    """Its tokens per second."""
+    return honest(copy.deepcopy(clean), np.random.default_rng(8), 150)
 
 
 @pytest.mark.parametrize(
     ("spoil", "seed"),
-    [(slow_clock, 1), (constant_scores, 1), (nothing_accepted, 1), *((everything, seed) for seed in range(4))],
+    [(slow_clock, 1), (constant_scores, 1), (nothing_accepted, 1), *((everything, seed) for seed in range(2))],
 )
 def test_recovers_within_a_few_hundred_rounds(reached, spoil, seed):
     rule = make_rule()
     spoil(rule, np.random.default_rng(seed))
-    honest(rule, np.random.default_rng(7), 400)
-    assert honest(rule, np.random.default_rng(8), 300) > (0.85 if spoil is everything else 0.95) * reached
+    honest(rule, np.random.default_rng(7), 200)
+    assert honest(rule, np.random.default_rng(8), 150) > (0.85 if spoil is everything else 0.95) * reached
     assert reached > 1.3 * 2 / (OFF + ROW)
 
 
@@ -221,12 +227,12 @@ def test_costs_come_back_after_clock_jumps_and_stalls(jump, rounds, during, with
     assert worst() < (0.08 if within == 80 else 0.12)  # it drafts again, seldom at first
 
 
-def test_a_spoilt_rule_is_worse_at_first():
+def test_a_spoilt_rule_is_worse_at_first(clean):
     """What the test above would miss if garbage did no harm."""
-    fresh, rule = make_rule(), make_rule()
+    rule = make_rule()
     constant_scores(rule, np.random.default_rng(1))
-    honest(fresh, np.random.default_rng(7), 400)
-    assert honest(rule, np.random.default_rng(8), 40) < 0.9 * honest(fresh, np.random.default_rng(8), 40)
+    rates = [honest(copy.deepcopy(r), np.random.default_rng(8), 40) for r in (rule, clean)]
+    assert rates[0] < 0.9 * rates[1]
 
 
 def test_requests_of_one_round_each_are_drafted_for():

@@ -98,7 +98,7 @@ def test_the_future_changes_no_decision():
     rows_cost = {1: 0.023, 64: 0.2}, {1: 0.023, 64: 0.2}, {1: 0.109, 1024: 4.0}  # so requests are told apart
     rule = CostAwareRule(CostModel(*rows_cost), 8)
     decided = set()
-    for _ in range(150):
+    for _ in range(40):
         scores, other = rng.beta(4, 1, (8, 3)), rng.beta(4, 1, (8, 3))
         # Candidate k + 1 is decided at step k: with the scores up to k alike, all decisions so far are alike.
         for k in range(1, 4):

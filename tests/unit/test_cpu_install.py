@@ -85,7 +85,9 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_fresh_environment_gets_everything_but_the_companions(environment: Environment) -> None:
+def test_fresh_environment_gets_everything_but_the_companions_once_and_pip_removes_the_name(
+    environment: Environment,
+) -> None:
     done = environment.cpu_install()
     assert done.returncode == 0, done.stderr
     assert environment.installed() == {
@@ -95,19 +97,11 @@ def test_fresh_environment_gets_everything_but_the_companions(environment: Envir
         "transformers": "5.19.0",
     }
     assert done.stdout.splitlines()[-1] == "cpu_install: vllm 0.32.0+cpu (cpu), torch 2.13.0+cpu, transformers 5.19.0"
-
-
-def test_second_run_changes_nothing_and_needs_no_index(environment: Environment) -> None:
-    assert environment.cpu_install().returncode == 0
     before = {path: path.stat().st_mtime_ns for path in environment.site_packages.glob("*.dist-info/*")}
     environment.lose_wheels()
     done = environment.cpu_install()
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in environment.site_packages.glob("*.dist-info/*")} == before
-
-
-def test_pip_removes_the_name_again(environment: Environment) -> None:
-    assert environment.cpu_install().returncode == 0
     done = environment.run("pip", "uninstall", "--yes", "vllm")
     assert done.returncode == 0, done.stderr
     assert "vllm" not in environment.installed()

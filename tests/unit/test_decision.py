@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any, cast
 
 import pytest
@@ -79,8 +77,10 @@ def paper_length(p_hat: list[float], h: float, min_length: int, max_length: int,
 
 
 class TestPapersRule:
-    @pytest.mark.parametrize("h", [0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
-    @pytest.mark.parametrize(("min_length", "max_length"), [(1, 1), (1, 20), (2, 20), (5, 8), (7, 7)])
+    @pytest.mark.parametrize(
+        ("h", "min_length", "max_length"),
+        [(0.1, 2, 20), (0.3, 1, 20), (0.5, 5, 8), (0.7, 2, 20), (0.9, 7, 7), (0.999, 1, 1)],
+    )
     @pytest.mark.parametrize("compact", [False, True])
     def test_equals_a_scalar_loop(self, h: float, min_length: int, max_length: int, compact: bool) -> None:
         num_reqs, eos = 64, 9
@@ -290,9 +290,3 @@ class TestAgree:
         state.append(torch.tensor([1]))
         with pytest.raises(RuntimeError, match="observe"):
             state.append(torch.tensor([1]))
-
-
-def test_the_core_imports_no_vllm() -> None:
-    code = "import sys, vllm_specdecpp.decision; print('vllm' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"

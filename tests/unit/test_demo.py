@@ -109,20 +109,41 @@ def processes_of(session: int) -> list[str]:
     return found
 
 
+DEMO = ["-m", "benchmarks.demo"]
+STAND_IN = """
+import subprocess, sys
+from benchmarks import demo
+
+def start(engines):
+    with subprocess.Popen(["sh", "-c", "sleep 600 & sleep 600"]):
+        print("started", file=sys.stderr, flush=True)
+
+demo.Engines.start, demo.shrunk = start, lambda draft: draft
+sys.exit(demo.main([]))
+"""
+"""Processes that start others, in the place of vLLM's."""
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux only")
 @pytest.mark.parametrize(
-    ("number", "line"),
-    [(signal.SIGTERM, "starting engine 'spec'"), pytest.param(signal.SIGINT, "prompt 1/8", marks=pytest.mark.slow)],
+    ("number", "line", "program"),
+    [
+        (signal.SIGTERM, "started", ["-c", STAND_IN]),
+        pytest.param(signal.SIGTERM, "starting engine 'spec'", DEMO, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "prompt 1/8", DEMO, marks=pytest.mark.slow),
+    ],
 )
-def test_an_interrupted_demo_leaves_no_process(tiny: Any, tmp_path: Path, number: int, line: str) -> None:
+def test_an_interrupted_demo_leaves_no_process(
+    tiny: Any, tmp_path: Path, number: int, line: str, program: list[str]
+) -> None:
     for name, model in ((demo.TARGET, tiny.target), (demo.DRAFT, tiny.draft_good)):
         shutil.copytree(model, tmp_path / name)
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 4096}))
     environment = os.environ | {"SPECDECPP_MODELS": str(tmp_path), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.demo"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
+        [sys.executable, *program], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
         lines = []

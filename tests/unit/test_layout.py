@@ -64,6 +64,30 @@ def test_rooms_without_vllm(room: str) -> None:
         assert not [n for n in found if n.split(".")[0] == "vllm" or n.startswith(f"{PACKAGE}.engine")], name
 
 
+def loaded(module: str, seen: set[str]) -> set[str]:
+    """Fills ``seen`` with all names that importing a module imports at its top and at ours'."""
+    parents = module.split(".")
+    for name in {".".join(parents[:end]) for end in range(1, len(parents) + 1)} - seen:
+        seen.add(name)
+        if name in MODULES:
+            for imported in imports(MODULES[name], everywhere=False):
+                loaded(imported, seen)
+    return seen
+
+
+@pytest.mark.parametrize(("room", "vllm"), [("decision", False), ("engine.v1.proposer", True)])
+def test_the_core_imports_no_vllm(room: str, vllm: bool) -> None:
+    assert ("vllm" in loaded(f"{PACKAGE}.{room}", set())) is vllm
+
+
 def test_files_are_short() -> None:
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_kernels_are_imported_under_one_name() -> None:
+    """Imported as ``kernels`` they are other module objects: what a test patches there, the engine does not see."""
+    folders = (PACKAGE, "kernels", "benchmarks", "examples", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    wrong = {str(path.relative_to(ROOT)) for path in files for name in imports(path) if name.split(".")[0] == "kernels"}
+    assert len(files) > 100 and not wrong, "import vllm_specdecpp.kernels"

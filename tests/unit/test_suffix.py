@@ -99,7 +99,7 @@ def test_a_match_among_very_many_places_is_found() -> None:
     tokens = np.zeros(20_000, dtype=np.int32)
     tokens[15_000:15_010] = range(1, 11)
     tokens[-10:] = range(1, 11)
-    assert longest_match(tokens) == (15_010, 14) or longest_match(tokens)[0] == 15_010
+    assert longest_match(tokens) == (15_010, MAX_MATCH)
     assert longest_match(np.zeros(20_000, dtype=np.int32)) == (19_999, MAX_MATCH)
 
 
