@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,7 @@ class TestCollect:
         assert run(options) == 0
         assert {p: p.stat().st_mtime_ns for p in options.out.rglob("*.safetensors")} == before
 
+    @pytest.mark.slow  # two engines
     def test_a_lost_shard_is_collected_again(self, tiny, tmp_path):
         """Sampled answers too: every prompt keeps its seed."""
         from vllm_specdecpp.training.collect.command import run
@@ -80,10 +82,12 @@ class TestCollect:
         assert lost.is_file() and kept.stat().st_mtime_ns == before
         assert (options.out / "responses" / "00001.jsonl").read_text() == responses
 
-    def test_a_target_that_is_no_model(self, tiny, tmp_path):
-        from vllm_specdecpp.training.collect.command import run
+    @pytest.mark.parametrize(("temperature", "seeds"), [(1.0, [5_000_015 + 4, 5_000_015 + 5]), (0.0, [None, None])])
+    def test_every_prompt_has_its_own_seed(self, tiny, tmp_path, temperature, seeds):
+        """Whichever unit is collected again."""
+        from vllm_specdecpp.training.collect.on_policy import OnPolicyCollector
 
-        with pytest.raises(ValueError, match=r"^specdecpp: target='.*nothing' cannot be loaded") as caught:
-            run(self.options(tiny, tmp_path, target=str(tmp_path / "nothing")))
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "data").exists()
+        collector = OnPolicyCollector.__new__(OnPolicyCollector)
+        collector._options = self.options(tiny, tmp_path, temperature=temperature, seed=5)
+        collector._llm = SimpleNamespace(generate=lambda prompts, params, **_: params)
+        assert [params.seed for params in collector._generate(2, [[1], [2]])] == seeds

@@ -10,8 +10,6 @@ import pytest
 from tests import engine_harness as harness
 from vllm_specdecpp.costs import timing
 
-CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
-"""Seconds: drafting is well worth it."""
 NUM_PROMPTS, MAX_TOKENS = 4, 40
 
 
@@ -30,11 +28,11 @@ def llm(tiny, tmp_path_factory):
     config = {"method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": 5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(timing, "measure", lambda *args: CHEAP)
+        patch.setattr(timing, "measure", lambda *args: harness.CHEAP)
         with harness.engine(tiny.target, config, skip_tokenizer_init=False) as llm:
-            runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner = harness.runner(llm)
             drafter = getattr(runner, "drafter", None) or runner.speculator
-            harness.fix_costs(drafter.cost_aware, CHEAP)
+            harness.fix_costs(drafter.cost_aware, harness.CHEAP)
             yield llm
 
 

@@ -17,8 +17,6 @@ from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 
 MAX_LENGTH = 6
 PROMPTS = harness.prompts(12, seed=31, longest=60)
-CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
-"""Seconds: drafting is well worth it."""
 DEAR = {"first": {1: 20e-3}, "step": {1: 20e-3}, "verify": {1: 20e-3, 64: 60e-3}}
 """Seconds: drafting never is."""
 LONG = {"first": {1: 40e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}, "read": {1: 40e-3}}
@@ -106,7 +104,7 @@ def test_candidates_are_the_drafts_own_after_rounds_without_drafting(llm, baseli
     draft = reference("draft_good")
     harness.take_rounds(llm)
     checked = lengths = 0
-    for _ in range(2):  # the second time with cached prompts
+    for _ in range(2 if plan == "long stretches" else 1):  # the second time with cached prompts
         outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
         assert harness.token_ids(outputs) == baseline
         for prompt, tokens, rounds in zip(
@@ -165,7 +163,7 @@ def test_a_cold_engine_drafts_where_only_long_drafts_pay(llm, baseline):
 
 
 def test_drafts_where_it_pays(llm, baseline, monkeypatch):
-    admission = harness.set_costs(llm, CHEAP).admission
+    admission = harness.set_costs(llm, harness.CHEAP).admission
     plan, expected = admission.plan, []
 
     def planned(*args):
@@ -174,7 +172,7 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
         return out
 
     monkeypatch.setattr(admission, "plan", planned)
-    for _ in range(4):
+    for _ in range(2):
         outputs = harness.generate(llm, PROMPTS, ignore_eos=True)
         assert harness.token_ids(outputs) == baseline
     stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
@@ -183,7 +181,7 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
     told = stats["cost_aware"]
     assert (told["admission"]["rho"], told["admission"]["speedup"]) == expected[-1]
     rho, speedup = np.median(expected, 0)  # the last round of all may have no room for a candidate
-    assert rho > 1.5 / CHEAP["verify"][1] and speedup > 1.5
+    assert rho > 1.5 / harness.CHEAP["verify"][1] and speedup > 1.5
     assert 0.5 < told["admission"]["acceptance"] < 1 and told["admission"]["looks"] > 100
     assert told["admission"]["purse_seconds"] >= 0
     assert told["calibration"]["slope"] > 0 and told["costs"]["step"] == {"1": 1e-3}
@@ -192,14 +190,13 @@ def test_drafts_where_it_pays(llm, baseline, monkeypatch):
 @pytest.mark.asks(1)
 def test_drafts_next_to_nothing_where_it_does_not_and_comes_back(llm, baseline):
     harness.set_costs(llm, DEAR)
-    for _ in range(3):
-        assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
+    assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
     assert harness.token_ids(harness.generate(llm, PROMPTS, ignore_eos=True)) == baseline
     stats = llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})[0]
     assert stats["draft_passes"] < 0.1 * stats["rounds"]
-    harness.set_costs(llm, CHEAP)
-    for _ in range(6):
+    harness.set_costs(llm, harness.CHEAP)
+    for _ in range(3):
         harness.generate(llm, PROMPTS, ignore_eos=True)
     llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})
     harness.generate(llm, PROMPTS, ignore_eos=True)
@@ -210,7 +207,7 @@ def test_drafts_next_to_nothing_where_it_does_not_and_comes_back(llm, baseline):
 def test_switched_off_requests_draft_nothing(llm):
     from vllm import SamplingParams
 
-    harness.set_costs(llm, CHEAP)
+    harness.set_costs(llm, harness.CHEAP)
     harness.take_rounds(llm)
     params = [
         SamplingParams(
@@ -231,9 +228,8 @@ def test_another_rule_and_back(llm):
     harness.generate(llm, PROMPTS[:2], ignore_eos=True)
     assert max(len(r["candidates"]) for r in harness.take_rounds(llm)) == MAX_LENGTH
     harness.configure(llm, rule="cost_aware", num_speculative_tokens=2)
-    harness.set_costs(llm, CHEAP)
+    harness.set_costs(llm, harness.CHEAP)
     harness.generate(llm, PROMPTS[:4], ignore_eos=True)
-    assert {len(r["candidates"]) for r in harness.take_rounds(llm)} >= {1, 2}
-    assert max(len(r["candidates"]) for r in harness.take_rounds(llm) or [{"candidates": []}]) <= 2
+    assert {1, 2} <= {len(r["candidates"]) for r in harness.take_rounds(llm)} <= {0, 1, 2}
     assert harness.proposer(llm).cost_aware.rule is rule  # what it has learnt is kept
     harness.configure(llm, num_speculative_tokens=MAX_LENGTH)

@@ -40,7 +40,7 @@ def _prompts() -> list[list[int]]:
 
 def _read_positions(llm: Any) -> list[int]:
     """The largest position of each pass of the draft model, in a list that fills."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner = harness.runner(llm)
     model = (runner.speculator if runner.vllm_config.use_v2_model_runner else runner.drafter).model
     forward, seen = model.forward, []
 

@@ -17,8 +17,6 @@ from tests.tiny_models import HIDDEN_SIZE
 pytest.importorskip("vllm")
 
 PROMPTS = harness.prompts(6, seed=11)
-CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
-"""Seconds: drafting is well worth it."""
 OPTIONS: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
 
 
@@ -60,7 +58,7 @@ def test_the_output_is_the_adapted_targets(tiny, adapter):
     assert all(a != b for a, b in zip(expected, plain, strict=True))
     config = {"method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": 4}
     with harness.engine(tiny.target, config, **OPTIONS) as llm:  # cost_aware: its start times both models
-        harness.forget(harness.set_costs(llm, CHEAP))
+        harness.forget(harness.set_costs(llm, harness.CHEAP))
         for rule in ("cost_aware", "confidence"):
             harness.configure(llm, rule=rule)
             assert _answers(llm, adapter) == expected, rule

@@ -11,8 +11,6 @@ import pytest
 from tests import engine_harness as harness
 from vllm_specdecpp.costs import timing
 
-CHEAP = {"first": {1: 1e-3}, "step": {1: 1e-3}, "verify": {1: 20e-3, 64: 22e-3}}
-"""Seconds: drafting is well worth it."""
 BOUND = 5
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": False, "disable_log_stats": False, "per_request_spec_decode_metrics": "detailed"
@@ -24,11 +22,11 @@ def llm(tiny, tmp_path_factory):
     config = {"method": "specdecpp", "model": tiny.draft_good, "num_speculative_tokens": BOUND, "trace_rounds": 100_000}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(timing, "measure", lambda *args: CHEAP)
+        patch.setattr(timing, "measure", lambda *args: harness.CHEAP)
         with harness.engine(tiny.target, config, **OPTIONS) as llm:
-            runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            runner = harness.runner(llm)
             drafter = getattr(runner, "drafter", None) or runner.speculator
-            harness.fix_costs(drafter.cost_aware, CHEAP)
+            harness.fix_costs(drafter.cost_aware, harness.CHEAP)
             yield llm
 
 
@@ -84,7 +82,7 @@ def test_metrics_agree(llm):
     assert why["drafted"] >= 2
     assert 0 < new["observed_accepted", ""] <= new["observed_candidates", ""] <= total(new, "candidates")
     assert 0 < new["estimated_accepted", ""] <= new["observed_candidates", ""]
-    assert after["rho", ""] > 0 and after["cost_seconds", "64/verify"] == CHEAP["verify"][64]
+    assert after["rho", ""] > 0 and after["cost_seconds", "64/verify"] == harness.CHEAP["verify"][64]
     assert after["exploring_seconds", ""] >= 0
     assert shown(llm) == after  # nothing is counted twice
     llm.collective_rpc("specdecpp_stats", kwargs={"reset": True})

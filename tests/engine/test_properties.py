@@ -67,7 +67,7 @@ def _serve(llm: Any, target: Any, requests: list[Request], rule: dict[str, Any],
     return shadow.num_read
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=40)
 @example(CROWD, RULES[3], 6, 1)
 @example(IN_ONE_STEP, RULES[0], 1, 0)
 @given(**CASES)

@@ -54,7 +54,7 @@ def test_recording_changes_no_token_and_no_random_number(llm, vllms_own, tempera
         rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
         return harness.token_ids(outputs), rounds, torch.get_rng_state(), {o.request_id: PROMPT for o in outputs}
 
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner = harness.runner(llm)
     if temperature > 0:  # the case before has switched it on
         runner.drafter.recorder, runner.rejection_sampler = None, vllms_own[0]
     else:

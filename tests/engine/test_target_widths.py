@@ -23,10 +23,6 @@ def llm(tiny):
         yield engine
 
 
-def runner_of(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
 def widths_seen(runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     forward = runner.model.forward
@@ -41,7 +37,7 @@ def widths_seen(runner: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("num_requests", [1, 3])
 def test_padding_changes_the_width_and_nothing_else(llm, monkeypatch, num_requests):
-    runner = runner_of(llm)
+    runner = harness.runner(llm)
     requests = harness.prompts(num_requests, seed=5)
     results, widths = [], []
     for table in ({}, dict.fromkeys(PASSES, WIDER)):
@@ -59,7 +55,7 @@ def test_padding_changes_the_width_and_nothing_else(llm, monkeypatch, num_reques
 
 
 def test_widths_that_do_not_fit_are_left_out(llm, monkeypatch):
-    drafter = runner_of(llm).drafter
+    drafter = harness.runner(llm).drafter
     monkeypatch.setattr(drafter.vllm_config.scheduler_config, "max_num_batched_tokens", 6)
     drafter.pad({"draft": WIDER, "logits": [*range(1, 9)]})
     assert drafter.rows == {"draft": [4, 4, 4, 4, 5, 6, 7, 8]}
@@ -69,7 +65,7 @@ def test_widths_that_do_not_fit_are_left_out(llm, monkeypatch):
 @pytest.mark.parametrize("name", ["supports_mm_inputs", "uses_mrope"])
 def test_a_target_that_takes_more_than_token_ids_is_left_alone(llm, monkeypatch, name):
     """What was kept may be of another engine."""
-    runner = runner_of(llm)
+    runner = harness.runner(llm)
     monkeypatch.setattr(runner, name, True)
     runner.drafter.pad(dict.fromkeys(PASSES, WIDER))
     assert list(runner.drafter.rows) == ["draft", "logits"]
