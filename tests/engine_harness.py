@@ -21,7 +21,7 @@ _kept: tuple[str, ExitStack, Any] | None = None
 
 
 @contextmanager
-def _quick_collections() -> Iterator[None]:
+def quick_collections() -> Iterator[None]:
     """vLLM collects garbage a dozen times in an engine's life, in all that was ever imported: half the time of a tiny
     engine. Here what is there before stays frozen, and nothing else is."""
     gc.freeze()
@@ -42,7 +42,7 @@ def engine(model: str, speculative_config: dict[str, Any] | str | None = None, *
         "enable_prefix_caching": False, "disable_log_stats": True, "num_gpu_blocks_override": 1024,
     }  # fmt: skip
     llm = None
-    with _quick_collections():
+    with quick_collections():
         try:
             llm = LLM(model=str(model), speculative_config=speculative_config, **{**arguments, **options})
             yield llm

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests import engine_harness as harness
 from tests.unit.test_shrink import decompressed, tensors, tie
 from vllm_specdecpp import cli
+from vllm_specdecpp.costs import timing
 from vllm_specdecpp.engine import options
 from vllm_specdecpp.shrink import check
 from vllm_specdecpp.shrink.schemes import missing_kernel
@@ -91,6 +92,9 @@ def one_engine_after_the_other(monkeypatch):
 
     harness.end_kept()
     monkeypatch.setattr(check, "play", played)
+    monkeypatch.setattr(timing, "measure", lambda *args: harness.CHEAP)
+    with harness.quick_collections():
+        yield
 
 
 def test_check_plays_both_drafts_and_ends_by_what_it_says(tiny, tmp_path, capsys, one_engine_after_the_other):
