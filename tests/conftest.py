@@ -51,9 +51,10 @@ import pytest  # noqa: E402
 
 V2_TESTS = Path(__file__).parent / "v2"
 LONG_FILES = {
-    "test_demo", "test_faults", "test_free_runs", "test_lossless", "test_ray_collect", "test_server", "test_shrink",
-    "test_tensor_parallel", "test_v1_v2", "test_v2_features", "test_v2_lossless",
-    "test_v2_plain_requests", "test_v2_vocabulary",
+    "test_cost_aware_robust", "test_free_runs", "test_lora", "test_lossless", "test_oracle", "test_parity",
+    "test_ray_collect", "test_runs_only", "test_seeds", "test_server", "test_shrink", "test_simulate",
+    "test_tensor_parallel", "test_v1_v2", "test_v2_features", "test_v2_lossless", "test_v2_plain_requests",
+    "test_v2_runs_only", "test_v2_vocabulary",
 }  # fmt: skip
 
 

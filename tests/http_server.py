@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests import engine_harness as harness
 
-START_SECONDS = 300
+START_SECONDS = 450
 STOP_SECONDS = 30
 API_SERVER = "vllm.entrypoints.openai.api_server"
 SEVERAL = "vllm.entrypoints.cli.main"
