@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 from unittest import mock
 
@@ -54,6 +55,33 @@ def speculator(
     return vllm_config, made
 
 
+def capturable(speculator: Any) -> None:
+    """Let its rounds be captured, metadata and all, without a runner around it."""
+    speculator.model_state = _model_state()
+    for groups in speculator.attn_groups:
+        for group in groups:
+            group.update_draft_decode_metadata = lambda metadata: None
+
+
+def _model_state() -> Any:
+    """Makes attention metadata from a dummy batch, as a runner's model state does."""
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+
+    def prepare_attn(
+        batch: Any, mode: Any, tables: Any, slots: Any, groups: Any, config: Any, for_capture: bool
+    ) -> Any:
+
+        assert for_capture
+        return build_attn_metadata(
+            attn_groups=groups, num_reqs=batch.num_reqs, num_tokens=batch.num_tokens,
+            query_start_loc_gpu=batch.query_start_loc, query_start_loc_cpu=torch.from_numpy(batch.query_start_loc_np),
+            max_query_len=batch.num_tokens // batch.num_reqs, seq_lens=batch.seq_lens, max_seq_len=256,
+            block_tables=tables, slot_mappings=slots, kv_cache_config=config,
+        )  # fmt: skip
+
+    return types.SimpleNamespace(prepare_attn=prepare_attn)
+
+
 def _by_twin(features: Any) -> Any:
     from vllm_specdecpp.engine.v2 import round as device_round
     from vllm_specdecpp.kernels.logits_summary import logits_summary_torch
@@ -65,9 +93,13 @@ def _by_twin(features: Any) -> Any:
     return by_twin
 
 
+def speculator_of(llm: Any) -> Any:
+    """A running engine's."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
+
+
 def fix_costs(llm: Any, curves: dict[str, dict[int, float]]) -> Any:
     """Give an engine's cost-aware rule these costs for good: real times teach it nothing. Returns its host side."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    cost_aware = worker.model_runner.speculator.cost_aware
+    cost_aware = speculator_of(llm).cost_aware
     engine_harness.fix_costs(cost_aware, curves)
     return cost_aware

@@ -14,7 +14,6 @@ import torch
 
 from tests.v2 import harness
 from tests.v2.epochs import EpochBackend, Epochs
-from tests.v2.test_graph_rounds import _model_state
 from vllm_specdecpp.engine.v2 import capture, graphs
 
 K = 2
@@ -27,10 +26,7 @@ def rank(tiny, monkeypatch) -> Callable[..., Any]:
 
     def make(backend: EpochBackend, mode: str = graphs.PER_PASS) -> Any:
         _, speculator = harness.speculator(tiny, rule="fixed", num_speculative_tokens=K)
-        speculator.model_state = _model_state()
-        for groups in speculator.attn_groups:
-            for group in groups:
-                group.update_draft_decode_metadata = lambda metadata: None
+        harness.capturable(speculator)
         speculator._backend = lambda: backend
         speculator.graph_mode = lambda: (mode, "asked for by the test")
         return speculator

@@ -15,7 +15,6 @@ import torch
 from tests.v2 import harness
 from tests.v2.epochs import Epochs
 from tests.v2.recorder import RecordingBackend, recording
-from tests.v2.test_graph_rounds import _model_state
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.rules import make_estimator
 from vllm_specdecpp.engine.v2.graphs import PER_PASS, DraftGraphs
@@ -41,10 +40,7 @@ def _captured(tiny: Any, change: Callable[[Any], None] = lambda s: None, **optio
     from vllm.config import set_current_vllm_config
 
     config, speculator = harness.speculator(tiny, **{"num_speculative_tokens": K, "kernels": True, **options})
-    speculator.model_state = _model_state()
-    for groups in speculator.attn_groups:
-        for group in groups:
-            group.update_draft_decode_metadata = lambda metadata: None
+    harness.capturable(speculator)
     change(speculator)
     epochs = Epochs()
     epochs.begin()
@@ -165,10 +161,7 @@ def test_specialisation_of_a_round_is_met_before_its_capture(tiny):
     from vllm.config import set_current_vllm_config
 
     config, speculator = harness.speculator(tiny, rule="cost_aware", num_speculative_tokens=K, kernels=True)
-    speculator.model_state = _model_state()
-    for groups in speculator.attn_groups:
-        for group in groups:
-            group.update_draft_decode_metadata = lambda metadata: None
+    harness.capturable(speculator)
     warmed: set[Any] = set()
     captured: set[Any] = set()
     epochs = Epochs()

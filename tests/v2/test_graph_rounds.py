@@ -6,12 +6,10 @@ What is replayed is a recording of what ran during the capture (``tests.v2.recor
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.v2 import harness
 from tests.v2.cost_rounds import ScriptedPlay, scripted
@@ -23,25 +21,6 @@ from vllm_specdecpp.engine.supported import vllm_version
 from vllm_specdecpp.engine.v2.graphs import IF_NODES, DraftGraphs
 
 THRESHOLD, MAX_LENGTH = 0.45, 5
-
-
-def _model_state() -> Any:
-    """Makes attention metadata from a dummy batch, as a runner's model state does."""
-    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
-
-    def prepare_attn(
-        batch: Any, mode: Any, tables: Any, slots: Any, groups: Any, config: Any, for_capture: bool
-    ) -> Any:
-
-        assert for_capture
-        return build_attn_metadata(
-            attn_groups=groups, num_reqs=batch.num_reqs, num_tokens=batch.num_tokens,
-            query_start_loc_gpu=batch.query_start_loc, query_start_loc_cpu=torch.from_numpy(batch.query_start_loc_np),
-            max_query_len=batch.num_tokens // batch.num_reqs, seq_lens=batch.seq_lens, max_seq_len=256,
-            block_tables=tables, slot_mappings=slots, kv_cache_config=config,
-        )  # fmt: skip
-
-    return types.SimpleNamespace(prepare_attn=prepare_attn)
 
 
 def _play(
@@ -57,10 +36,7 @@ def _play(
         config, speculator = harness.speculator(
             tiny, rule="confidence", threshold=THRESHOLD, num_speculative_tokens=MAX_LENGTH, kernels=True
         )
-    speculator.model_state = _model_state()
-    for groups in speculator.attn_groups:
-        for group in groups:
-            group.update_draft_decode_metadata = lambda metadata: None
+    harness.capturable(speculator)
     change(speculator)
     epochs = Epochs()
     epochs.begin()
