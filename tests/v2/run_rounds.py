@@ -154,13 +154,17 @@ class RunsPlay(ScriptedPlay):
         return True
 
 
+def quicker_runs(runs: Any) -> None:
+    """By twins of the kernels, which have tests of their own and are slow when they are interpreted."""
+    runs.match, runs.make_certain = suffix_match_torch, one_hot_rows_torch
+    runs.take, runs.behind = device_runs.take_runs, device_runs.behind_drafts
+
+
 def with_runs(tiny: Any, seed: int, *, leads: bool = True, **options: Any) -> tuple[Any, Any, Any]:
     """As :func:`tests.v2.cost_rounds.scripted`, with suffix runs."""
     config, speculator, _ = scripted(tiny, seed, sources=["suffix", "draft_model"], **options)
     speculator.model.predict = echo
-    # Quicker than the interpreted kernels, which have tests of their own.
-    speculator.runs.match, speculator.runs.make_certain = suffix_match_torch, one_hot_rows_torch
-    speculator.runs.take, speculator.runs.behind = device_runs.take_runs, device_runs.behind_drafts
+    quicker_runs(speculator.runs)
     rule = attach_script(speculator, seed, leads=leads, **CURVES)
     if rule is not None:
         rule.chance = 0.5

@@ -14,6 +14,8 @@ from tests import engine_harness as harness
 from tests.exact_law import joint_law, p_value
 from tests.v2 import async_on_cpu
 from tests.v2 import harness as v2_harness
+from tests.v2.run_rounds import quicker_runs
+from tests.v2.verified import Verified
 from vllm_specdecpp.costs import timing
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.engine.v2.round import DeviceRound
@@ -73,10 +75,11 @@ def test_verification_ends_without_bias_where_a_draft_ended(block):
 
 
 def test_a_peeking_stop_is_noticed():
-    """The test's power."""
+    """The power of so many samples, whoever verifies them."""
     torch.manual_seed(1)
     target, draft = torch.randn(LENGTH + 1, VOCAB), torch.randn(LENGTH, VOCAB)
-    assert p_value(_emitted(target, draft, _drafts(draft, peeks=True), False), _law(target)) < FAILS_BELOW
+    drafts = _drafts(draft, peeks=True)
+    assert p_value(verified(target, draft, drafts), _law(target)) < FAILS_BELOW
 
 
 class _Given:
@@ -119,14 +122,21 @@ def _cost_aware_drafts(draft: torch.Tensor, num_reqs: int, peeks: bool) -> torch
     return device.draft_tokens
 
 
-def _verified(target: torch.Tensor, draft: torch.Tensor, drafts: torch.Tensor) -> list[tuple[int, ...]]:
-    """Rejection sampling as in the textbook; what a round did not emit comes from the target alone."""
+def verified(target: torch.Tensor, draft: torch.Tensor, drafts: torch.Tensor) -> list[tuple[int, ...]]:
+    """Rejection sampling as in the textbook; what a round did not emit comes from the target alone.
+
+    Args:
+        target: [LENGTH + 1, VOCAB] logits.
+        draft: [LENGTH, VOCAB] logits of all requests, or [num_reqs, LENGTH, VOCAB].
+        drafts: [num_reqs, LENGTH] candidates, then -1.
+    """
     columns, drafting = [], torch.ones(len(drafts), dtype=torch.bool)
-    for j, (p, q) in enumerate(zip(target[:LENGTH].softmax(-1), draft.softmax(-1), strict=True)):
-        tokens = drafts[:, j].clamp(min=0)
-        drafting = drafting & (drafts[:, j] >= 0)
-        accepted = drafting & (torch.rand(len(drafts)) < (p / q)[tokens])
-        recovered = torch.multinomial((p - q).clamp(min=0) + 1e-12, len(drafts), replacement=True)
+    laws = draft.softmax(-1).expand(len(drafts), LENGTH, VOCAB)
+    for p, q, candidates in zip(target[:LENGTH].softmax(-1), laws.unbind(1), drafts.T, strict=True):
+        tokens, drafting = candidates.clamp(min=0), drafting & (candidates >= 0)
+        ratio = p[tokens] / q.gather(1, tokens[:, None]).squeeze(1)
+        accepted = drafting & (torch.rand(len(drafts)) < ratio)
+        recovered = torch.multinomial((p - q).clamp(min=0) + 1e-12, 1).squeeze(1)
         own = torch.multinomial(p, len(drafts), replacement=True)
         columns.append(torch.where(accepted, tokens, torch.where(drafting, recovered, own)))
         drafting = accepted
@@ -140,7 +150,7 @@ def test_a_batch_that_the_cost_aware_rule_couples_follows_the_law(peeks):
     drafts = _cost_aware_drafts(draft, 4000, peeks)
     lengths = (drafts >= 0).sum(dim=1).tolist()
     assert all(lengths.count(n) > 400 for n in range(LENGTH + 1))
-    p = p_value(_verified(target, draft, drafts), _law(target))
+    p = p_value(verified(target, draft, drafts), _law(target))
     assert p < FAILS_BELOW if peeks else p > FAILS_BELOW
 
 
@@ -156,7 +166,7 @@ CURVES = {"first": {1: 1e-3}, "step": {1: 5e-4, 32: 8e-4}, "verify": {1: 10e-3, 
 """Of the cost-aware rule: some requests of a batch go on, some leave a candidate out, by what the others score."""
 
 
-def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> None:
+def _check_engine(tiny: Any, reference: Any, monkeypatch: Any, name: str, num_samples: int) -> None:
     from vllm import SamplingParams
 
     law = joint_law(reference("small_target").model, PROMPT, LENGTH, 1.0)
@@ -171,10 +181,17 @@ def _check_engine(tiny: Any, reference: Any, name: str, num_samples: int) -> Non
     ) as llm:
         if "cost-aware" in name:
             v2_harness.fix_costs(llm, CURVES)
+        speculator = v2_harness.speculator_of(llm)
+        if speculator.runs is not None:
+            quicker_runs(speculator.runs)
+        draft = reference("small_draft") if config["draft_sample_method"] == "probabilistic" else None
+        seen = Verified(monkeypatch, llm, reference("small_target"), draft)
         np.random.seed(11)  # vLLM's seeds of requests that bring none
         params = [SamplingParams(seed=i if i % 4 == 0 else None, **common) for i in range(num_samples)]
         outputs = llm.generate([{"prompt_token_ids": PROMPT}] * num_samples, params, use_tqdm=False)
         rounds = harness.take_rounds(llm)
+    if draft is not None:
+        seen.check_drawn()
     assert len({len(r["candidates"]) for r in rounds}) >= 3
     candidates, accepted = sum(len(r["candidates"]) for r in rounds), sum(r["accepted"] for r in rounds)
     assert 0.1 < accepted / candidates < 0.95  # both branches of the rejection sampler are used
@@ -187,16 +204,17 @@ def costs_are_known(monkeypatch):
 
 
 def test_sampled_output_follows_the_exact_law(tiny, reference, monkeypatch):
-    """A few samples through the whole engine; many more, and every kind, are in the slow test."""
+    """A few samples through the whole engine, and all that was verified; many more, and every kind, are in the slow
+    test."""
     async_on_cpu.allow(monkeypatch)
-    _check_engine(tiny, reference, "cost-aware, asynchronous", 48)
+    _check_engine(tiny, reference, monkeypatch, "cost-aware, asynchronous", 48)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_sampled_output_follows_the_exact_law_closely(tiny, reference, monkeypatch, name):
     async_on_cpu.allow(monkeypatch)
-    _check_engine(tiny, reference, name, 640)
+    _check_engine(tiny, reference, monkeypatch, name, 640)
 
 
 def test_room_beyond_a_draft_is_masked_for_verification_alone():

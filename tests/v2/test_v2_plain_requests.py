@@ -13,14 +13,13 @@ from tests import engine_harness as harness
 from tests.engine import test_plain_requests as v1
 
 test_nothing_else_that_vllm_refuses_slips_through = v1.test_nothing_else_that_vllm_refuses_slips_through
-test_greedy_answers_are_those_without_speculation = v1.test_greedy_answers_are_those_without_speculation
 test_at_k_0_no_draft_pass_is_run = v1.test_at_k_0_no_draft_pass_is_run
-test_sampled_answers_follow_the_exact_law = v1.test_sampled_answers_follow_the_exact_law
 
 
-@pytest.fixture(autouse=True)
-def fewer_samples(monkeypatch):
+@pytest.mark.slow
+def test_sampled_answers_follow_the_exact_law(tiny, reference, monkeypatch):
     monkeypatch.setattr(v1, "NUM_SAMPLES", 32)
+    v1.test_sampled_answers_follow_the_exact_law(tiny, reference)
 
 
 class NoOddToken(LogitsProcessor):
@@ -39,15 +38,24 @@ class NoOddToken(LogitsProcessor):
         return logits
 
 
-def test_custom_logits_processors_are_applied_to_candidates(tiny, monkeypatch):
-    monkeypatch.setattr(v1, "KINDS", {"plain": {}, "even": {"extra_args": {"even": 1}}})
-    prompts = harness.prompts(3, seed=5)
+@pytest.mark.asks(5)
+def test_answers_are_those_without_speculation(tiny, monkeypatch):
+    """Greedy, and with seeds, for which a request's text does not depend on what is drafted. Custom processors are
+    applied to candidates; at temperature 0 ``min_p`` changes nothing, so vLLM drops it."""
+    kinds = {**v1.KINDS, "logit_bias": {"logit_bias": {3: 15.0}}, "even": {"extra_args": {"even": 1}}}
+    monkeypatch.setattr(v1, "KINDS", kinds)
+    prompts = harness.prompts(2, seed=5)
+    samplings: list[dict[str, Any]] = [{"temperature": 0.0, "max_tokens": 10}, {"seed": 7, "max_tokens": 10}]
     with harness.engine(tiny.target, logits_processors=[NoOddToken]) as llm:
-        wanted = harness.token_ids(v1._run(llm, prompts, temperature=0.0))
+        wanted = [harness.token_ids(v1._run(llm, prompts, **sampling)) for sampling in samplings]
     with harness.engine(tiny.target, v1._config(tiny, "draft_good"), logits_processors=[NoOddToken]) as llm:
-        outputs = v1._run(llm, prompts, temperature=0.0)
-        rounds = harness.rounds_of(outputs, harness.take_rounds(llm))
-    assert harness.token_ids(outputs) == wanted
-    assert not any(token % 2 for answer in wanted[1::2] for token in answer)
-    assert any(token % 2 for answer in wanted[::2] for token in answer)
-    assert all(any(len(candidates) > 1 for candidates, *_ in request) for request in rounds)
+        for sampling, answers, may_draft in zip(samplings, wanted, [(1, 1, 0, 1), (1, 0, 0, 1)], strict=True):
+            outputs = v1._run(llm, prompts, **sampling)
+            v1._check_lengths(llm, outputs, tuple(map(bool, may_draft)))
+            assert harness.token_ids(outputs) == answers, sampling
+    plain, min_p, biased, even = ([answers[index::4] for answers in wanted] for index in range(4))
+    assert plain[0] == min_p[0] and plain[1] != min_p[1] and plain[0] != biased[0] and plain[1] != biased[1]
+    for answers in even:
+        assert not any(token % 2 for answer in answers for token in answer)
+    for answers in plain:
+        assert any(token % 2 for answer in answers for token in answer)

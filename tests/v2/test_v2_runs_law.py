@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.exact_law import p_value
-from tests.v2.test_v2_lossless import FAILS_BELOW, LENGTH, VOCAB, _Given, _law
-from vllm_specdecpp.decision.cost_aware import device_runs
+from tests.v2.run_rounds import quicker_runs
+from tests.v2.test_v2_lossless import FAILS_BELOW, LENGTH, VOCAB, _Given, _law, verified
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
 from vllm_specdecpp.decision.sources.suffix import longest_match
 from vllm_specdecpp.engine.v2.free_runs import DeviceFreeRuns
 from vllm_specdecpp.engine.v2.round import DeviceRound
 from vllm_specdecpp.kernels.one_hot_rows import one_hot_rows_torch
-from vllm_specdecpp.kernels.suffix_match import suffix_match_torch
 
 NUM_REQS = 4000
 TEXT = 9
@@ -42,9 +41,7 @@ class Batch:
             runner=SimpleNamespace(req_states=SimpleNamespace(all_token_ids=SimpleNamespace(gpu=table))),
         )  # fmt: skip
         self.runs = DeviceFreeRuns(self.speculator)
-        # Quicker than the interpreted kernels, which have tests of their own.
-        self.runs.match, self.runs.make_certain = suffix_match_torch, one_hot_rows_torch
-        self.runs.take, self.runs.behind = device_runs.take_runs, device_runs.behind_drafts
+        quicker_runs(self.runs)
         if plant is not None:
             plant(self.runs)
         given: Any = _Given()
@@ -80,22 +77,12 @@ class Batch:
         self.states, self.table, self.round = states, table, device
 
     def emitted(self, target: torch.Tensor) -> list[tuple[int, ...]]:
-        """Rejection sampling as in the textbook; what a round did not emit comes from the target alone."""
+        """Of drafts that vLLM is told nothing of, that they are certain."""
         candidates, logits = self.round.draft_tokens, self.speculator.draft_logits
-        columns, drafting = [], torch.ones(NUM_REQS, dtype=torch.bool)
-        for step, p in enumerate(target[:LENGTH].softmax(-1)):
-            tokens = candidates[:, step].clamp(min=0)
-            q = torch.nn.functional.one_hot(tokens, VOCAB).float()
-            if logits is not None:
-                q = logits[self.states, step].softmax(-1)
-            drafting = drafting & (candidates[:, step] >= 0)
-            ratio = p[tokens] / q.gather(1, tokens[:, None]).squeeze(1)
-            accepted = drafting & (torch.rand(NUM_REQS) < ratio)
-            recovered = torch.multinomial((p - q).clamp(min=0) + 1e-12, 1).squeeze(1)
-            own = torch.multinomial(p, NUM_REQS, replacement=True)
-            columns.append(torch.where(accepted, tokens, torch.where(drafting, recovered, own)))
-            drafting = accepted
-        return [tuple(row) for row in torch.stack(columns, dim=1).tolist()]
+        if logits is None:
+            certain = torch.nn.functional.one_hot(candidates.clamp(min=0), VOCAB)
+            return verified(target, certain.log(), candidates)
+        return verified(target, logits[self.states], candidates)
 
 
 @pytest.mark.parametrize("probabilistic", [False, True])
