@@ -12,13 +12,8 @@ from typing import Any
 
 from tests import conftest, engine_harness, tiny_models
 
-CHANGES: list[dict[str, Any]] = [
-    {"rule": "threshold", "threshold": 0.6},
-    {"rule": "confidence", "threshold": 0.5},
-    {"rule": "entropy", "threshold": 0.9},
-    {"rule": "fixed", "threshold": None},
-    {"rule": "cost_aware", "threshold": None},
-]
+CHANGES: list[dict[str, Any]] = [{"rule": "threshold", "threshold": 0.6}, {"rule": "cost_aware", "threshold": None}]
+"""The others are compared with the reference loop on either runner."""
 FIRST = 1e-3
 CURVES: dict[str, dict[int, float]] = {
     "step": {1: 0.7e-3, 4: 1e-3}, "verify": {1: 10e-3, 4: 10.5e-3, 8: 13e-3, 9: 12e-3, 32: 30e-3}
