@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As V1's, on Model Runner V2; and where the scheduler books more than is drafted."""
+"""As V1's, of metrics and of constraints, on Model Runner V2; and where the scheduler books more than is drafted."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests import engine_harness as harness
+from tests.engine import test_constraints
 from tests.engine import test_metrics_engine as v1
 from tests.v2 import async_on_cpu
 
 llm = v1.llm
 test_metrics_agree = v1.test_metrics_agree
 test_vllms_metrics_of_one_request_are_those_of_its_rounds = v1.test_vllms_metrics_of_one_request_are_those_of_its_rounds
+
+
+
+def test_constraints_teach_nobody_else(llm, monkeypatch):
+    """V1's test in this engine; interpreted kernels take their time."""
+    monkeypatch.setattr(test_constraints, "NUM_PROMPTS", 2)
+    monkeypatch.setattr(test_constraints, "MAX_TOKENS", 10)
+    test_constraints.test_constraints_teach_nobody_else(llm)
 
 
 def test_rows_that_are_booked_in_vain_are_counted(tiny, monkeypatch):
