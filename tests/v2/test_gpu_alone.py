@@ -44,6 +44,7 @@ def test_replays_that_are_wrong_are_told(tmp_path, monkeypatch):
     """A rule that never stops: rounds are longer than they should be."""
     from benchmarks.gpu import static_draft
 
+    monkeypatch.setattr(alone, "CELLS", [(3, 1)])
     rounds = static_draft.StaticRounds
     made = rounds.__init__
     monkeypatch.setattr(rounds, "__init__", lambda self, draft, most, length, stop: made(self, draft, most, length, 3))

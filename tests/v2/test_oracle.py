@@ -26,7 +26,7 @@ CASES: list[tuple[dict[str, Any], Stops]] = [
 )
 def test_drafts_equal_the_oracles(tiny, case, books):
     options, stops = CASES[case]
-    config, speculator = harness.speculator(tiny, kernels=case == 4, **options)
+    config, speculator = harness.speculator(tiny, kernels=(case, books) == (4, True), **options)
     lengths = Play(speculator, config, stops, seed=case, books=books).run(num_steps=25)
     assert len(lengths) > 30
     assert 0 in lengths and len(set(lengths)) >= min(3, 1 + options["num_speculative_tokens"])

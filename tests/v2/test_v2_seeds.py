@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests import engine_harness as harness
 from tests import same_text
 from tests.planted_bugs import change_arguments
 from tests.v2 import async_on_cpu
+from tests.v2.harness import speculator_of
 from vllm_specdecpp.engine.v2 import sampler
 from vllm_specdecpp.engine.v2.sampler import EndOfDraftSampler
 
-SIZE = 1, 10
+SIZE = 1, 8
 """Of each kind of request one, and tokens."""
 
 
@@ -23,10 +22,6 @@ def alone(tiny):
     """What vLLM answers without speculation."""
     with harness.engine(tiny.target) as llm:
         return same_text.answers(llm, *SIZE)
-
-
-def _speculator(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.speculator
 
 
 @pytest.fixture(params=[pytest.param("greedy", marks=pytest.mark.slow), "probabilistic, asynchronous"])
@@ -41,7 +36,7 @@ def llm(request, tiny, monkeypatch):
 
 
 def test_the_text_is_that_without_speculation(llm, alone, monkeypatch):
-    same_text.random_lengths(monkeypatch, _speculator(llm), 1)
+    same_text.random_lengths(monkeypatch, speculator_of(llm), 1)
     assert same_text.answers(llm, *SIZE) == alone
     same_text.check_used(harness.take_rounds(llm))
     with monkeypatch.context() as patch:  # noise of the wrong position
