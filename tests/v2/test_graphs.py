@@ -187,10 +187,3 @@ def test_a_graph_per_pass_stops_at_the_rounds_bound(max_length, passes):
 def test_a_batch_beyond_the_largest_size_has_no_graph():
     _, _, graphs = _captured(IF_NODES, [1, 2, 4])
     assert [graphs.size_for(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, None]
-
-
-def test_torch_has_what_if_nodes_need():
-    """Of the installed torch; without a GPU nothing more can be asked."""
-    assert hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node") == hasattr(
-        torch.cuda.CUDAGraph, "end_capture_to_conditional_node"
-    )

@@ -256,10 +256,6 @@ def _play(tiny: Any, monkeypatch: Any, patch: Callable[..., None] | None) -> lis
     return Play(speculator, config, Stops(THRESHOLD, MIN_LENGTH), seed=5).run(num_steps=30)
 
 
-def test_there_are_enough():
-    assert len(MUTATIONS) >= 15
-
-
 def test_without_a_bug_all_is_well(tiny, monkeypatch):
     lengths = _play(tiny, monkeypatch, None)
     assert set(range(MAX_LENGTH + 1)) <= set(lengths)
