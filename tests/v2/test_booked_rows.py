@@ -141,3 +141,44 @@ def test_what_assigns_the_rows_is_compiled_before_service(monkeypatch):
     steps = _steps(monkeypatch, FLAT)
     steps.booked_rows.warm()
     assert calls == [(n, budget, [K] * n) for n in (1, 2) for budget in (1, 2)]
+
+
+class _Told:
+    """A head that lags and is right: it says of each candidate with which probability it will be accepted."""
+
+    name, lag, needs = "told", 1, frozenset({"hidden_states"})
+
+    def __call__(self, features: Any, position: int) -> torch.Tensor:
+        return features.hidden_states[:, 0]
+
+
+def test_rows_by_the_chances_of_sampled_drafts_bend_the_law():
+    """Why they are refused (``gpu_defaults.SAMPLED``): two tokens, drawn evenly, where the target has nine in ten of
+    the first. Rows for half of the candidates go to those that look better once they were read."""
+    from vllm.v1.worker.gpu.spec_decode.adaptive_verification import _assign_draft_token_budget
+
+    from vllm_specdecpp.decision.rules import ThresholdRule
+    from vllm_specdecpp.engine.v2.round import DeviceRound
+
+    torch.manual_seed(0)
+    num, emitted = 512, []
+    target, draft = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
+    for _ in range(12):
+        round_ = DeviceRound(torch.full((num, 2), -1), torch.empty(num, 2))
+        round_.set_rule(ThresholdRule(_Told(), 0.95), 1)
+        round_.limits[:, 0], round_.limits[:, 1], round_.limits[:, 2:] = 2, 1000, -1
+        ones = torch.ones(num, dtype=torch.int32)
+        round_.start(num, 20 * ones, 0 * ones, ones)
+        logits, hidden = draft.log().expand(num, 2).contiguous(), torch.full((num, 1), torch.nan)
+        first = torch.multinomial(draft.expand(num, 2), 1).squeeze(1)
+        chance = torch.minimum(target / draft, torch.ones(2))[first]
+        for step, (tokens, states) in enumerate(((first, hidden), (first, chance[:, None])), 1):
+            round_.observe_pass(step, logits, states)
+            round_.append_drawn(tokens)
+        rows = round_.lengths.clone()
+        _assign_draft_token_budget(round_.confidences, torch.arange(num), rows, num // 2, 2)
+        accepted = torch.where(torch.rand(num) < chance, first, 0)  # what is left of the target is all on 0
+        drawn = torch.multinomial(target.expand(num, 2), 1).squeeze(1)
+        emitted.append(torch.where(rows >= 1, accepted, drawn) == 0)
+    share = float(torch.cat(emitted).float().mean())
+    assert share > 0.9 + 5 * (0.09 / (12 * num)) ** 0.5
