@@ -13,7 +13,8 @@ import torch
 
 from tests.dataset_files import make_manifest
 from vllm_specdecpp.data.prompts import Prompt, PromptName, digest
-from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit.held_out import prompt_lists
 

@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.data.shards import (
-    Dataset,
-    Manifest,
-    RoundRecord,
-    Shard,
-    create_dataset,
-    shard_from_rounds,
-    write_shard,
-)
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.data.shard_file import RoundRecord, Shard, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import Dataset, create_dataset
 
 HIDDEN_SIZE = 5
 SETTINGS: dict[str, Any] = {

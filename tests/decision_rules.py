@@ -7,15 +7,9 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.decision import (
-    SCALAR_FEATURES,
-    ConfidenceEstimator,
-    EntropyEstimator,
-    FixedRule,
-    HeadEstimator,
-    StopRule,
-    ThresholdRule,
-)
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, HeadEstimator
+from vllm_specdecpp.decision.features import SCALAR_FEATURES
+from vllm_specdecpp.decision.rules import FixedRule, StopRule, ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 
 HIDDEN = 4

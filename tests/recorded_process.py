@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.data.shard_file import Shard, outcomes
-from vllm_specdecpp.decision import encode_scalars
+from vllm_specdecpp.decision.features import encode_scalars
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, chains_of_shard
 

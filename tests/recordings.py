@@ -10,7 +10,9 @@ import torch
 
 from tests import engine_harness as harness
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.data.shards import Manifest, create_dataset, read_shard
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.data.shard_file import read_shard
+from vllm_specdecpp.data.shards import create_dataset
 
 STATE_TOLERANCE = 2e-4
 """float32, two implementations: hidden states of unit size, logits of size 10."""

@@ -12,8 +12,9 @@ import torch
 
 from tests import engine_harness as harness
 from tests.reference_loop import answer
-from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator
+from vllm_specdecpp.decision.round import DraftRound
 
 MAX_LENGTH = 6
 PROMPTS = harness.prompts(12, seed=31, longest=60)

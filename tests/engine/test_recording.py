@@ -26,7 +26,8 @@ from tests.recordings import (
     rounds_by_request,
 )
 from tests.tiny_models import HIDDEN_SIZE
-from vllm_specdecpp.data.shards import create_dataset, read_shard
+from vllm_specdecpp.data.shard_file import read_shard
+from vllm_specdecpp.data.shards import create_dataset
 
 PROMPT = {"id": "any", "set": "s"}
 

@@ -15,7 +15,7 @@ import torch
 from tests.calibrate_files import HIDDEN, W_REJ, K, ids, make_dataset, make_head, write_provenance
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.prompts import PromptName, split_by_id
-from vllm_specdecpp.data.shards import write_shard
+from vllm_specdecpp.data.shard_file import write_shard
 from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import calibrate
@@ -250,7 +250,8 @@ def test_without_matplotlib_it_says_so_before_any_work(
 def test_a_score_that_is_no_number_leaves_the_head_as_it_was(tmp_path: Path, head: Path, fit: Path) -> None:
     bad = make_dataset(tmp_path / "bad", ids("bad", 4), shift_of=lambda each: 0.0)
     path = bad / "shards" / "00000.safetensors"
-    from vllm_specdecpp.data.shards import open_dataset, read_shard
+    from vllm_specdecpp.data.shard_file import read_shard
+    from vllm_specdecpp.data.shards import open_dataset
 
     manifest = open_dataset(bad).manifest
     shard = read_shard(path, manifest)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from vllm_specdecpp.data.prompts import encode, load_prompts
-from vllm_specdecpp.data.shards import Dataset, RoundRecord, open_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import Dataset, open_dataset
 from vllm_specdecpp.training.collect import command as collect
 from vllm_specdecpp.training.collect.command import make_manifest, run
 from vllm_specdecpp.training.collect.on_policy import UnitSummary

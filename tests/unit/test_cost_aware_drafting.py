@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests.standings import standings
-from vllm_specdecpp.decision import ConfidenceEstimator, DraftRound, Estimator, HeadEstimator, StepFeatures
 from vllm_specdecpp.decision.cost_aware import CostAwareRule, CostModel
 from vllm_specdecpp.decision.cost_aware.tail import CostAwareTail, Report
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator, Estimator, HeadEstimator
+from vllm_specdecpp.decision.features import StepFeatures
+from vllm_specdecpp.decision.round import DraftRound
 from vllm_specdecpp.engine.shared.cost_aware import CostAwareDrafting
 from vllm_specdecpp.head.model import AcceptanceHead
 

@@ -11,7 +11,8 @@ import torch
 
 from tests.dataset_files import make_manifest, refused
 from vllm_specdecpp.data.dataset import LabelRows, load_rows, rows_of
-from vllm_specdecpp.data.shards import Shard, create_dataset, empty_shard, write_shard
+from vllm_specdecpp.data.shard_file import Shard, empty_shard, write_shard
+from vllm_specdecpp.data.shards import create_dataset
 
 HIDDEN_SIZE = 3
 SCALARS = ("top1_prob", "entropy", "margin")

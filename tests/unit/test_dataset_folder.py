@@ -16,10 +16,7 @@ from tests.dataset_files import (
     refused,
 )
 from vllm_specdecpp.data.manifest import MANIFEST_FILE, read_manifest
-from vllm_specdecpp.data.shards import (
-    create_dataset,
-    open_dataset,
-)
+from vllm_specdecpp.data.shards import create_dataset, open_dataset
 
 
 def test_the_same_settings_go_on(tmp_path):

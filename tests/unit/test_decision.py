@@ -12,16 +12,11 @@ from torch import Tensor
 
 from tests.decision_rules import HIDDEN, all_rules
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision import (
-    DraftRound,
-    Estimator,
-    FixedRule,
-    StepFeatures,
-    ThresholdRule,
-    features_from_logits,
-    make_rule,
-)
-from vllm_specdecpp.decision.rules import tail_threshold
+from vllm_specdecpp.decision.estimator import Estimator
+from vllm_specdecpp.decision.features import StepFeatures, features_from_logits
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.rules import FixedRule, ThresholdRule, tail_threshold
 
 
 @pytest.fixture(autouse=True)

@@ -11,16 +11,10 @@ import torch
 
 from tests.decision_rules import HIDDEN, all_rules
 from vllm_specdecpp.config import SpecDecPPConfig
-from vllm_specdecpp.decision import (
-    SCALAR_FEATURES,
-    ConfidenceEstimator,
-    EntropyEstimator,
-    HeadEstimator,
-    StepFeatures,
-    ThresholdRule,
-    features_from_logits,
-    make_rule,
-)
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator, EntropyEstimator, HeadEstimator
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures, features_from_logits
+from vllm_specdecpp.decision.from_options import make_rule
+from vllm_specdecpp.decision.rules import ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 
 FLOAT32_TOLERANCE = 1e-5  # a sum over a vocabulary, against float64

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.decision_rules import HIDDEN, RULES, all_rules
-from vllm_specdecpp.decision import (
-    DraftRound,
-    FixedRule,
-    StepFeatures,
-    features_from_logits,
-)
-from vllm_specdecpp.decision.round import Rows
+from vllm_specdecpp.decision.features import StepFeatures, features_from_logits
+from vllm_specdecpp.decision.round import DraftRound, Rows
+from vllm_specdecpp.decision.rules import FixedRule
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specdecpp.data.shards import Manifest, create_dataset, open_dataset, read_shard
+from vllm_specdecpp.data.manifest import Manifest
+from vllm_specdecpp.data.shard_file import read_shard
+from vllm_specdecpp.data.shards import create_dataset, open_dataset
 from vllm_specdecpp.decision.features import StepFeatures
 from vllm_specdecpp.engine.recording import recorder
 from vllm_specdecpp.engine.recording.recorder import DraftTrace, RoundRecorder

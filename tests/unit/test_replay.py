@@ -14,7 +14,8 @@ import torch
 from tests import recorded_process
 from tests.recorded_process import HIDDEN, Process, chains_of, record, rule_length, run_policy
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision import DraftRound, StopRule, ThresholdRule
+from vllm_specdecpp.decision.round import DraftRound
+from vllm_specdecpp.decision.rules import StopRule, ThresholdRule
 from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.replay.chains import Chains, concatenate

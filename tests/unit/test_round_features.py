@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specdecpp.decision import DraftRound, HeadEstimator, StepFeatures, ThresholdRule, encode_scalars
-from vllm_specdecpp.decision.features import SCALAR_FEATURES
-from vllm_specdecpp.decision.round import Rows
+from vllm_specdecpp.decision.estimator import HeadEstimator
+from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures, encode_scalars
+from vllm_specdecpp.decision.round import DraftRound, Rows
+from vllm_specdecpp.decision.rules import ThresholdRule
 from vllm_specdecpp.head.files import Calibration
 from vllm_specdecpp.head.model import AcceptanceHead
 

@@ -25,14 +25,8 @@ from tests.dataset_files import (
     make_shard,
     refused,
 )
-from vllm_specdecpp.data.shards import (
-    create_dataset,
-    empty_shard,
-    open_dataset,
-    read_shard,
-    shard_from_rounds,
-    write_shard,
-)
+from vllm_specdecpp.data.shard_file import empty_shard, read_shard, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import create_dataset, open_dataset
 from vllm_specdecpp.files import write_whole
 
 

@@ -16,7 +16,8 @@ from benchmarks.simulate.chains import Informed, Ngram, Ours, Place, serve
 from benchmarks.simulate.settings import Setting, true_costs
 from benchmarks.simulate.texts import WRONG, Text, least_seconds, recorded_texts
 from tests.dataset_files import make_manifest
-from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.decision.cost_aware.admission import Admitted
 from vllm_specdecpp.decision.cost_aware.drafting import CostAwareRound
 from vllm_specdecpp.training.collect.responses import write_responses

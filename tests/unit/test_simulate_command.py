@@ -12,7 +12,8 @@ import torch
 from benchmarks.simulate import play as simulate
 from benchmarks.simulate.streams import make, recorded
 from tests.dataset_files import make_manifest
-from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.training.collect.responses import write_responses
 
 

@@ -17,7 +17,8 @@ from tests.dataset_files import make_manifest
 from vllm_specdecpp import cli
 from vllm_specdecpp.data.dataset import LabelRows, load_rows
 from vllm_specdecpp.data.prompts import split_by_id
-from vllm_specdecpp.data.shards import RoundRecord, create_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.fit import train
 from vllm_specdecpp.training.fit.fitting import PATIENCE, evaluate, score
@@ -156,7 +157,8 @@ class TestRun:
 
     def test_the_scores_are_the_engines(self, data: Path, tmp_path: Path) -> None:
         """What training computes of a row is what HeadEstimator computes of the same step."""
-        from vllm_specdecpp.decision import HeadEstimator, StepFeatures
+        from vllm_specdecpp.decision.estimator import HeadEstimator
+        from vllm_specdecpp.decision.features import StepFeatures
 
         run(options(data, tmp_path / "head", epochs=1))
         head = AcceptanceHead.from_pretrained(tmp_path / "head")

@@ -17,8 +17,10 @@ from tests.dataset_files import make_manifest
 from tests.recorded_process import HIDDEN, Process, as_shard, record
 from vllm_specdecpp.costs.file import CostFile
 from vllm_specdecpp.costs.model import CostModel
+from vllm_specdecpp.data.manifest import Manifest
 from vllm_specdecpp.data.prompts import split_by_id
-from vllm_specdecpp.data.shards import Manifest, create_dataset, write_shard
+from vllm_specdecpp.data.shard_file import write_shard
+from vllm_specdecpp.data.shards import create_dataset
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.training.collect.responses import write_responses
 from vllm_specdecpp.training.replay import tune

@@ -87,12 +87,13 @@ def test_a_rule_that_fails_ends_drafting_and_nothing_else(tiny, monkeypatch, fai
     config, speculator, rule = scripted(tiny, seed=5)
     costs, errors = speculator.cost_aware, []
     monkeypatch.setattr(shared.logger, "exception", lambda *said: errors.append(said))
-    begin_round = costs.begin_round
+    begin_round, takes_runs = costs.begin_round, []
 
     def planned(names: list[str], *args: Any) -> Any:
         num, plan = len(rule.plans), begin_round(names, *args)
         if len(rule.plans) == num:
             rule.plans.append(dict.fromkeys(names, 0))
+        takes_runs.append(plan.takes_runs)
         return plan
 
     def fail(*args: Any) -> Any:
@@ -103,10 +104,13 @@ def test_a_rule_that_fails_ends_drafting_and_nothing_else(tiny, monkeypatch, fai
     assert any(play.run(num_steps=12)) and not errors
     setattr(rule, fails, fail)
     num, left_out = len(play.lengths), play.num_left_out
+    assert all(takes_runs)
     play.run(num_steps=14)
     assert len(errors) == 1 and costs.has_failed
     # The outcome that it fails on comes with the next step.
     assert not any(play.lengths[num + 4 :]) and play.num_left_out >= left_out + 8
+    assert not any(takes_runs[-8:]) and speculator.cost_aware.stats()["has_failed"]
+    assert not speculator._tail.params.packed.any()
 
 
 def test_another_rule_and_back(tiny):

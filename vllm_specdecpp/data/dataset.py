@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from vllm_specdecpp.data.prompts import PromptName
 from vllm_specdecpp.data.rows import LabelRows, every_prompt, rows_of
-from vllm_specdecpp.data.shards import Dataset, Shard, open_dataset
+from vllm_specdecpp.data.shard_file import Shard
+from vllm_specdecpp.data.shards import Dataset, open_dataset
 from vllm_specdecpp.head.files import same_model
 
 logger = logging.getLogger("vllm.specdecpp")

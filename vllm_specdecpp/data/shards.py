@@ -13,30 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_specdecpp.data.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from vllm_specdecpp.data.shard_file import (
-    ACCEPTED,
-    NOT_OBSERVED,
-    RoundRecord,
-    Shard,
-    empty_shard,
-    read_shard,
-    shard_from_rounds,
-    write_shard,
-)
-
-__all__ = [
-    "Dataset",
-    "Manifest",
-    "RoundRecord",
-    "Shard",
-    "Summary",
-    "create_dataset",
-    "empty_shard",
-    "open_dataset",
-    "read_shard",
-    "shard_from_rounds",
-    "write_shard",
-]
+from vllm_specdecpp.data.shard_file import ACCEPTED, NOT_OBSERVED, Shard, read_shard
 
 logger = logging.getLogger("vllm.specdecpp")
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from vllm_specdecpp.data.shards import RoundRecord, empty_shard, open_dataset, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shard_file import RoundRecord, empty_shard, shard_from_rounds, write_shard
+from vllm_specdecpp.data.shards import open_dataset
 from vllm_specdecpp.decision.features import SCALAR_FEATURES, StepFeatures
 from vllm_specdecpp.engine.v1.inputs import RowState
 

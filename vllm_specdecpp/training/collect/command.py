@@ -21,8 +21,9 @@ from vllm_specdecpp.training.collect.stop_signal import StopSignal, stop_on_sign
 from vllm_specdecpp.training.model_config import model_config
 
 if TYPE_CHECKING:
+    from vllm_specdecpp.data.manifest import Manifest
     from vllm_specdecpp.data.prompts import Prompt
-    from vllm_specdecpp.data.shards import Dataset, Manifest
+    from vllm_specdecpp.data.shards import Dataset
 
 
 def run(options: CollectOptions) -> int:
@@ -123,8 +124,8 @@ def make_manifest(options: CollectOptions, prompts: Sequence[Prompt]) -> Manifes
     Raises:
         ValueError: a model's config cannot be read.
     """
+    from vllm_specdecpp.data.manifest import Manifest
     from vllm_specdecpp.data.prompts import digest
-    from vllm_specdecpp.data.shards import Manifest
     from vllm_specdecpp.provenance import command_line, git_sha, model_label, model_revision, now, versions
 
     model_config(options.target, "target")

@@ -30,7 +30,7 @@ from vllm_specdecpp.decision.features import SCALAR_FEATURES
 from vllm_specdecpp.training.fit.fitting import score
 
 if TYPE_CHECKING:
-    from vllm_specdecpp.data.shards import Shard
+    from vllm_specdecpp.data.shard_file import Shard
     from vllm_specdecpp.head.model import AcceptanceHead
 
 _CHUNK = 16384

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from vllm_specdecpp.costs.model import CostModel
-from vllm_specdecpp.decision import ConfidenceEstimator, StepFeatures, ThresholdRule
+from vllm_specdecpp.decision.estimator import ConfidenceEstimator
+from vllm_specdecpp.decision.features import StepFeatures
+from vllm_specdecpp.decision.rules import ThresholdRule
 from vllm_specdecpp.head.model import AcceptanceHead
 from vllm_specdecpp.rule_registry import RULES
 from vllm_specdecpp.training.replay.chains import Chains
