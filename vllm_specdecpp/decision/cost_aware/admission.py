@@ -213,7 +213,7 @@ class Admission:
                 new = new[: len(new) // 2]  # half of them cost less
         self.price = out.price
         if reads:
-            # In the batch's order, so that everybody's turn comes; who is read for makes others late, not itself.
+            # In the batch's order, so that everybody's turn comes: one waits if those before it take too long.
             drafting = np.flatnonzero(out.drafts[index])
             before = debts[drafting].cumsum() - debts[drafting]
             late = drafting[(debts[drafting] > 0) & (before > _MOST_READING * costs.verify.at(num_reqs))]
