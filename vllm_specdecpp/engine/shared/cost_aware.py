@@ -114,7 +114,7 @@ class CostAwareDrafting:
             tokens: index in the batch -> the request's tokens so far; None: no runs in this round.
         """
         if self.rule is not None:
-            round_ = self._idle(batch)
+            round_ = None
             if not self.has_failed:
                 with self._guarded():
                     if self._round is not None:
@@ -124,8 +124,8 @@ class CostAwareDrafting:
                     runs = [] if self._behind is None else [self._behind(row, ()) for row in range(len(batch))]
                     self._search_seconds = (time.perf_counter() - started) / max(sum(s.limit > 0 for s in batch), 1)
                     round_ = self.rule.begin(batch, runs)
-            if self.has_failed:
-                self._behind = None
+            if round_ is None:
+                round_, self._behind = self._idle(batch), None
             self._round, self._is_filled = round_, False
             self._load(round_)
         self.share_params()

@@ -157,10 +157,12 @@ class DeviceCostAware(CostAwareDrafting):
                 apart = [share if num else 0.0 for num in behind]
             rows = zip(request_ids, max_lengths, room, unread, emitted, apart, constrained, strict=True)
             batch = list(map(Standing._make, rows))
-            round_ = self._idle(batch)
+            round_ = None
             if not self.has_failed:
                 with self._guarded():
                     round_ = self.rule.begin(batch, () if self.runs is None else None)
+            if round_ is None:
+                round_ = self._idle(batch)
             drafts = round_.drafts.nonzero()[0].tolist()
             longest = max(round_.limits[drafts].tolist(), default=0)
             self._drafting = bool(longest)
