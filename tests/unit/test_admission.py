@@ -239,6 +239,24 @@ class TestReading:
             batch = [standing(str(i), behind=500 if i == place else 20) for i in range(8)]
             assert made.plan(batch, model, money).drafts[place]
 
+    def test_a_trial_of_nobody_is_none(self, monkeypatch) -> None:
+        """All whom it was for are put off; what it had staked comes back when the round is over."""
+        model, num = costs(0.02, 0.02, read={1: 0.001, 1000: 1.0}), 7
+        behind, emitted = (300, 300, 600, 300, 150, 600, 150), (127, 7, 173, 81, 10, 137, 100)
+        batch = [standing(str(i), behind=behind[i], emitted=emitted[i]) for i in range(num)]
+        for bound in (1e9, admission._MOST_READING):
+            monkeypatch.setattr(admission, "_MOST_READING", bound)
+            made, money = admission.Admission(), Purse()
+            made.records.mean, made.records.looks = 0.3, 500.0
+            made.records._requests.update({"2": (3.0, 2.59, 0), "4": (1000.0, 435.24, 0), "6": (20.0, 16.01, 0)})
+            made.lengths.restore({"mean": 300.0, "weight": 64.0})
+            money.open(num, 0.1)
+            money.balance = 100.0
+            admitted = made.plan(batch, model, money)
+            assert admitted.trial == admitted.drafts.all() == (bound > 4) and admitted.staked > 0
+        assert admitted.drafts.tolist() == [True, True, *[False] * 5]
+        assert admitted.baseline == num / model.verify.at(num)
+
     def test_what_a_pass_of_its_own_takes_counts(self) -> None:
         model = costs(0.05, 0.05, read={1: 0.001, 1000: 0.002})
         made, money = admission.Admission(), Purse()

@@ -255,3 +255,11 @@ def test_stats_are_plain_values() -> None:
     assert stats["admission"]["rho"] > 0 and stats["costs"]["first"]["1"] > 0
     follower = CostAwareDrafting(None, _tail(), None, _same, torch.device("cpu"))
     assert follower.stats() == {}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_is_not_the_rules_fault_is_raised(error):
+    drafting, _ = _drafting()
+    with pytest.raises(error), drafting._guarded():
+        raise error("the device's")
+    assert not drafting.has_failed

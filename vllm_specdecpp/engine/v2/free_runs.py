@@ -205,7 +205,7 @@ def hold_tokens(req_states: Any, of_others: bool = False, room: float = math.inf
         room: bytes; where more would be taken, the tokens stay on the host.
     """
     shape = req_states.max_num_reqs, req_states.max_model_len
-    where = "on the GPU" if 4 * math.prod(shape) <= room else "on the host, as they are many: each search is slower"
+    where = "on the device" if 4 * math.prod(shape) <= room else "on the host, as they are many: each search is slower"
     logger.info("specdecpp: tokens that are searched for free runs, %.0f MiB, are %s", math.prod(shape) / 2**18, where)
     if 4 * math.prod(shape) <= room:
         req_states.all_token_ids = StagedWriteTensor(shape, dtype=torch.int32, device=req_states.device)
