@@ -119,13 +119,15 @@ def _(monkeypatch, s):
 
 @mutation("the loop goes on when everybody has stopped")
 def _(monkeypatch, s):
-    monkeypatch.setattr(s, "_goes_on", lambda: True)
+    after(monkeypatch, s.round, "append_drawn", lambda _: s.round.any_running.fill_(1))
 
 
 @mutation("the loop ends with the first request that stops")
 def _(monkeypatch, s):
-    monkeypatch.setattr(s, "_goes_on", lambda: bool((s.round.running[: s.num_reqs_seen] > 0).all()))
-    after(monkeypatch, s.round, "start", lambda n, *_: setattr(s, "num_reqs_seen", n))
+    after(
+        monkeypatch, s.round, "append_drawn",
+        lambda drawn: s.round.any_running.copy_((s.round.running[: len(drawn)] > 0).all()),
+    )  # fmt: skip
 
 
 @mutation("survival is carried over from the last round")
