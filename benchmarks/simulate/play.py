@@ -33,7 +33,7 @@ from benchmarks.simulate import report as simulate_report
 from benchmarks.simulate.regret import curve, regret
 from benchmarks.simulate.rules import RULES, Off, calibrated, informed_run
 from benchmarks.simulate.server import Run, Server
-from benchmarks.simulate.settings import SETTINGS, Setting, cost_model
+from benchmarks.simulate.settings import OFTEN_SLOW, SETTINGS, Setting, cost_model
 from benchmarks.simulate.streams import STREAMS, Array, Counts, Stream, make, recorded
 
 FIXED_KS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -86,12 +86,12 @@ def earlier(name: str, setting: Setting, options: argparse.Namespace, seed: int)
 
 def started(start: str, name: str, setting: Setting, options: argparse.Namespace, seed: int) -> Any:
     """A rule that is cold, warm or restored."""
-    rule = RULES[options.rule](cost_model(setting, seed, options.scale))
+    rule = RULES[options.rule](cost_model(setting, seed, options.scale, options.slow))
     if start != "cold":
         server = Server(setting, earlier(name, setting, options, seed), tokens_of(setting, options.warm_tokens))
         server.play(rule, seed, name="earlier-")
     if start == "restored":
-        state, rule = rule.state(), RULES[options.rule](cost_model(setting, seed, options.scale))
+        state, rule = rule.state(), RULES[options.rule](cost_model(setting, seed, options.scale, options.slow))
         rule.restore(state)
     return rule
 
@@ -148,6 +148,7 @@ def measure(cost_name: str, name: str, options: argparse.Namespace) -> list[dict
         "oracle": float(oracle),
         "tokens": tokens_of(setting, options.tokens),
         "seeds": options.seeds,
+        "slow": options.slow,
     }
     return [_rounded({**common, "start": start, **_means(rows[start])}) for start in options.starts]
 
@@ -242,6 +243,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1, help="so many runs, with seed, seed + 1, ...; rates are means")
     parser.add_argument("--scale", type=float, default=1.0, help="how far off the cost model starts, as a factor")
+    parser.add_argument(
+        "--slow", type=float, default=OFTEN_SLOW, help="share of the widths that start-up timed in a slow moment"
+    )
     parser.add_argument("--quick", action="store_true", help=f"fewer tokens, and of all costs {', '.join(QUICK)}")
     parser.add_argument("--out", type=Path, help="result rows (JSONL), with a page (.md) and plots (.png) beside them")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -254,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick:
         options.tokens, options.warm_tokens = min(options.tokens, 3000), min(options.warm_tokens, 2000)
         options.costs = [name for name in options.costs if name in QUICK] or options.costs
+    if not 0 <= options.slow <= 1:
+        print(f"benchmarks.simulate: --slow {options.slow} must be between 0 and 1", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
     command = command_line(sys.argv[1:] if argv is None else argv, "benchmarks.simulate")
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.provenance import git_state, versions
+from benchmarks.simulate.settings import SLOW
 
 Row = Mapping[str, Any]
 HEADER = (
@@ -102,6 +103,9 @@ def page(rows: Sequence[Row], command: str) -> str:
     lines = _mix_table(rows) if "load" in rows[0] else _table(rows)
     used = dict.fromkeys(row["costs"] for row in rows)
     lines += ["", *(f"* {name}: {COSTS[name]}" for name in used if name in COSTS)]
+    if "slow" in rows[0]:
+        share = f"{rows[0]['slow']:.0%}"
+        lines += ["", f"Of the widths that start-up timed {share} were timed in a slow moment: {SLOW} times too dear."]
     if any(str(row["stream"]).startswith("recorded") for row in rows):
         lines += ["", "Where a recorded round was accepted to its end, the next candidate is a guess: accepted as"]
         lines += ["often as the others of that request."]

@@ -64,7 +64,8 @@ READ_WIDTHS = (2, 16, 64, 256)
 """Tokens of the draft passes that start-up times for what reading takes."""
 
 SLOW, OFTEN_SLOW = 1.5, 0.2
-"""How much longer a pass takes in a slow moment of the machine, and how often that is all that start-up sees."""
+"""How much longer a pass takes in a slow moment of the machine, and how often that is all that start-up sees. An engine
+takes the least of several runs of a width, so it is that often on a machine that is busy all through its start."""
 
 CPU_ROWS = [1, 2, 3, 4, 5, 6, 9, 17]
 CPU_SECONDS = [0.156, 0.165, 0.132, 0.130, 0.127, 0.129, 0.170, 0.219]
@@ -98,12 +99,12 @@ SETTINGS = {
 SETTINGS |= {f"{name}_busy": replace(SETTINGS[name], busy=1.7) for name in ("cpu_int8", "cpu_b4")}
 
 
-def cost_model(setting: Setting, seed: int, scale: float = 1.0) -> CostModel:
+def cost_model(setting: Setting, seed: int, scale: float = 1.0, often_slow: float = OFTEN_SLOW) -> CostModel:
     """What start-up would measure: every width a bit off, some timed in a slow moment, all by ``scale``."""
     rng = np.random.default_rng(seed)
 
     def measure(f: Callable[[int], float], most: int) -> dict[int, float]:
-        slow = {w: SLOW if rng.random() < OFTEN_SLOW else 1.0 for w in suggested_widths(most)}
+        slow = {w: SLOW if rng.random() < often_slow else 1.0 for w in suggested_widths(most)}
         return {w: scale * s * f(w) * float(np.exp(rng.normal(0, 0.03))) for w, s in slow.items()}
 
     most = setting.batch * (DEPTH + 1)

@@ -346,3 +346,14 @@ def test_the_ablation_writes_a_table(tmp_path, capsys):
     for option in ("--without", "--constants"):
         assert simulate_ablation.main([*command, "--force", option, "nonsense"]) == 2
         assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_start_without_slow_moments_times_every_width_about_right(capsys):
+    setting = SETTINGS["cpu_b4"]
+
+    def dearest(often_slow: float) -> float:
+        costs = cost_model(setting, 0, often_slow=often_slow)
+        return max(costs.step.at(width) / setting.step(width) for width in range(1, setting.batch + 1))
+
+    assert dearest(0.0) < 1.2 < 1.4 < dearest(1.0)
+    assert simulate.main(["--slow", "2"]) == 2 and "--slow 2.0 must be" in capsys.readouterr().err
