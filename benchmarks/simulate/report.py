@@ -21,6 +21,8 @@ MIX_HEADER = "costs      stream             start     load     TTFT /off    TPOT
 RULES = ("off", "fixed", "threshold", "informed")
 """The rules that know the costs."""
 LOSSES = {"loss_first": "first tokens", "loss_worst": "worst window", "loss_after": "afterwards"}
+LEAST_LOSS = -10.0
+"""Per cent; what is below is not shown."""
 MARKS = {"fixed": ("_", "tab:blue"), "threshold": ("x", "tab:purple"), "informed": ("_", "0.3")}
 
 COSTS = {
@@ -190,6 +192,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         below.axhline(1.0, color="0.6", linewidth=0.8)
         names = [f"{r['stream']} {r['start']}".removeprefix("recorded:") for r in cells]
         below.set_xticks(places, names, rotation=60, ha="right")
+        above.set_ylim(bottom=max(above.get_ylim()[0], LEAST_LOSS))  # a batch's first tokens are a round or two
         for panel in (above, below):
             panel.tick_params(labelsize=7)
     panels[0, 0].set_ylabel("lost so far, %")
