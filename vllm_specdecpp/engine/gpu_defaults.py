@@ -37,8 +37,9 @@ SAMPLED = (
     "draft_sample_method='probabilistic': which candidates are verified would depend on those that were drawn, so "
     "outputs would no longer be the target's"
 )
-"""Why there is no adaptive verification. Rows go to the candidates of a batch by chances, which are estimated once the
-draft model has read the candidates before: so whether Y_j gets one may depend on Y_j, by what is drafted behind it.
+"""Why there is no adaptive verification. How many rows a batch gets is set by the chances of an earlier drafting, and a
+position that is drafted again may be drawn with the same noise (docs/upstream/adaptive-verification-noise.md); with a
+head that lags, a candidate's own chance is known only once it is drawn. So whether Y_j gets a row may depend on Y_j.
 Where each Y_j is the likeliest token it is a function of the past, and so are the chances."""
 
 
