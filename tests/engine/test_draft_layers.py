@@ -41,12 +41,25 @@ def test_a_draft_with_two_kinds_of_layers(gemma):
         assert stats["accepted"] > 0.98 * stats["candidates"] > 0
 
 
-def _vllm_config(kinds: list[str] | None, *, hybrid: bool = False, v2: bool = False) -> Any:
+def test_a_target_with_two_kinds_of_layers_and_a_plain_draft(gemma, tiny):
+    """vLLM gives a proposer the first kind's blocks: the draft would write over the target's KV."""
+    prompts, sampling = harness.prompts(3, seed=9, shortest=30, longest=60), {"ignore_eos": True, "max_tokens": 24}
+    with harness.engine(gemma) as llm:
+        expected = harness.token_ids(harness.generate(llm, prompts, **sampling))
+    config = {"method": "specdecpp", "model": str(tiny.draft_good), "rule": "fixed", "num_speculative_tokens": 6}
+    with harness.engine(gemma, config) as llm:
+        assert harness.token_ids(harness.generate(llm, prompts, **sampling)) == expected
+        assert llm.collective_rpc("specdecpp_stats")[0]["candidates"] > 0
+
+
+def _vllm_config(
+    kinds: list[str] | None, *, hybrid: bool = False, v2: bool = False, target: list[str] | None = None
+) -> Any:
     draft = SimpleNamespace(model="DRAFT", hf_text_config=SimpleNamespace(layer_types=kinds))
     return SimpleNamespace(
         speculative_config=SimpleNamespace(draft_model_config=draft), use_v2_model_runner=v2,
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
-        model_config=SimpleNamespace(is_hybrid=hybrid),
+        model_config=SimpleNamespace(is_hybrid=hybrid, hf_text_config=SimpleNamespace(layer_types=target)),
     )  # fmt: skip
 
 
@@ -56,8 +69,11 @@ def _vllm_config(kinds: list[str] | None, *, hybrid: bool = False, v2: bool = Fa
         (["sliding_attention", "full_attention"], {}, True),
         (["sliding_attention", "full_attention"], {"v2": True}, False),
         (["full_attention"] * 2, {}, False),
-        (["sliding_attention"] * 2, {}, False),
+        (["sliding_attention"] * 2, {}, True),  # the target's see everything
+        (["sliding_attention"] * 2, {"target": ["sliding_attention"]}, False),
         (None, {}, False),
+        (None, {"target": ["sliding_attention", "full_attention"]}, True),
+        (None, {"target": ["sliding_attention", "full_attention"], "v2": True}, False),
     ],
 )
 def test_the_manager_is_turned_off_where_it_must_be(kinds, options, off):
@@ -75,5 +91,5 @@ def test_the_manager_is_turned_off_where_it_must_be(kinds, options, off):
 def test_what_cannot_be_kept_alike_is_refused_in_one_line(kinds, options):
     from vllm_specdecpp.engine.v1 import draft_layers
 
-    with pytest.raises(ValueError, match="^specdecpp: model='DRAFT' keeps more than one kind of KV.*choose another"):
+    with pytest.raises(ValueError, match="^specdecpp: model=.DRAFT. and its target keep .*choose other"):
         draft_layers.keep_alike(_vllm_config(kinds, **options))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft models in which only some layers have a sliding window (Gemma 2 and 3, gpt-oss), on Model Runner V1.
+"""Models in which only some layers have a sliding window (Gemma 2 and 3, gpt-oss), on Model Runner V1.
 
-Its proposer has one set of attention metadata, so all of the draft's layers must keep their KV alike. vLLM can keep
-that of sliding layers as if they were full ones: more memory, the same attention.
+Its proposer is given one set of attention metadata, that of the first kind of KV: with two kinds in either model the
+draft would write into blocks of the target. vLLM can keep the KV of sliding layers as if they were full ones: more
+memory, the same attention.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _CAN_BE_KEPT_ALIKE = {"full_attention", "sliding_attention", "chunked_attention"
 def refusal(model: str) -> str:
     """The error's line."""
     return (
-        f"specdecpp: model={model!r} keeps more than one kind of KV, which Model Runner V1 cannot draft with; "
-        "set VLLM_USE_V2_MODEL_RUNNER=1, or choose another draft model"
+        f"specdecpp: model={model!r} and its target keep more than one kind of KV, which Model Runner V1 cannot draft "
+        "with; set VLLM_USE_V2_MODEL_RUNNER=1, or choose other models"
     )
 
 
@@ -41,20 +42,22 @@ def worded(validate: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
 
 
 def keep_alike(vllm_config: Any) -> None:
-    """Turn vLLM's hybrid KV cache manager off if the draft needs it.
+    """Turn vLLM's hybrid KV cache manager off if the two models keep more than one kind of KV.
 
     Raises:
         ValueError: one line: layers that cannot be kept alike, or the user asked for the manager.
     """
     draft, scheduler = vllm_config.speculative_config.draft_model_config, vllm_config.scheduler_config
-    kinds = set(getattr(draft.hf_text_config, "layer_types", None) or ())
+    configs = draft.hf_text_config, vllm_config.model_config.hf_text_config
+    # Where they are not listed, all layers see everything, unless vLLM finds out otherwise (``worded``).
+    kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ("full_attention",)}
     if vllm_config.use_v2_model_runner or len(kinds) < 2 or scheduler.disable_hybrid_kv_cache_manager:
         return
     if not kinds <= _CAN_BE_KEPT_ALIKE or vllm_config.model_config.is_hybrid:
         raise ValueError(refusal(draft.model))
     scheduler.disable_hybrid_kv_cache_manager = True
     logger.info(
-        "specdecpp: only some layers of %s have a sliding window: the KV of all is kept (as with "
+        "specdecpp: only some layers of %s and its target have a sliding window: the KV of all is kept (as with "
         "--disable-hybrid-kv-cache-manager), which takes more memory",
         draft.model,
     )
