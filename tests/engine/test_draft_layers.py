@@ -93,3 +93,16 @@ def test_what_cannot_be_kept_alike_is_refused_in_one_line(kinds, options):
 
     with pytest.raises(ValueError, match="^specdecpp: model=.DRAFT. and its target keep .*choose other"):
         draft_layers.keep_alike(_vllm_config(kinds, **options))
+
+
+@pytest.mark.parametrize("of_draft", [0, 1])
+def test_a_draft_whose_blocks_are_not_those_it_is_given_is_refused(of_draft):
+    from vllm_specdecpp.engine.v1 import draft_layers
+
+    groups = [SimpleNamespace(layer_names=[name]) for name in (["draft", "target"], ["target", "draft"])[of_draft]]
+    proposer = SimpleNamespace(config=SimpleNamespace(model="DRAFT"), _draft_attn_layer_names={"draft"})
+    validate = draft_layers.worded(lambda self, config: None)
+    if not of_draft:
+        return validate(proposer, SimpleNamespace(kv_cache_groups=groups))
+    with pytest.raises(ValueError, match="^specdecpp: model='DRAFT' and its target keep"):
+        validate(proposer, SimpleNamespace(kv_cache_groups=groups))

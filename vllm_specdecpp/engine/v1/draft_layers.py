@@ -37,6 +37,9 @@ def worded(validate: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
             validate(self, kv_cache_config)
         except AssertionError:
             raise ValueError(refusal(self.config.model)) from None
+        names = set(self._draft_attn_layer_names)
+        if any(names & set(group.layer_names) for group in kv_cache_config.kv_cache_groups[1:]):
+            raise ValueError(refusal(self.config.model))  # the blocks that it is given are the first group's
 
     return validate_same_kv_cache_group
 
